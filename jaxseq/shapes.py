@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, Array, Bool, Complex, Float, Inexact, Int, jaxtyped
 
-__all__ = ["Array", "Bool", "Complex", "Float", "Inexact", "Int", "accumulator", "check_width", "typed"]
+__all__ = ["Array", "Bool", "Complex", "Float", "Inexact", "Int", "accumulator", "check_width", "promoted", "typed", "zeros_from"]
 
 
 def typed(function):
@@ -79,6 +79,17 @@ def check_width(x: Array, d_model: int, owner: str) -> None:
         raise ValueError(f"x has width {x.shape[-1]}; {owner}(d_model={d_model}) takes inputs of width {d_model}.")
 
 
-def accumulator(dtype) -> jnp.dtype:
-    """The dtype sums and states of this dtype are kept in: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+def promoted(*dtypes) -> jnp.dtype:
+    """The dtype that holds them all, also where JAX is told to promote nothing of itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def accumulator(*dtypes) -> jnp.dtype:
+    """The dtype sums and states of these dtypes are kept in: at least float32."""
+    return promoted(jnp.float32, *dtypes)
+
+
+def zeros_from(array: Array, shape: tuple[int, ...], dtype) -> Array:
+    """Zeros that vary over the same mesh axes as `array`, as a scan's carry inside `shard_map` has to."""
+    return jnp.zeros_like(jnp.broadcast_to(array, shape), dtype=dtype)

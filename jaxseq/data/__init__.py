@@ -1,0 +1,11 @@
+from .compression import baselines as baselines
+from .corpus import Corpus as Corpus
+from .corpus import Document as Document
+from .corpus import joined as joined
+from .text import BEGIN as BEGIN
+from .text import VOCABULARY as VOCABULARY
+from .text import TextWindows as TextWindows
+from .text import decode as decode
+from .text import encode as encode
+from .text import evaluation_windows as evaluation_windows
+from .text import with_begin as with_begin

@@ -1,0 +1,6 @@
+"""Small parts that mixers and models share."""
+
+from .gated_mlp import GatedMLP as GatedMLP
+from .mixer import Mixer as Mixer
+from .rotary import rotary as rotary
+from .short_convolution import ShortConvolution as ShortConvolution

@@ -1,0 +1,167 @@
+"""Where text comes from: documents of bytes, split into train, validation and test the same way on every run."""
+
+import bz2
+import gzip
+import hashlib
+import itertools
+import lzma
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from . import _tfds
+
+_DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+_DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # what the three raise on bad input
+_BINARY = (b"PK\x03\x04", b"%PDF", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # zip, pdf, gz, bz2, xz: may lack a NUL byte
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+class Document(NamedTuple):
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Three disjoint splits, each an ordered tuple of non-empty documents.
+
+    `rule` says in words how they were split; `skipped` counts what a folder held besides text: binary files,
+    devices, links to other folders.
+    """
+
+    train: tuple[Document, ...]
+    validation: tuple[Document, ...]
+    test: tuple[Document, ...]
+    rule: str
+    skipped: int = 0
+
+    def __post_init__(self):
+        for split in ("train", "validation", "test"):
+            if not getattr(self, split):
+                raise ValueError(
+                    f"the text is too short: nothing is left for {split}, split {self.rule}; use more text."
+                )
+
+    @classmethod
+    def standard_library(cls) -> "Corpus":
+        """The sources of the running Python's standard library, without its tests and installed packages."""
+        folder = Path(sysconfig.get_path("stdlib"))
+        return cls._of_files(folder, [name for name in _walk(folder, _NOT_LIBRARY) if name.endswith(".py")])
+
+    @classmethod
+    def from_path(cls, path: str | os.PathLike[str]) -> "Corpus":
+        """A text file, or every text file under a folder, hidden ones left out; .gz, .bz2 and .xz are decompressed.
+
+        Twenty files or more are split by file, fewer by position in each file: train, validation, test are 90, 5, 5 %.
+
+        Raises:
+          FileNotFoundError: nothing is there.
+          OSError: a file, or a folder in the folder, cannot be read.
+          ValueError: a compressed file is damaged; a file named directly is binary; there is no text, or too little.
+        """
+        path = Path(path).expanduser()
+        if path.is_dir():
+            return cls._of_files(path, list(_walk(path)))
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; name a text file or a folder of text files.")
+        content = _read(path)
+        if content is None:
+            raise ValueError(f"{path} is binary; name a UTF-8 text file (convert UTF-16 first, unpack archives).")
+        if not content:
+            raise ValueError(f"{path} is empty; name a file that holds text.")
+        return cls._split([Document(path.name, content)])
+
+    @classmethod
+    def from_tfds(cls, name: str, data_dir: str | os.PathLike[str] | None = None) -> "Corpus":
+        """The first `Text` feature of a TensorFlow Datasets set (`name`, `name/config`), read whole into memory.
+
+        The set is looked for in `data_dir` (None: ~/tensorflow_datasets), else downloaded to it as array_record, so
+        that TensorFlow is not needed. Its train, validation and test are used; what is missing is cut from train.
+
+        Raises:
+          ConnectionError: the set is neither on disk nor within reach.
+          ValueError: no such set; no text or no train split in it; stored in another format than array_record.
+          RuntimeError: preparing it failed.
+        """
+        splits = {
+            split: tuple(Document(f"{split}/{i:09}", text) for i, text in enumerate(texts) if text)
+            for split, texts in _tfds.texts(name, data_dir).items()
+        }
+        rule = "as the set comes"
+        if missing := [split for split in ("validation", "test") if split not in splits]:
+            parts, shares = _cut(splits["train"], len(missing))
+            splits |= dict(zip(["train", *missing], parts, strict=True))
+            rule = f"{' and '.join(missing)} cut from train {shares}"
+        return cls(splits["train"], splits["validation"], splits["test"], rule)
+
+    @classmethod
+    def _of_files(cls, folder: Path, names: Sequence[str]) -> "Corpus":
+        contents = {name: _read(folder / name) for name in sorted(names)}
+        documents = [Document(name, content) for name, content in contents.items() if content]
+        if not documents:
+            raise ValueError(f"{folder} holds no text ({len(names)} files); name a folder with UTF-8 text files in it.")
+        return cls._split(documents, skipped=sum(content is None for content in contents.values()))
+
+    @classmethod
+    def _split(cls, documents: Sequence[Document], skipped: int = 0) -> "Corpus":
+        (train, validation, test), rule = _cut(documents, held_out=2)
+        return cls(train, validation, test, rule, skipped)
+
+
+def joined(documents: Sequence[Document]) -> bytes:
+    """The documents end to end."""
+    return b"".join(document.content for document in documents)
+
+
+def _cut(documents: Sequence[Document], held_out: int) -> tuple[list[tuple[Document, ...]], str]:
+    """The train and held-out splits, and the rule in words: 1/20 of the documents each, or of each if they are few."""
+    shares = f"{100 - 5 * held_out}{'/5' * held_out}"
+    if len(documents) >= 20:
+        ranked = sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
+        return [tuple(sorted(part)) for part in _parts(ranked, held_out)], f"by document, ranked by sha256, {shares}"
+    pieces = [[Document(d.name, part) for part in _parts(d.content, held_out)] for d in documents]
+    splits = [tuple(piece for piece in split if piece.content) for split in zip(*pieces, strict=True)]
+    return splits, f"by position in each document, {shares}"
+
+
+def _parts(whole, held_out: int) -> list:
+    """A sequence cut into a first part and `held_out` twentieths."""
+    cuts = [0, *(len(whole) * (20 - held_out + i) // 20 for i in range(held_out + 1))]
+    return [whole[i:j] for i, j in itertools.pairwise(cuts)]
+
+
+def _walk(folder: Path, without: frozenset[str] = frozenset()) -> Iterator[str]:
+    """POSIX paths, relative to the folder, of all that is not hidden; links to folders are named, not entered."""
+    for parent, folders, files in os.walk(folder, onerror=_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in files + links:
+            if not name.startswith("."):
+                yield Path(parent, name).relative_to(folder).as_posix()
+
+
+def _read(path: Path) -> bytes | None:
+    """The text, decompressed; None where there is none to read: binary, a device, a folder."""
+    try:
+        if path.exists() and not path.is_file():
+            return None
+        content = path.read_bytes()
+    except OSError as error:
+        _unreadable(error)
+    if decompress := _DECOMPRESS.get(path.suffix.lower()):
+        try:
+            content = decompress(content)
+        except _DAMAGED as error:
+            raise ValueError(f"{path} is damaged ({error}); fetch or compress it again.") from None
+    return None if b"\0" in content or content.startswith(_BINARY) else content
+
+
+def _unreadable(error: OSError):
+    raise OSError(
+        f"{error.filename} cannot be read ({error.strerror}); check its permissions or move it away."
+    ) from None

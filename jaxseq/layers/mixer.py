@@ -1,0 +1,46 @@
+"""The contract of every causal mixer: one body, `prefill`, and the names that follow from it."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ..shapes import Array, Float, Int, accumulator, typed
+
+
+class Mixer(nn.Module):
+    """A causal map `B T D → B T D` with a state. A subclass writes two methods:
+
+    `prefill(x, state, segment_ids=None) -> (y, state)`: the sequence x, continuing from `state`; None is the start
+    of a sequence. Two parts with the state in between equal the whole. The state continues the segment of the first
+    token; a change of `segment_ids` inside the call restarts.
+    `init_state(batch_size, *, max_length=None, dtype=float32) -> state`: the state at the start of a sequence, a
+    pytree of the structure, shapes and dtypes that `prefill` returns. It needs no parameters.
+    """
+
+    def prefill(self, x, state: Any, segment_ids=None):
+        raise NotImplementedError(f"{type(self).__name__} defines no prefill.")
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
+        raise NotImplementedError(f"{type(self).__name__} defines no init_state.")
+
+    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None):
+        """The whole sequence from the start: `B T D → B T D`."""
+        return self.prefill(x, None, segment_ids)[0]
+
+    @typed
+    def step(self, x: Float[Array, "B D"], state: Any):
+        """One token: `(x_t "B D", state) → (y_t "B D", state)`."""
+        y, state = self.prefill(x[:, None], state)
+        return y[:, 0], state
+
+    def start(self, x: Array):
+        """The state at the start of the sequence x, with no room for a cache beyond this call."""
+        return self.init_state(x.shape[0], max_length=0, dtype=accumulator(x.dtype))
+
+    def checked_heads(self, **numbers: int) -> None:
+        """Raise unless every number of heads divides `d_model`."""
+        for name, number in numbers.items():
+            if number < 1 or self.d_model % number:
+                divisors = ", ".join(str(n) for n in range(1, self.d_model + 1) if self.d_model % n == 0)
+                raise ValueError(f"{name}={number} does not divide d_model={self.d_model}; choose one of {divisors}.")

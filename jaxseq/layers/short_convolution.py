@@ -1,0 +1,27 @@
+"""The causal depthwise convolution that stands in front of many recurrences."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from .. import ops
+
+
+class ShortConvolution(nn.Module):
+    """`ops.short_convolution` with its parameters, then SiLU. The state is the last window − 1 inputs."""
+
+    window: int = 4
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state, segment_ids=None):
+        width = x.shape[-1]
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
+        kernel = self.param("kernel", uniform, (self.window, width), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y, final = ops.short_convolution(x, kernel, bias, initial_state=state, segment_ids=segment_ids)
+        return nn.silu(y), final if state is None else final.astype(state.dtype)

@@ -1,0 +1,95 @@
+"""Gated linear attention."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.mixer import Mixer
+from ..layers.projection import projection
+from ..layers.short_convolution import ShortConvolution
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class GLAState(NamedTuple):
+    matrix: Float[Array, "B H K V"]
+    conv: tuple  # the inputs inside the windows of the query, key and value convolutions; empty without them
+
+
+class GLA(Mixer):
+    """Linear attention with a data-dependent decay per key channel (arXiv 2312.06635, section 4).
+
+        log α_t = log σ(x_t W_a1 W_a2 + b_a) / τ
+        S_t = diag(α_t) S_{t-1} + k_t v_tᵀ        o_t = K^-½ S_tᵀ q_t        y_t = (RMSNorm(o_t) ⊙ silu(x_t W_r)) W_o
+
+    The norm is per head with one weight vector for all heads, and W_r has no bias, as in the authors' code (the
+    paper writes LayerNorm and a bias). With `num_kv_heads` fewer heads of key, value and decay each serve a run of
+    query heads. `conv_window` puts a causal convolution and SiLU on query, key and value.
+    """
+
+    d_model: int
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    gate_rank: int = 16
+    gate_temperature: float = 16.0
+    min_log_decay: float | None = None
+    conv_window: int | None = None
+    norm_eps: float = 1e-5
+    chunk_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "GLA")
+        heads, kv_heads, K, V = self._sizes()
+        state = self.start(x) if state is None else state
+        q = projection(heads * K, "q_proj", self)(x)
+        k = projection(kv_heads * K, "k_proj", self)(x)
+        v = projection(kv_heads * V, "v_proj", self)(x)
+        conv = ()
+        if self.conv_window:
+            convolve = lambda name, x, before: ShortConvolution(
+                self.conv_window, dtype=self.dtype, param_dtype=self.param_dtype, name=name
+            )(x, before, segment_ids)
+            inputs = zip(("q_conv", "k_conv", "v_conv"), (q, k, v), state.conv, strict=True)
+            (q, k, v), conv = zip(*(convolve(*each) for each in inputs), strict=True)
+        z = projection(kv_heads * K, "decay_up", self, use_bias=True)(projection(self.gate_rank, "decay_down", self)(x))
+        g = jax.nn.log_sigmoid(z.astype(accumulator(z.dtype))) / self.gate_temperature
+        g = g if self.min_log_decay is None else jnp.maximum(g, self.min_log_decay)
+        q, k, v, g = (a.reshape(*a.shape[:2], -1, size) for a, size in ((q, K), (k, K), (v, V), (g, K)))
+        k, v, g = (jnp.repeat(a, heads // kv_heads, axis=2) for a in (k, v, g))
+        o, matrix = ops.gated_linear_attention(
+            q, k, v, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl
+        )
+        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
+        o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
+        return projection(self.d_model, "out_proj", self)(o), GLAState(matrix.astype(state.matrix.dtype), conv)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GLAState:
+        heads, kv_heads, K, V = self._sizes()
+        widths = (heads * K, kv_heads * K, kv_heads * V) if self.conv_window else ()
+        conv = tuple(jnp.zeros((batch_size, self.conv_window - 1, width), dtype) for width in widths)
+        return GLAState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
+
+    @nn.nowrap
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """Heads, key-value heads, key width and value width per head."""
+        kv_heads = self.num_kv_heads or self.num_heads
+        self.checked_heads(num_heads=self.num_heads)
+        if self.num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}.")
+        widths = []
+        for name in ("expand_k", "expand_v"):
+            width = getattr(self, name) * self.d_model / self.num_heads
+            if width < 1 or width != int(width):
+                raise ValueError(f"{name}={getattr(self, name)} gives {width:g} channels a head; choose a whole number.")
+            widths.append(int(width))
+        return self.num_heads, kv_heads, *widths

@@ -1,0 +1,83 @@
+"""Mamba: a selective state space."""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.initialisers import inverse_softplus, log_uniform
+from ..layers.mixer import Mixer
+from ..layers.projection import projection
+from ..layers.short_convolution import ShortConvolution
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class MambaState(NamedTuple):
+    ssm: Float[Array, "B D N"]
+    conv: Float[Array, "B W-1 D"]
+
+
+class Mamba(Mixer):
+    """The selective state space S6 between a convolution and a gate (arXiv 2312.00752, section 3.4).
+
+        x, z = u W_in;  x ← silu(conv(x));  (r, B, C) = x W_x;  dt = softplus(r W_dt + b_dt)
+        h_t = exp(dt_t A) ⊙ h_{t-1} + (dt_t x_t) B_tᵀ        y_t = ((h_t C_t + D ⊙ x_t) ⊙ silu(z_t)) W_out
+
+    A = −exp(A_log) starts at −1 … −N, dt log-uniform in [dt_min, dt_max]. B enters by Euler's rule, as in the
+    authors' code. Inner width is `expand` · d_model; `dt_rank` is ⌈d_model/16⌉ when None.
+    """
+
+    d_model: int
+    state_size: int = 16
+    expand: int = 2
+    conv_window: int = 4
+    dt_rank: int | None = None
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    use_bias: bool = False
+    chunk_size: int = 64
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "Mamba")
+        if not 0 < self.dt_min < self.dt_max:
+            raise ValueError(f"dt_min={self.dt_min} and dt_max={self.dt_max}; Mamba takes 0 < dt_min < dt_max.")
+        state = self.start(x) if state is None else state
+        width, N, rank = self.expand * self.d_model, self.state_size, self.dt_rank or math.ceil(self.d_model / 16)
+        u, z = jnp.split(projection(2 * width, "in_proj", self, self.use_bias)(x), 2, axis=-1)
+        convolution = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, name="conv")
+        u, conv = convolution(u, state.conv, segment_ids)
+        r, B, C = jnp.split(projection(rank + 2 * N, "x_proj", self)(u), (rank, rank + N), axis=-1)
+        # The step size, A and the states stay in float32: bfloat16 rounds exp(dt A) to 1.
+        wide = accumulator(u.dtype)
+        uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)
+        dt_kernel = self.param("dt_kernel", uniform, (rank, width), self.param_dtype)
+        dt_bias = self.param("dt_bias", self._initial_dt_bias, (width,), self.param_dtype)
+        dt = nn.softplus(r.astype(wide) @ dt_kernel.astype(wide) + dt_bias.astype(wide)[None, None])
+        initial_A_log = lambda _, shape, dtype: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], shape)
+        A = -jnp.exp(self.param("A_log", initial_A_log, (width, N), self.param_dtype).astype(wide))
+        D = self.param("D", nn.initializers.ones, (width,), self.param_dtype)
+        y, ssm = ops.selective_scan(
+            u, dt, A, B, C, D, initial_state=state.ssm, segment_ids=segment_ids,
+            chunk_size=self.chunk_size, impl=self.impl,
+        )  # fmt: skip
+        y = projection(self.d_model, "out_proj", self, self.use_bias)(y * nn.silu(z))
+        return y, MambaState(ssm.astype(state.ssm.dtype), conv)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MambaState:
+        width = self.expand * self.d_model
+        ssm = jnp.zeros((batch_size, width, self.state_size), accumulator(dtype))
+        return MambaState(ssm, jnp.zeros((batch_size, self.conv_window - 1, width), dtype))
+
+    @nn.nowrap
+    def _initial_dt_bias(self, key, shape, dtype):
+        dt = jnp.exp(log_uniform(self.dt_min, self.dt_max)(key, shape, dtype))
+        return inverse_softplus(jnp.maximum(dt, 1e-4))

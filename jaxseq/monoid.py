@@ -1,0 +1,158 @@
+"""The algebra under every mixer: elements are maps on a state, and maps compose.
+
+A `Monoid` is three pure functions. `combine(earlier, later)` composes two elements and is associative;
+`identity(like)` is the neutral element, shaped as the element `like`; `act(element, state)` applies an element, and
+`act(combine(e, f), s) == act(f, act(e, s))`. All three take arrays with any leading axes, so one call serves a step
+(`B …`), a whole sequence (`B T …`) or a state that broadcasts over time (`B 1 …`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .shapes import Array, Bool, Float, Inexact
+
+
+class Monoid(NamedTuple):
+    combine: Callable[[Any, Any], Any]
+    identity: Callable[[Any], Any]
+    act: Callable[[Any, Any], Any]
+
+
+class Affine(NamedTuple):
+    """The map h ↦ decay ⊙ h + inputs. `decay` may have size 1 where it is shared."""
+
+    decay: Inexact[Array, "..."]
+    inputs: Inexact[Array, "..."]
+
+
+affine = Monoid(
+    combine=lambda e, f: Affine(f.decay * e.decay, f.decay * e.inputs + f.inputs),
+    identity=lambda like: Affine(jnp.ones_like(like.decay), jnp.zeros_like(like.inputs)),
+    act=lambda e, h: e.decay * h + e.inputs,
+)
+
+
+class MatrixAffine(NamedTuple):
+    """The map h ↦ matrix · h + inputs."""
+
+    matrix: Inexact[Array, "... N N"]
+    inputs: Inexact[Array, "... N"]
+
+
+matrix_affine = Monoid(
+    combine=lambda e, f: MatrixAffine(f.matrix @ e.matrix, _apply(f.matrix, e.inputs) + f.inputs),
+    identity=lambda like: MatrixAffine(_eye_like(like.matrix, 1, 0), jnp.zeros_like(like.inputs)),
+    act=lambda e, h: _apply(e.matrix, h) + e.inputs,
+)
+
+
+class OuterProduct(NamedTuple):
+    """The map S ↦ diag(exp log_decay) S + update on matrix states; one token's update is the rank-one k vᵀ."""
+
+    log_decay: Float[Array, "... K"]
+    update: Float[Array, "... K V"]
+
+    @classmethod
+    def from_token(cls, log_decay, key, value) -> "OuterProduct":
+        return cls(log_decay, key[..., :, None] * value[..., None, :])
+
+
+outer_product = Monoid(
+    combine=lambda e, f: OuterProduct(e.log_decay + f.log_decay, outer_product.act(f, e.update)),
+    identity=lambda like: OuterProduct(jnp.zeros_like(like.log_decay), jnp.zeros_like(like.update)),
+    act=lambda e, S: jnp.exp(e.log_decay)[..., None] * S + e.update,
+)
+
+
+class Softmax(NamedTuple):
+    """A softmax average in progress: the largest logit, Σ exp(logit − maximum), and the sum weighted so."""
+
+    maximum: Float[Array, "..."]
+    normaliser: Float[Array, "..."]
+    weighted_sum: Float[Array, "... V"]
+
+    @classmethod
+    def from_token(cls, logit, value) -> "Softmax":
+        return cls(logit, jnp.isfinite(logit).astype(logit.dtype), jnp.where(jnp.isfinite(logit)[..., None], value, 0))
+
+    def average(self) -> Float[Array, "... V"]:
+        """The softmax-weighted mean; zero where nothing was seen."""
+        return self.weighted_sum / jnp.where(self.normaliser > 0, self.normaliser, 1)[..., None]
+
+
+def _merge_softmax(e: Softmax, f: Softmax) -> Softmax:
+    maximum = jax.lax.stop_gradient(jnp.maximum(e.maximum, f.maximum))
+    finite = jnp.where(jnp.isfinite(maximum), maximum, 0)  # nothing seen yet: −∞ − (−∞) would be NaN
+    a, b = jnp.exp(e.maximum - finite), jnp.exp(f.maximum - finite)
+    return Softmax(
+        maximum, a * e.normaliser + b * f.normaliser, a[..., None] * e.weighted_sum + b[..., None] * f.weighted_sum
+    )
+
+
+softmax = Monoid(
+    combine=_merge_softmax,
+    identity=lambda like: Softmax(
+        jnp.full_like(like.maximum, -jnp.inf), jnp.zeros_like(like.normaliser), jnp.zeros_like(like.weighted_sum)
+    ),
+    act=lambda e, state: _merge_softmax(state, e),
+)
+
+
+def semiring_matrix(add: Callable, zero: float = -jnp.inf) -> Monoid:
+    """Matrices over a semiring whose product is + and whose sum is `add(array, axis)`, acting on row vectors."""
+    combine = lambda e, f: add(e[..., :, :, None] + f[..., None, :, :], -2)
+    return Monoid(
+        combine=combine,
+        identity=lambda like: _eye_like(like, 0, zero),
+        act=lambda e, s: add(s[..., :, None] + e, -2),
+    )
+
+
+log_sum_exp = semiring_matrix(lambda x, axis: jax.nn.logsumexp(x, axis=axis))
+max_plus = semiring_matrix(lambda x, axis: jnp.max(x, axis=axis))
+
+
+class Segmented(NamedTuple):
+    """`element`, after forgetting everything earlier where `start` is set."""
+
+    start: Bool[Array, "..."]
+    element: Any
+
+
+def zeros(state):
+    return jax.tree.map(jnp.zeros_like, state)
+
+
+def segmented(monoid: Monoid, empty: Callable[[Any], Any] = zeros) -> Monoid:
+    """The same monoid with resets: at a start the state is `empty(state)` before the element acts.
+
+    A start flag has the leading axes of the elements, so packed sequences need nothing but a flag per token.
+    """
+
+    def combine(e: Segmented, f: Segmented) -> Segmented:
+        return Segmented(e.start | f.start, _choose(f.start, f.element, monoid.combine(e.element, f.element)))
+
+    def act(e: Segmented, state):
+        return monoid.act(e.element, _choose(e.start, empty(state), state))
+
+    return Monoid(combine, lambda like: Segmented(like.start & False, monoid.identity(like.element)), act)
+
+
+def segment_starts(segment_ids):
+    """True at the first token of a new segment. The first token of the call continues the segment before it."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def _choose(flag, chosen, other):
+    return jax.tree.map(lambda x, y: jnp.where(jax.lax.expand_dims(flag, range(flag.ndim, y.ndim)), x, y), chosen, other)
+
+
+def _apply(matrix, vector):
+    return jnp.einsum("...ij,...j->...i", matrix, vector)
+
+
+def _eye_like(matrix, one, zero):
+    return jnp.broadcast_to(jnp.where(jnp.eye(matrix.shape[-1], dtype=bool), one, zero), matrix.shape).astype(matrix.dtype)

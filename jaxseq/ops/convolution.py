@@ -1,0 +1,74 @@
+"""Convolutions over time, one filter a channel: short ones by shifts, long ones by the fast Fourier transform."""
+
+import jax.numpy as jnp
+from scipy.fft import next_fast_len
+
+from ..monoid import segment_starts
+from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
+
+
+@typed
+def short_convolution(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "W D"],
+    bias: Float[Array, "D"] | None = None,
+    *,
+    initial_state: Float[Array, "B W-1 D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+    """Causal depthwise convolution over a window of W tokens; the last row of `weight` meets the current token.
+
+        y_t = Σ_w weight_w ⊙ x_{t-(W-1-w)} + bias
+
+    `initial_state` holds the W−1 inputs before the call, oldest first, zeros when None; the final state holds the
+    last W−1 of the current segment. No tap reaches across a change of `segment_ids`.
+
+    Raises:
+      ValueError: shapes disagree, or T = 0.
+    """
+    (batch, length, width), window = x.shape, weight.shape[0]
+    if length == 0 or window == 0:
+        raise ValueError(f"x has shape {x.shape} and weight {weight.shape}; short_convolution takes T ≥ 1 and W ≥ 1.")
+    before = (batch, window - 1, width)
+    state = zeros_from(x[:, :1], before, x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    inputs = jnp.concatenate([state, x], axis=1)
+    if segment_ids is None:
+        segments = None
+    else:
+        index = jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+        segments = jnp.pad(index, ((0, 0), (window - 1, 0)))[..., None]  # the state belongs to the first segment
+    y = jnp.zeros_like(x) if bias is None else jnp.broadcast_to(bias.astype(x.dtype)[None, None], x.shape)
+    for w in range(window):
+        tap = inputs[:, w : w + length]
+        if segments is not None:
+            tap = jnp.where(segments[:, w : w + length] == segments[:, window - 1 :], tap, 0)
+        y = y + weight[w].astype(x.dtype)[None, None] * tap
+    final = inputs[:, length:]
+    if segments is not None:
+        final = jnp.where(segments[:, length:] == segments[:, -1:], final, 0)
+    return y, final
+
+
+@typed
+def long_convolution(
+    x: Float[Array, "B T D"], kernel: Float[Array, "L D"] | Float[Array, "B L D"], *, causal: bool = True
+) -> Float[Array, "B T D"]:
+    """Depthwise convolution with a kernel as long as the sequence, in O(T log T), at least in float32.
+
+        causal: y_t = Σ_{s≤t} kernel_{t-s} ⊙ x_s        otherwise circular: y_t = Σ_s kernel_{(t-s) mod T} ⊙ x_s
+
+    A kernel with a batch axis is one per sequence. In the causal form entries from lag T on reach nothing.
+
+    Raises:
+      ValueError: shapes disagree, or a circular kernel's length is not T.
+    """
+    length = x.shape[1]
+    if not causal and kernel.shape[-2] != length:
+        raise ValueError(f"kernel has length {kernel.shape[-2]}; a circular convolution takes x's, {length}.")
+    dtype = accumulator(x.dtype)
+    kernel = kernel[..., :length, :].astype(dtype)
+    size = next_fast_len(length + kernel.shape[-2] - 1, real=True) if causal else length
+    spectrum = jnp.fft.rfft(kernel, size, axis=-2)
+    spectrum = spectrum if kernel.ndim == 3 else spectrum[None]
+    y = jnp.fft.irfft(jnp.fft.rfft(x.astype(dtype), size, axis=1) * spectrum, size, axis=1)
+    return y[:, :length].astype(x.dtype)

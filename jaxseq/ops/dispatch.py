@@ -1,0 +1,23 @@
+"""The one place that chooses the form of an op."""
+
+from collections.abc import Callable, Mapping
+
+from jax import lax
+
+
+def dispatch(op: str, impl: str | None, forms: Mapping[str, Callable], best: str | Mapping[str, str]) -> Callable:
+    """The form called `impl`, or for None the best one: a name, or a name per platform beside a "default".
+
+    The platform is the one the program is lowered for, not the one it is traced on.
+
+    Raises:
+      NotImplementedError: the op has no such form; the message lists those it has.
+    """
+    if impl is not None:
+        if impl not in forms:
+            raise NotImplementedError(f"impl={impl!r} is no form of {op}; choose None, {', '.join(map(repr, forms))}.")
+        return forms[impl]
+    if isinstance(best, str):
+        return forms[best]
+    branches = {platform: forms[name] for platform, name in best.items()}
+    return lambda *operands: lax.platform_dependent(*operands, **branches)

@@ -1,0 +1,129 @@
+"""h_t = decay_t ⊙ h_{t-1} + inputs_t, elementwise, real or complex."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import scan
+from ..monoid import Affine, affine, segment_starts
+from ..shapes import Array, Inexact, Int, accumulator, promoted, typed
+from .dispatch import dispatch
+
+
+def sequential(decay, inputs, initial_state, reverse):
+    return scan.sequential(affine, Affine(decay, inputs), initial_state, reverse=reverse)
+
+
+def parallel(decay, inputs, initial_state, reverse):
+    return scan.parallel(affine, Affine(decay, inputs), initial_state, reverse=reverse)
+
+
+def chunked(decay, inputs, initial_state, reverse):
+    return scan.chunked(affine, Affine(decay, inputs), initial_state, chunk_size=128, reverse=reverse)
+
+
+def in_place(decay, inputs, initial_state, reverse):
+    """One pass over memory: each step reads its slices and writes its state where it stays."""
+    length = inputs.shape[1]
+
+    def step(i, carry):
+        state, states = carry
+        t = length - 1 - i if reverse else i
+        a, x = (lax.dynamic_index_in_dim(array, t, 1, keepdims=False) for array in (decay, inputs))
+        state = a * state + x
+        return state, lax.dynamic_update_index_in_dim(states, state, t, 1)
+
+    final, states = lax.fori_loop(0, length, step, (initial_state, jnp.zeros_like(inputs)))
+    return states, final
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def _solve(form, decay, inputs, initial_state, reverse):
+    """A form with the derivative every form shares: the adjoint is the same recurrence in the other direction.
+
+        λ_t = ∂L/∂h_t + decay_{t+1} λ_{t+1}        ∂L/∂inputs_t = λ_t        ∂L/∂decay_t = λ_t h_{t-1}
+
+    Differentiating a loop that writes in place would copy the whole buffer at every step.
+    """
+    return form(decay, inputs, initial_state, reverse)
+
+
+def _solve_forward(form, decay, inputs, initial_state, reverse):
+    states, final = _solve(form, decay, inputs, initial_state, reverse)
+    return (states, final), (decay, states, initial_state)
+
+
+def _solve_backward(form, reverse, residuals, cotangents):
+    decay, states, initial_state = residuals
+    d_states, d_final = cotangents
+    first, last = (-1, 0) if reverse else (0, -1)
+    # The cotangent of the final state enters as the adjoint's initial state, undecayed.
+    next_decay = _shift(decay, jnp.ones_like(decay[:, last]), earlier=not reverse)
+    adjoint, _ = _solve(form, next_decay, d_states, d_final, not reverse)
+    previous = _shift(states, initial_state, earlier=reverse)
+    return adjoint * previous, adjoint, decay[:, first] * adjoint[:, first]
+
+
+def _shift(array, edge, *, earlier):
+    """Move by one step in time, with `edge` where nothing is left."""
+    edge = edge[:, None]
+    return jnp.concatenate([array[:, 1:], edge] if earlier else [edge, array[:, :-1]], axis=1)
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
+
+FORMS = {
+    "sequential": sequential,
+    "parallel": partial(_solve, parallel),
+    "chunked": partial(_solve, chunked),
+    "in_place": partial(_solve, in_place),
+}
+
+
+@typed
+def linear_recurrence(
+    decay: Inexact[Array, "..."],
+    inputs: Inexact[Array, "B T ..."],
+    *,
+    initial_state: Inexact[Array, "B ..."] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    reverse: bool = False,
+    impl: str | None = None,
+) -> tuple[Inexact[Array, "B T ..."], Inexact[Array, "B ..."]]:
+    """All states of an elementwise linear recurrence, and the last one.
+
+        h_t = decay_t ⊙ h_{t-1} + inputs_t        (in reverse: h_t = decay_t ⊙ h_{t+1} + inputs_t)
+
+    `decay` broadcasts against `inputs`. `initial_state` is h_0, zeros when None. At a change of `segment_ids` the
+    state restarts from zero. States have the promoted dtype of the inputs; sums and the final state are kept in at
+    least float32. All forms but `sequential` share one backward pass, the reversed recurrence (no forward mode).
+
+    Raises:
+      ValueError: shapes disagree, or T = 0.
+      NotImplementedError: `impl` is none of the forms.
+    """
+    if inputs.shape[1] == 0:
+        raise ValueError(f"inputs has shape {inputs.shape}; linear_recurrence takes at least one step of time.")
+    try:
+        decay = jnp.broadcast_to(decay, inputs.shape)
+    except ValueError:
+        raise ValueError(f"decay of shape {decay.shape} does not broadcast against inputs {inputs.shape}.") from None
+    dtype = promoted(decay.dtype, inputs.dtype)
+    decay, inputs = (x.astype(accumulator(dtype)) for x in (decay, inputs))
+    if segment_ids is not None:
+        starts = segment_starts(jnp.flip(segment_ids, 1)) if reverse else segment_starts(segment_ids)
+        starts = jnp.flip(starts, 1) if reverse else starts
+        decay = jnp.where(lax.expand_dims(starts, range(2, decay.ndim)), 0, decay)
+    state = jnp.zeros_like(inputs[:, 0]) if initial_state is None else initial_state.astype(inputs.dtype)
+    if state.shape != inputs[:, 0].shape:
+        raise ValueError(f"initial_state has shape {state.shape}; inputs {inputs.shape} take {inputs[:, 0].shape}.")
+    forms = {name: partial(_with_direction, form, reverse) for name, form in FORMS.items()}
+    best = {"cpu": "in_place", "default": "parallel"}
+    states, final = dispatch("linear_recurrence", impl, forms, best)(decay, inputs, state)
+    return states.astype(dtype), final
+
+
+def _with_direction(form, reverse, decay, inputs, state):
+    return form(decay, inputs, state, reverse)

@@ -1,0 +1,118 @@
+"""Mamba's S6: h_t = exp(dt_t A) ⊙ h_{t-1} + (dt_t x_t) B_tᵀ, y_t = h_t C_t + D ⊙ x_t."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import scan
+from ..monoid import Affine, affine, segment_starts
+from ..shapes import Array, Float, Inexact, Int, accumulator, promoted, typed, zeros_from
+from .dispatch import dispatch
+from .linear_recurrence import linear_recurrence
+
+# The forms take x, dt `B T D`, keep `B T` (0 where the state restarts), A `D N`, B and C `B T G N` or `1 1 G N` where
+# group g serves D/G channels, and a state `B D N`; they return the read-out `B T D`, complex where A is.
+
+
+def _element(x, dt, keep, A, B) -> Affine:
+    """The affine map of one or many tokens, `… D N`."""
+    dt, x, keep = (a.astype(A.dtype)[..., None] for a in (dt, x, keep))
+    A = A.reshape((1,) * (x.ndim - 2) + A.shape)
+    return Affine(jnp.exp(dt * A) * keep[..., None], dt * x * _channels(B, x.shape[-2]))
+
+
+def _channels(B, channels):
+    return jnp.repeat(B, channels // B.shape[-2], axis=-2)
+
+
+def sequential(x, dt, keep, A, B, C, h):
+    def step(h, token):
+        x, dt, keep, B, C = token
+        h = affine.act(_element(x, dt, keep, A, B), h)
+        return h, jnp.sum(h * _channels(C, x.shape[-1]), axis=-1)
+
+    B, C = (jnp.broadcast_to(M, (*x.shape[:2], *M.shape[2:])) for M in (B, C))
+    h, y = lax.scan(step, h, jax.tree.map(lambda a: a.swapaxes(0, 1), (x, dt, keep, B, C)))
+    return y.swapaxes(0, 1), h
+
+
+def parallel(x, dt, keep, A, B, C, h, impl="parallel"):
+    """Every state at once: T·D·N numbers."""
+    decay, inputs = _element(x, dt, keep, A, B)
+    states, h = linear_recurrence(decay, inputs, initial_state=h, impl=impl)
+    return jnp.sum(states * _channels(C, x.shape[-1]), axis=-1), h
+
+
+def chunked(x, dt, keep, A, B, C, h, chunk_size):
+    """All states of one chunk at a time; the backward pass keeps one state a chunk and recomputes."""
+    length = x.shape[1]
+    moving = {name: M for name, M in (("B", B), ("C", C)) if M.shape[1] == length}
+    standing = {name: M for name, M in (("B", B), ("C", C)) if M.shape[1] != length}
+
+    @jax.checkpoint
+    def step(h, chunk):
+        y, h = parallel(**chunk, **standing, A=A, h=h, impl=None)
+        return h, y
+
+    def pad(a, value=0):  # dt = 0 and keep = 1 change no state
+        widths = [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (a.ndim - 2)
+        return jnp.pad(a, widths, constant_values=value)
+
+    chunks = {"x": pad(x), "dt": pad(dt), "keep": pad(keep, 1)} | jax.tree.map(pad, moving)
+    h, y = lax.scan(step, h, scan.split_chunks(chunks, chunk_size))
+    return scan.join_chunks(y)[:, :length], h
+
+
+@typed
+def selective_scan(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Inexact[Array, "D N"],
+    B: Inexact[Array, "B T N"] | Inexact[Array, "B T G N"] | Inexact[Array, "D N"],
+    C: Inexact[Array, "B T N"] | Inexact[Array, "B T G N"] | Inexact[Array, "D N"],
+    D: Float[Array, "D"] | None = None,
+    *,
+    initial_state: Inexact[Array, "B D N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int = 64,
+    impl: str | None = None,
+) -> tuple[Float[Array, "B T D"], Inexact[Array, "B D N"]]:
+    """The selective state space recurrence of Mamba (arXiv 2312.00752, algorithm 2), with Euler's rule for B.
+
+        h_t = exp(dt_t A) ⊙ h_{t-1} + (dt_t x_t) B_tᵀ        y_t = h_t C_t + D ⊙ x_t
+
+    `dt` is already positive. B and C move with time (`B T N`, or `B T G N` where each of G groups serves D/G
+    consecutive channels) or stand still, one row a channel (`D N`). A complex A stands for conjugate pairs:
+    y_t = 2 Re(h_t C_t) + D ⊙ x_t. `initial_state` is h_0, zeros when None; a change of `segment_ids` restarts from
+    zero. Sums and the final state are at least float32. `chunked` materialises the states of one chunk at a time.
+
+    Raises:
+      ValueError: shapes disagree, the groups do not divide D, T = 0, or chunk_size < 1.
+      NotImplementedError: `impl` is none of the forms.
+    """
+    batch, length, channels = x.shape
+    if length == 0 or chunk_size < 1:
+        raise ValueError(f"x has shape {x.shape} and chunk_size={chunk_size}; selective_scan takes 1 or more of each.")
+    real = accumulator(x.dtype)
+    state_dtype = promoted(A.dtype, real)
+    groups = {2: lambda M: M[None, None], 3: lambda M: M[:, :, None], 4: lambda M: M}
+    B, C = (groups[M.ndim](M.astype(state_dtype)) for M in (B, C))
+    for name, M in (("B", B), ("C", C)):
+        if channels % M.shape[2]:
+            raise ValueError(f"{name} has {M.shape[2]} groups, which do not divide the {channels} channels of x.")
+    keep = jnp.ones((batch, length), real) if segment_ids is None else 1 - segment_starts(segment_ids).astype(real)
+    shape = (batch, channels, A.shape[1])
+    h = zeros_from(x[:, 0, :, None], shape, state_dtype) if initial_state is None else initial_state.astype(state_dtype)
+    forms = {
+        "sequential": sequential,
+        "parallel": parallel,
+        "chunked": partial(chunked, chunk_size=min(chunk_size, length)),
+    }
+    best = "chunked" if length > 1 else "sequential"
+    operands = (x.astype(real), dt.astype(real), keep, A.astype(state_dtype), B, C, h)
+    y, final = dispatch("selective_scan", impl, forms, best)(*operands)
+    y = 2 * y.real if jnp.iscomplexobj(y) else y
+    y = y if D is None else y + D.astype(real)[None, None] * x.astype(real)
+    return y.astype(x.dtype), final

@@ -1,0 +1,138 @@
+"""o_i = Σ_j softmax_j(scale · q_i·k_j) v_j: softmax attention over the keys a query may see."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..monoid import Softmax, softmax
+from ..shapes import Array, Float, Int, accumulator, typed
+from .dispatch import dispatch
+
+# The forms take queries `B T G R K` (R query heads share each of G key heads), keys and values `B S G …`, the
+# positions of queries `T` and keys `S`, and segments `B T`, `B S` or None.
+
+
+def sequential(q, k, v, positions, segments, visible, capped):
+    """A fold of the softmax monoid over the keys, for all queries at once."""
+
+    def step(state, token):
+        k, v, position, segment = token
+        logit = capped(jnp.einsum("btgrk,bgk->btgr", q, k))
+        mask = visible(positions[0], position[None], segments and (segments[0], segment[:, None]))[..., 0, None, None]
+        logit = jnp.where(mask, logit, -jnp.inf)
+        value = jnp.broadcast_to(v[:, None, :, None], (*logit.shape, v.shape[-1]))
+        return softmax.act(Softmax.from_token(logit, value), state), None
+
+    logits = jnp.zeros_like(q[..., 0])
+    start = softmax.identity(Softmax(logits, logits, jnp.broadcast_to(logits[..., None], (*logits.shape, v.shape[-1]))))
+    time_first = lambda x: x.swapaxes(0, 1)
+    tokens = time_first(k), time_first(v), positions[1], segments and time_first(segments[1])
+    final, _ = lax.scan(step, start, tokens)
+    return final.average()
+
+
+def parallel(q, k, v, positions, segments, visible, capped):
+    """All pairs at once: T·S logits a head."""
+    logits = capped(jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=accumulator(q.dtype)))
+    mask = visible(*positions, segments)[:, None, None]
+    # A query that sees nothing has a zero row, and no NaN in its gradient.
+    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1), 0)
+    return jnp.einsum("bgrts,bsgv->btgrv", weights.astype(v.dtype), v, preferred_element_type=logits.dtype)
+
+
+def chunked(q, k, v, positions, segments, visible, capped, chunk_size, reach):
+    """A block of queries at a time, recomputed in the backward pass: C·S logits a head, C·(C + reach) in a window."""
+    length, past = q.shape[1], k.shape[1] - q.shape[1]
+    front = 0 if reach is None else max(0, reach - past)
+    end = -length % chunk_size
+    pad = lambda x, before, value=0: jnp.pad(x, ((0, 0), (before, end)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
+    pad_positions = lambda x, before: jnp.pad(x, (before, end), constant_values=-(2**30))
+    q, k, v = pad(q, 0), pad(k, front), pad(v, front)
+    positions = pad_positions(positions[0], 0), pad_positions(positions[1], front)
+    segments = segments and (pad(segments[0], 0), pad(segments[1], front, -1))
+    span = k.shape[1] if reach is None else chunk_size + reach
+
+    @jax.checkpoint
+    def block(start):
+        first_key = 0 if reach is None else start + past + front - reach
+        queries = lambda x, axis=1: lax.dynamic_slice_in_dim(x, start, chunk_size, axis)
+        keys = lambda x, axis=1: lax.dynamic_slice_in_dim(x, first_key, span, axis)
+        at = queries(positions[0], 0), keys(positions[1], 0)
+        ids = segments and (queries(segments[0]), keys(segments[1]))
+        return parallel(queries(q), keys(k), keys(v), at, ids, visible, capped)
+
+    o = lax.map(block, jnp.arange(0, length + end, chunk_size))
+    return o.swapaxes(0, 1).reshape(o.shape[1], -1, *o.shape[3:])[:, :length]
+
+
+def _visible(causal, window, query_positions, key_positions, segments):
+    """Which keys `S` each query `T` may see, `1|B T S`."""
+    lag = query_positions[:, None] - key_positions[None, :]
+    seen = key_positions[None, :] > -(2**30)  # padding
+    seen &= (lag >= 0) | (not causal)
+    if window is not None:
+        seen &= jnp.abs(lag) < window
+    seen = seen[None]
+    if segments is not None:
+        seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
+    return seen
+
+
+@typed
+def softmax_attention(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G V"],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+    chunk_size: int = 256,
+    impl: str | None = None,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention, each query over the keys it may see.
+
+        o_i = Σ_j a_ij v_j        a_ij = softmax_j(cap(scale · q_i·k_j))        cap(x) = c tanh(x / c)
+
+    Each of G key heads serves a run of H/G consecutive query heads. With more keys than queries, the queries stand
+    at the last T positions. `window` w sees the last w positions, itself included (both sides when not causal).
+    A query sees keys of its own segment only; `key_segment_ids` are the queries' when None. `scale` is K^-½ when
+    None, `logit_softcap` c is off when None. A query that may see no key returns zero.
+
+    Raises:
+      ValueError: shapes disagree, G does not divide H, T > S, window < 1, or segments of queries alone.
+      NotImplementedError: `impl` is none of the forms.
+    """
+    (batch, length, heads, width), (_, span, groups, _) = query.shape, key.shape
+    if heads % groups:
+        raise ValueError(f"key has {groups} heads, which do not divide the {heads} of query.")
+    if not 1 <= length <= span:
+        raise ValueError(f"query has {length} positions and key {span}; softmax_attention takes 1 ≤ T ≤ S.")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}; softmax_attention takes 1 or more, or None.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}; softmax_attention takes 1 or more.")
+    if segment_ids is not None and key_segment_ids is None and length != span:
+        raise ValueError(f"segment_ids of {length} queries say nothing of {span} keys; pass key_segment_ids too.")
+    key_segments = segment_ids if key_segment_ids is None else key_segment_ids
+    segments = None if segment_ids is None else (segment_ids, key_segments)
+    positions = jnp.arange(span - length, span), jnp.arange(span)
+    q = query * jnp.asarray(width**-0.5 if scale is None else scale, query.dtype)
+    q = q.reshape(batch, length, groups, heads // groups, width)
+    capped = (lambda x: x) if logit_softcap is None else (lambda x: logit_softcap * jnp.tanh(x / logit_softcap))
+    visible = partial(_visible, causal, window)
+    reach = window - 1 if causal and window is not None and window - 1 + chunk_size < span else None
+    rules = dict(visible=visible, capped=capped)
+    forms = {
+        "sequential": partial(sequential, **rules),
+        "parallel": partial(parallel, **rules),
+        "chunked": partial(chunked, chunk_size=min(chunk_size, length), reach=reach, **rules),
+    }
+    best = "parallel" if length * span <= chunk_size * 4 * chunk_size and reach is None else "chunked"
+    o = dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments)
+    return o.reshape(batch, length, heads, -1).astype(value.dtype)

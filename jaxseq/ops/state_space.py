@@ -1,0 +1,104 @@
+"""Diagonal state spaces x' = A x + B u, y = 2 Re(C x): discretisation, convolution kernel, and the recurrence."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+
+from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed
+from .convolution import long_convolution
+from .dispatch import dispatch
+from .selective_scan import selective_scan
+
+
+def zero_order_hold(A, B, dt):
+    """Ā = exp(dt A), B̄ = (exp(dt A) − 1)/A · B: exact for an input that is constant over a step."""
+    z = dt * A
+    small = jnp.abs(z) < 1e-3  # where (e^z − 1)/z loses its digits, its series has them all
+    large = jnp.where(small, 1, z)
+    ratio = jnp.where(small, 1 + z / 2 * (1 + z / 3), jnp.expm1(large) / large)
+    return z, dt * ratio * B
+
+
+def bilinear(A, B, dt):
+    """Ā = (1 + dt A/2)/(1 − dt A/2), B̄ = dt B/(1 − dt A/2)."""
+    z = dt * A / 2
+    return jnp.log1p(z) - jnp.log1p(-z), dt * B / (1 - z)
+
+
+#: Each takes (A, B, dt), all complex, and returns (log Ā, B̄).
+DISCRETISATIONS: dict[str, Callable] = {"zoh": zero_order_hold, "bilinear": bilinear}
+
+
+def _powers(log_A, exponents):
+    """Ā^l = exp(l log Ā), `L D N`: never repeated products, which drift."""
+    return jnp.exp(log_A[None] * exponents.astype(log_A.dtype)[:, None, None])
+
+
+@typed
+def diagonal_kernel(
+    log_A: Complex[Array, "D N"], B: Complex[Array, "D N"], C: Complex[Array, "D N"], length: int
+) -> Float[Array, "L D"]:
+    """The impulse response of a discretised diagonal state space with conjugate pairs, lag by lag.
+
+        K_l = 2 Re Σ_n C_n B̄_n Ā_n^l        (S4D, arXiv 2206.11893, eq. 4)
+
+    O(D·N·L) in time and memory.
+    """
+    return 2 * jnp.einsum("ldn,dn->ld", _powers(log_A, jnp.arange(length)), B * C).real
+
+
+def convolution(u, log_A, B, C, state):
+    """The kernel by FFT; an initial state adds its own decay, and the final state is one sum over the inputs."""
+    length = u.shape[1]
+    y = long_convolution(u, diagonal_kernel(log_A, B, C, length))
+    to_end = _powers(log_A, jnp.arange(length - 1, -1, -1))
+    final = B[None] * jnp.einsum("ldn,bld->bdn", to_end, u.astype(to_end.dtype))
+    if state is not None:
+        y += 2 * jnp.einsum("ldn,bdn->bld", _powers(log_A, jnp.arange(1, length + 1)) * C[None], state).real
+        final += jnp.exp(length * log_A)[None] * state
+    return y, final
+
+
+def recurrence(u, log_A, B, C, state, segment_ids, impl):
+    return selective_scan(
+        u, jnp.ones_like(u), log_A, B, C, initial_state=state, segment_ids=segment_ids, impl=impl
+    )
+
+
+@typed
+def diagonal_state_space(
+    u: Float[Array, "B T D"],
+    log_A: Complex[Array, "D N"],
+    B: Complex[Array, "D N"],
+    C: Complex[Array, "D N"],
+    *,
+    initial_state: Complex[Array, "B D N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "B T D"], Complex[Array, "B D N"]]:
+    """A discretised diagonal state space with one input and one output a channel, as in S4D.
+
+        x_t = Ā x_{t-1} + B̄ u_t        y_t = 2 Re(C x_t)
+
+    N counts one state of each conjugate pair; `log_A` is log Ā, `B` is B̄. `initial_state` is x_0, zeros when None;
+    a change of `segment_ids` restarts from zero, which only the scan forms can do: they are those of
+    `selective_scan`. `convolution` costs O(T log T) a channel and O(T·D·N) for the kernel.
+
+    Raises:
+      ValueError: shapes disagree, or T = 0.
+      NotImplementedError: `impl` is none of the forms, or is "convolution" with `segment_ids`.
+    """
+    if u.shape[1] == 0:
+        raise ValueError(f"u has shape {u.shape}; diagonal_state_space takes at least one step of time.")
+    if impl == "convolution" and segment_ids is not None:
+        raise NotImplementedError("impl='convolution' cannot restart at segment_ids; choose None or a scan form.")
+    dtype = accumulator(u.dtype)
+    complex_dtype = promoted(log_A.dtype, dtype)
+    scans = {name: partial(recurrence, segment_ids=segment_ids, impl=name) for name in ("sequential", "parallel", "chunked")}
+    forms = scans | {"convolution": convolution}
+    best = "sequential" if u.shape[1] == 1 else "convolution" if segment_ids is None else "chunked"
+    state = None if initial_state is None else initial_state.astype(complex_dtype)
+    operands = (M.astype(complex_dtype) for M in (log_A, B, C))
+    y, final = dispatch("diagonal_state_space", impl, forms, best)(u.astype(dtype), *operands, state)
+    return y.astype(u.dtype), final

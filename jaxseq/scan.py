@@ -1,0 +1,80 @@
+"""The ways to run any monoid over time: from any initial state, forwards or in reverse.
+
+Elements lead with batch and time (`B T …`, every leaf), states with batch (`B …`). Each form returns
+`(states "B T …", final_state "B …")`; states[t] is the state after element t, or after elements T−1 … t in reverse.
+All are differentiable and equal up to rounding; `sequential` is the definition.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .monoid import Monoid
+
+
+def sequential(monoid: Monoid, elements, initial_state, *, reverse: bool = False) -> tuple[Any, Any]:
+    """One `act` a step. O(T) depth, O(1) extra state."""
+
+    def step(state, element):
+        state = monoid.act(element, state)
+        return state, state
+
+    final, states = lax.scan(step, initial_state, _swap(elements), reverse=reverse)
+    return _swap(states), final
+
+
+def parallel(monoid: Monoid, elements, initial_state, *, reverse: bool = False) -> tuple[Any, Any]:
+    """`lax.associative_scan` of `combine`, then `act` on the initial state. O(log T) depth; keeps T elements."""
+    if reverse:
+        return _reversed(parallel, monoid, elements, initial_state)
+    prefixes = lax.associative_scan(monoid.combine, elements, axis=1)
+    states = monoid.act(prefixes, jax.tree.map(lambda s: s[:, None], initial_state))
+    return states, jax.tree.map(lambda s: s[:, -1], states)
+
+
+def chunked(
+    monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, reverse: bool = False
+) -> tuple[Any, Any]:
+    """Parallel inside chunks, sequential across them; the backward pass keeps one state a chunk and recomputes."""
+    if reverse:
+        return _reversed(chunked, monoid, elements, initial_state, chunk_size=chunk_size)
+    length = jax.tree.leaves(elements)[0].shape[1]
+
+    @jax.checkpoint
+    def step(state, chunk):
+        states, final = parallel(monoid, chunk, state)
+        return final, states
+
+    chunks = split_chunks(pad_time(monoid, elements, -length % chunk_size), chunk_size)
+    final, states = lax.scan(step, initial_state, chunks)
+    return jax.tree.map(lambda s: s[:, :length], join_chunks(states)), final
+
+
+def pad_time(monoid: Monoid, elements, count: int):
+    """Append `count` identity elements: they change no state."""
+    if count == 0:
+        return elements
+    tail = monoid.identity(jax.tree.map(lambda x: jnp.repeat(x[:, :1], count, axis=1), elements))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), elements, tail)
+
+
+def split_chunks(tree, chunk_size: int):
+    """`B T …` → `T/C B C …`, ready for a scan over chunks."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]).swapaxes(0, 1), tree)
+
+
+def join_chunks(tree):
+    """`T/C B C …` → `B T …`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
+
+
+def _reversed(form, monoid, elements, initial_state, **options):
+    flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)
+    states, final = form(monoid, flip(elements), initial_state, **options)
+    return flip(states), final
+
+
+def _swap(tree):
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
