@@ -1,0 +1,122 @@
+"""Pre-norm residual blocks, and the stack of them that every model is built on."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..layers.gated_mlp import GatedMLP
+
+#: A slot: a callable that takes `d_model` and returns a module. Not a module, because one linen instance placed
+#: twice silently shares its parameters.
+Slot = Callable[..., nn.Module] | None
+
+
+class Block(nn.Module):
+    """x ← x + mixer(norm(x)), then x ← x + mlp(norm(x)). Either slot may be None."""
+
+    d_model: int
+    mixer: Slot
+    mlp: Slot
+    norm_eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, state, segment_ids=None):
+        norm = partial(nn.RMSNorm, self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
+        # The residual stream keeps its own dtype: sums over depth are the last place for bfloat16.
+        if self.mixer is not None:
+            mixer = self.mixer(d_model=self.d_model, name="mixer", **self._dtypes())
+            y, state = mixer.prefill(norm(name="mixer_norm")(x), state, segment_ids)
+            x = x + y.astype(x.dtype)
+        if self.mlp is not None:
+            mlp = self.mlp(d_model=self.d_model, name="mlp", **self._dtypes())
+            x = x + mlp(norm(name="mlp_norm")(x)).astype(x.dtype)
+        return x, state
+
+    @nn.nowrap
+    def _dtypes(self):
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
+class Pattern(nn.Module):
+    """One period of the stack: a block for each slot, each with its own state."""
+
+    mixers: tuple[Slot, ...]
+    block: dict[str, Any]
+
+    @nn.compact
+    def __call__(self, x, states, segment_ids):
+        after = []
+        for i, mixer in enumerate(self.mixers):
+            x, state = Block(mixer=mixer, name=f"block_{i}", **self.block)(x, states and states[i], segment_ids)
+            after.append(state)
+        return x, tuple(after)
+
+
+class Stack(nn.Module):
+    """Blocks for a tuple of mixer slots, then a norm: `B T D → B T D`, with the states of all mixers.
+
+    Depth is a scan over the shortest repeating pattern of `mixers`, so compile time does not grow with it; each
+    period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of
+    `jax.checkpoint_policies`) allows. States are one tuple entry a slot of the pattern, with the repeats in front.
+    """
+
+    d_model: int
+    mixers: tuple[Slot, ...]
+    mlp: Slot = GatedMLP
+    norm_eps: float = 1e-6
+    remat: bool = True
+    remat_policy: Callable | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, states=None, segment_ids=None):
+        pattern, repeats = self._pattern()
+        period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if self.remat else Pattern
+        scanned = nn.scan(
+            period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=repeats,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        names = ("d_model", "mlp", "norm_eps", "dtype", "param_dtype")
+        block = {name: getattr(self, name) for name in names}
+        x, states = scanned(mixers=pattern, block=block, name="layers")(x, states, segment_ids)
+        norm = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
+        return norm(x), states
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
+        pattern, repeats = self._pattern()
+        repeat = lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape))
+        # Parentless: these modules are asked for their shapes alone.
+        modules = [slot and slot(d_model=self.d_model, parent=None) for slot in pattern]
+        states = (m and m.init_state(batch_size, max_length=max_length, dtype=dtype) for m in modules)
+        return tuple(jax.tree.map(repeat, state) for state in states)
+
+    @nn.nowrap
+    def _pattern(self) -> tuple[tuple[Slot, ...], int]:
+        """The shortest tuple whose repetition is `mixers`, and how often it repeats."""
+        depth = len(self.mixers)
+        if depth == 0:
+            raise ValueError("mixers=() is empty; a model takes at least one slot.")
+        for slot in (*self.mixers, self.mlp):
+            if isinstance(slot, nn.Module) or not (slot is None or callable(slot)):
+                raise TypeError(f"{slot!r} is no slot; give a callable that takes d_model, as partial(GLA, num_heads=4).")
+        identity = [_identity(slot) for slot in self.mixers]
+        periods = (p for p in range(1, depth + 1) if depth % p == 0 and identity == identity[:p] * (depth // p))
+        period = next(periods)
+        return self.mixers[:period], depth // period
+
+
+def _identity(slot: Slot):
+    """What makes two slots the same: partials compare by what they hold."""
+    return (slot.func, slot.args, slot.keywords) if isinstance(slot, partial) else slot

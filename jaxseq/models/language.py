@@ -1,0 +1,69 @@
+"""The language model."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ..layers.gated_mlp import GatedMLP
+from ..mixers.gla import GLA
+from ..shapes import Array, Float, Int, typed
+from .block import Slot, Stack
+
+
+class LanguageModel(nn.Module):
+    """Embedding, residual blocks of any mixers, norm, vocabulary head.
+
+    `mixers` holds one slot a layer, each a callable that takes `d_model`: `(partial(GLA, num_heads=4),) * 4`, or
+    different ones for a hybrid. `mlp` is the slot of the feed-forward layers, None for none. With `tied` the head is
+    the embedding table. `dtype` is what layers compute in; parameters, states and logits stay at least float32.
+    """
+
+    vocab_size: int
+    d_model: int
+    mixers: tuple[Slot, ...] = (partial(GLA, num_heads=4),) * 4
+    mlp: Slot = GatedMLP
+    tied: bool = False
+    norm_eps: float = 1e-6
+    remat: bool = True
+    remat_policy: Callable | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(
+        self, tokens: Int[Array, "B T"], states: Any, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T _"], Any]:
+        """`(tokens "B T", states) → (logits "B T vocab_size", states)`. Tokens are in [0, vocab_size)."""
+        if self.vocab_size < 1 or self.d_model < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} and d_model={self.d_model}; LanguageModel takes 1 or more.")
+        normal = nn.initializers.normal(0.02)
+        embed = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, embedding_init=normal)
+        x, states = self._stack()(embed(tokens), states, segment_ids)
+        x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        if self.tied:
+            return embed.attend(x), states
+        return nn.Dense(self.vocab_size, use_bias=False, kernel_init=normal, name="head")(x), states
+
+    def __call__(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None):
+        """`tokens "B T" → logits "B T vocab_size"`."""
+        return self.prefill(tokens, None, segment_ids)[0]
+
+    @typed
+    def step(self, tokens: Int[Array, "B"], states: Any):
+        """One token: `(tokens "B", states) → (logits "B vocab_size", states)`."""
+        logits, states = self.prefill(tokens[:, None], states)
+        return logits[:, 0], states
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
+        """The states of all mixers at the start of a sequence; a leaf leads with the layers that share a slot."""
+        return self._stack(parent=None).init_state(batch_size, max_length=max_length, dtype=dtype)
+
+    @nn.nowrap
+    def _stack(self, **options) -> Stack:
+        names = ("d_model", "mixers", "mlp", "norm_eps", "remat", "remat_policy", "dtype", "param_dtype")
+        return Stack(**{name: getattr(self, name) for name in names}, name="stack", **options)
