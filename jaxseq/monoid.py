@@ -147,7 +147,9 @@ def segment_starts(segment_ids):
 
 
 def _choose(flag, chosen, other):
-    return jax.tree.map(lambda x, y: jnp.where(jax.lax.expand_dims(flag, range(flag.ndim, y.ndim)), x, y), chosen, other)
+    return jax.tree.map(
+        lambda x, y: jnp.where(jax.lax.expand_dims(flag, range(flag.ndim, y.ndim)), x, y), chosen, other
+    )
 
 
 def _apply(matrix, vector):
@@ -155,4 +157,6 @@ def _apply(matrix, vector):
 
 
 def _eye_like(matrix, one, zero):
-    return jnp.broadcast_to(jnp.where(jnp.eye(matrix.shape[-1], dtype=bool), one, zero), matrix.shape).astype(matrix.dtype)
+    return jnp.broadcast_to(jnp.where(jnp.eye(matrix.shape[-1], dtype=bool), one, zero), matrix.shape).astype(
+        matrix.dtype
+    )

@@ -34,9 +34,7 @@ def parallel(monoid: Monoid, elements, initial_state, *, reverse: bool = False) 
     return states, jax.tree.map(lambda s: s[:, -1], states)
 
 
-def chunked(
-    monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, reverse: bool = False
-) -> tuple[Any, Any]:
+def chunked(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, reverse: bool = False) -> tuple[Any, Any]:
     """Parallel inside chunks, sequential across them; the backward pass keeps one state a chunk and recomputes."""
     if reverse:
         return _reversed(chunked, monoid, elements, initial_state, chunk_size=chunk_size)

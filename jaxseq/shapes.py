@@ -13,7 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import AbstractArray, Array, Bool, Complex, Float, Inexact, Int, jaxtyped
 
-__all__ = ["Array", "Bool", "Complex", "Float", "Inexact", "Int", "accumulator", "check_width", "promoted", "typed", "zeros_from"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Complex",
+    "Float",
+    "Inexact",
+    "Int",
+    "accumulator",
+    "check_width",
+    "promoted",
+    "typed",
+    "zeros_from",
+]
 
 
 def typed(function):

@@ -13,7 +13,9 @@ from jaxseq.decode import Sampling, generate, sample, stream
 
 @pytest.fixture(scope="module")
 def hybrid():
-    model = LanguageModel(37, 16, mixers=(partial(GLA, num_heads=2, conv_window=3), Mamba, partial(Attention, num_heads=2)))
+    model = LanguageModel(
+        37, 16, mixers=(partial(GLA, num_heads=2, conv_window=3), Mamba, partial(Attention, num_heads=2))
+    )
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 
 
@@ -55,7 +57,12 @@ def test_a_stopped_row_repeats_the_stop_token(hybrid, key):
 
 @pytest.mark.parametrize(
     "how, allowed",
-    [(Sampling(0.0), {2}), (Sampling(1.0, top_k=2), {1, 2}), (Sampling(1.0, top_p=0.5), {2}), (Sampling(1.0, top_p=0.7), {1, 2})],
+    [
+        (Sampling(0.0), {2}),
+        (Sampling(1.0, top_k=2), {1, 2}),
+        (Sampling(1.0, top_p=0.5), {2}),
+        (Sampling(1.0, top_p=0.7), {1, 2}),
+    ],
 )
 def test_only_allowed_tokens_are_drawn(how, allowed, key):
     logits = jnp.log(jnp.array([[0.1, 0.25, 0.6, 0.05]]))

@@ -83,7 +83,9 @@ def _checked_prompt(prompt, lengths, vocab_size: int) -> tuple[np.ndarray, np.nd
         raise ValueError(f"prompt has shape {prompt.shape}; generate takes tokens 'B P', at least one of each.")
     lengths = np.full(len(prompt), prompt.shape[1]) if lengths is None else np.asarray(lengths)
     if lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]:
-        raise ValueError(f"lengths={lengths.tolist()}; prompts of shape {prompt.shape} take one each in [1, {prompt.shape[1]}].")
+        raise ValueError(
+            f"lengths={lengths.tolist()}; prompts of shape {prompt.shape} take one each in [1, {prompt.shape[1]}]."
+        )
     if prompt.min() < 0 or prompt.max() >= vocab_size:
         raise ValueError(f"prompt holds tokens {prompt.min()} … {prompt.max()}; the vocabulary is [0, {vocab_size}).")
     return prompt, lengths.astype(np.int32)

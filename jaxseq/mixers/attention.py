@@ -63,7 +63,10 @@ class Attention(Mixer):
         y = projection(self.d_model, "out_proj", self)(o.reshape(batch, length, -1))
         last = lambda a, like: a[:, a.shape[1] - cached :].astype(like.dtype)
         return y, AttentionState(
-            last(k, state.key), last(v, state.value), last(segments - segments[:, -1:], segments), state.position + length
+            last(k, state.key),
+            last(v, state.value),
+            last(segments - segments[:, -1:], segments),
+            state.position + length,
         )
 
     @nn.nowrap

@@ -90,6 +90,8 @@ class GLA(Mixer):
         for name in ("expand_k", "expand_v"):
             width = getattr(self, name) * self.d_model / self.num_heads
             if width < 1 or width != int(width):
-                raise ValueError(f"{name}={getattr(self, name)} gives {width:g} channels a head; choose a whole number.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} gives {width:g} channels a head; choose a whole number."
+                )
             widths.append(int(width))
         return self.num_heads, kv_heads, *widths

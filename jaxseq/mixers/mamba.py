@@ -61,7 +61,9 @@ class Mamba(Mixer):
         dt_kernel = self.param("dt_kernel", uniform, (rank, width), self.param_dtype)
         dt_bias = self.param("dt_bias", self._initial_dt_bias, (width,), self.param_dtype)
         dt = nn.softplus(r.astype(wide) @ dt_kernel.astype(wide) + dt_bias.astype(wide)[None, None])
-        initial_A_log = lambda _, shape, dtype: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], shape)
+        initial_A_log = lambda _, shape, dtype: jnp.broadcast_to(
+            jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], shape
+        )
         A = -jnp.exp(self.param("A_log", initial_A_log, (width, N), self.param_dtype).astype(wide))
         D = self.param("D", nn.initializers.ones, (width,), self.param_dtype)
         y, ssm = ops.selective_scan(

@@ -67,7 +67,9 @@ class S4D(Mixer):
             x.astype(D.dtype), log_A, B, C, initial_state=initial, segment_ids=segment_ids, impl=self.impl
         )
         y = nn.gelu(y + D * x.astype(D.dtype), approximate=False).astype(x.dtype)
-        a, b = jnp.split(nn.Dense(2 * self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, name="out_proj")(y), 2, -1)
+        a, b = jnp.split(
+            nn.Dense(2 * self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, name="out_proj")(y), 2, -1
+        )
         return a * nn.sigmoid(b), S4DState(ssm if state is None else ssm.astype(state.ssm.dtype))
 
     @nn.nowrap
@@ -107,7 +109,9 @@ class S4D(Mixer):
             "discretisation": tuple(DISCRETISATIONS), "real_map": tuple(POSITIVE), "imag_map": tuple(POSITIVE),
             "dt_map": ("exp", "softplus"),
         }  # fmt: skip
-        given = {"initialisation": self.initialisation if isinstance(self.initialisation, tuple) else (self.initialisation,)}
+        given = {
+            "initialisation": self.initialisation if isinstance(self.initialisation, tuple) else (self.initialisation,)
+        }
         given |= {name: (getattr(self, name),) for name in choices}
         choices["initialisation"] = S4D_INITIALISATIONS
         for name, values in given.items():

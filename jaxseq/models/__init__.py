@@ -3,3 +3,5 @@
 from .block import Stack as Stack
 from .classifier import Classifier as Classifier
 from .language import LanguageModel as LanguageModel
+from .named import ModelConfig as ModelConfig
+from .named import named_language_model as named_language_model

@@ -110,7 +110,9 @@ class Stack(nn.Module):
             raise ValueError("mixers=() is empty; a model takes at least one slot.")
         for slot in (*self.mixers, self.mlp):
             if isinstance(slot, nn.Module) or not (slot is None or callable(slot)):
-                raise TypeError(f"{slot!r} is no slot; give a callable that takes d_model, as partial(GLA, num_heads=4).")
+                raise TypeError(
+                    f"{slot!r} is no slot; give a callable that takes d_model, as partial(GLA, num_heads=4)."
+                )
         identity = [_identity(slot) for slot in self.mixers]
         periods = (p for p in range(1, depth + 1) if depth % p == 0 and identity == identity[:p] * (depth // p))
         period = next(periods)

@@ -61,8 +61,8 @@ def _chunk(q, k, v, g, bonus, S):
     scores, from_start, to_end, total = _decayed_scores(q, k, jnp.exp(g), bonus)
     product = partial(jnp.einsum, preferred_element_type=S.dtype)
     o = product("bhij,bhjv->bhiv", scores.astype(v.dtype), v)
-    o += product("bhik,bhkv->bhiv", (q * from_start).astype(q.dtype), S.astype(q.dtype))
-    S = total.swapaxes(-1, -2) * S + product("bhik,bhiv->bhkv", (k * to_end).astype(k.dtype), v)
+    o += product("bhik,bhkv->bhiv", _decayed(q, from_start), S.astype(q.dtype))
+    S = total.swapaxes(-1, -2) * S + product("bhik,bhiv->bhkv", _decayed(k, to_end), v)
     return o[:, :, :size], S
 
 
@@ -77,15 +77,16 @@ def _decayed_scores(q, k, decay, bonus):
     """
     size = q.shape[2]
     to_read, total, to_end = (decay if bonus is None else jnp.ones_like(decay)), decay, jnp.ones_like(decay)
-    diagonal = q * k if bonus is None else q * k * bonus.swapaxes(1, 2)
-    scores = jnp.sum(diagonal.astype(decay.dtype), -1)[..., None, None]
+    diagonal = q.astype(decay.dtype) * k.astype(decay.dtype)
+    diagonal = diagonal if bonus is None else diagonal * bonus.swapaxes(1, 2).astype(decay.dtype)
+    scores = jnp.sum(diagonal, -1)[..., None, None]
     block = 1
     while block < size:
         read_early, read_late = _halves(to_read, block)
         end_early, end_late = _halves(to_end, block)
         total_early, total_late = _halves(total, 1)
-        queries = (_halves(q, block)[1] * read_late).astype(q.dtype)
-        keys = (_halves(k, block)[0] * end_early).astype(k.dtype)
+        queries = _decayed(_halves(q, block)[1], read_late)
+        keys = _decayed(_halves(k, block)[0], end_early)
         cross = jnp.einsum("...ik,...jk->...ij", queries, keys, preferred_element_type=decay.dtype)
         early, late = scores[:, :, 0::2], scores[:, :, 1::2]
         scores = jnp.block([[early, jnp.zeros_like(cross)], [cross, late]])
@@ -94,6 +95,11 @@ def _decayed_scores(q, k, decay, bonus):
         total = (total_early * total_late)[..., 0, :]
         block *= 2
     return scores[:, :, 0], to_read, to_end, total
+
+
+def _decayed(x, decay):
+    """x ⊙ decay in the precision of the decay, kept in that of x."""
+    return (x.astype(decay.dtype) * decay).astype(x.dtype)
 
 
 def _halves(x, block):
@@ -150,7 +156,7 @@ def gated_linear_attention(
     shape = (value.shape[0], heads, width, value.shape[-1])
     S = zeros_from(value[:, 0, :, None, :], shape, dtype) if initial_state is None else initial_state.astype(dtype)
     bonus = None if bonus is None else bonus[None, None]
-    chunk_size = chunk_size or min(64, length)
+    chunk_size = chunk_size or min(32, length)
     forms = {
         "sequential": _in_accumulator(sequential, dtype),
         "parallel": _in_accumulator(parallel, dtype),

@@ -47,7 +47,9 @@ def chunked(q, k, v, positions, segments, visible, capped, chunk_size, reach):
     length, past = q.shape[1], k.shape[1] - q.shape[1]
     front = 0 if reach is None else max(0, reach - past)
     end = -length % chunk_size
-    pad = lambda x, before, value=0: jnp.pad(x, ((0, 0), (before, end)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
+    pad = lambda x, before, value=0: jnp.pad(
+        x, ((0, 0), (before, end)) + ((0, 0),) * (x.ndim - 2), constant_values=value
+    )
     pad_positions = lambda x, before: jnp.pad(x, (before, end), constant_values=-(2**30))
     q, k, v = pad(q, 0), pad(k, front), pad(v, front)
     positions = pad_positions(positions[0], 0), pad_positions(positions[1], front)

@@ -61,9 +61,7 @@ def convolution(u, log_A, B, C, state):
 
 
 def recurrence(u, log_A, B, C, state, segment_ids, impl):
-    return selective_scan(
-        u, jnp.ones_like(u), log_A, B, C, initial_state=state, segment_ids=segment_ids, impl=impl
-    )
+    return selective_scan(u, jnp.ones_like(u), log_A, B, C, initial_state=state, segment_ids=segment_ids, impl=impl)
 
 
 @typed
@@ -95,7 +93,9 @@ def diagonal_state_space(
         raise NotImplementedError("impl='convolution' cannot restart at segment_ids; choose None or a scan form.")
     dtype = accumulator(u.dtype)
     complex_dtype = promoted(log_A.dtype, dtype)
-    scans = {name: partial(recurrence, segment_ids=segment_ids, impl=name) for name in ("sequential", "parallel", "chunked")}
+    scans = {
+        name: partial(recurrence, segment_ids=segment_ids, impl=name) for name in ("sequential", "parallel", "chunked")
+    }
     forms = scans | {"convolution": convolution}
     best = "sequential" if u.shape[1] == 1 else "convolution" if segment_ids is None else "chunked"
     state = None if initial_state is None else initial_state.astype(complex_dtype)

@@ -1,0 +1,58 @@
+"""A language model from a command line's words: the only place where mixers have names."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+import jax.numpy as jnp
+
+from .. import mixers
+from .block import Slot
+from .language import LanguageModel
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model."""
+
+    mixers: str = "gla"
+    """Mixers by name, in the order of the layers, repeated to `depth`: gla, s4d, mamba, attention, or a list."""
+    width: int = 128
+    """Width of the residual stream."""
+    depth: int = 4
+    """Number of layers."""
+    heads: int = 2
+    """Heads of the mixers that have them."""
+    conv_window: int | None = 4
+    """Window of the convolution in front of the mixers that have one."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, states and sums stay in float32."""
+
+    def __post_init__(self):
+        for name in ("width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        self.slots()
+
+    def slots(self) -> tuple[Slot, ...]:
+        """One slot a layer. The names are those of the classes in `jaxseq.mixers`, in lower case."""
+        known = {name.lower(): kind for name, kind in vars(mixers).items() if isinstance(kind, type)}
+        names = [name.strip().lower() for name in self.mixers.split(",")]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"model.mixers={self.mixers}: no mixer is called {name!r}; choose {', '.join(known)}.")
+        options = {"num_heads": self.heads, "conv_window": self.conv_window}
+        slots = {name: _with_options(known[name], options) for name in names}
+        return tuple(slots[names[layer % len(names)]] for layer in range(self.depth))
+
+
+def named_language_model(config: ModelConfig, vocab_size: int, **fields) -> LanguageModel:
+    """The language model of a config; `fields` go to `LanguageModel`."""
+    dtype = jnp.bfloat16 if config.bfloat16 else None
+    return LanguageModel(vocab_size, config.width, mixers=config.slots(), dtype=dtype, **fields)
+
+
+def _with_options(kind, options) -> Slot:
+    """The mixer with those options that it has a field for."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    return partial(kind, **{name: value for name, value in options.items() if name in fields and value is not None})

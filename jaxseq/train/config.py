@@ -1,0 +1,79 @@
+"""The options every experiment shares, under the same names on every command line."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training: length, batches, optimizer."""
+
+    steps: int = 1000
+    """Optimizer steps; raise it to continue a finished run."""
+    batch_size: int = 32
+    """Sequences in one step, over all devices and microbatches."""
+    accumulate: int = 1
+    """Microbatches whose gradients make one step: less memory, the same step."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly from zero."""
+    final_learning_rate_ratio: float = 0.1
+    """The cosine decay ends at this fraction of the peak learning rate."""
+    state_space_learning_rate: float = 1e-3
+    """Peak learning rate of state-space parameters (log_dt, A_log, ...), where below learning_rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors, norms, biases and state-space parameters never decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and the second moment."""
+    clip_norm: float = 1.0
+    """Global norm the gradient is clipped to."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
+    evaluate_every: int = 200
+    """Steps between evaluations; 0: at the end only."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+
+    def __post_init__(self):
+        positive = ("batch_size", "accumulate", "learning_rate", "clip_norm", "max_bad_steps", "log_every")
+        for name in positive + ("state_space_learning_rate",):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be above 0.")
+        for name in ("steps", "warmup_steps", "weight_decay", "evaluate_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must not be negative.")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints: how often, how many."""
+
+    every: int = 200
+    """Steps between checkpoints; 0: when the run ends or is interrupted only."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every={self.every} must not be negative.")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each way of splitting the work; their product is the number of devices used."""
+
+    data: int = 1
+    """Copies of the model, each on its part of the batch."""
+    fsdp: int = 1
+    """Parts of the batch whose devices also share out the parameters."""
+    tensor: int = 1
+    """Parts of the model's width and vocabulary."""
+    sequence: int = 1
+    """Parts of the time axis."""
+
+    def __post_init__(self):
+        for name, size in vars(self).items():
+            if size < 1:
+                raise ValueError(f"mesh.{name}={size} must be at least 1.")

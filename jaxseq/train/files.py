@@ -1,0 +1,41 @@
+"""Files that are whole or absent: written beside their place, then moved into it."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: the file holds none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); repair it, or give another --out.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; repair it, or give another --out.")
+    return value
+
+
+def finite(value: Any) -> Any:
+    """The value with null for every number JSON has no word for."""
+    if isinstance(value, dict):
+        return {str(name): finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

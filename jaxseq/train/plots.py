@@ -1,0 +1,69 @@
+"""Learning curves from the metrics of a run."""
+
+import itertools
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from .metrics import read_metrics
+
+COLORS = {"train": "#3b6fb6", "validation": "#d1602f", "test": "#3f8f5b"}
+LABELS = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy (fraction)"}
+
+
+def draw_curves(folder: str | Path, baselines: dict[str, float] | None = None, **more: dict[str, float]) -> list[Path]:
+    """Draw `plots/METRIC.png` for loss, bits per byte and accuracy, each where the run has it.
+
+    `baselines` are values by name, drawn as horizontal lines over bits per byte; those of another metric come under
+    that metric's name: `draw_curves(folder, accuracy={"chance": 0.1})`.
+    """
+    rows = read_metrics(folder)
+    lines = {"bits_per_byte": baselines or {}} | more
+    found = [metric for metric in LABELS if any(row.get(metric) is not None for row in rows)]
+    return [_draw(Path(folder), metric, rows, lines.get(metric, {})) for metric in found]
+
+
+def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, float]) -> Path:
+    tokens = all("tokens" in row for row in rows)
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+        axes = figure.subplots()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get(metric) is not None:
+            curves.setdefault(row["split"], []).append((row["tokens" if tokens else "step"], row[metric]))
+    for split, points in curves.items():
+        _curve(axes, split, *np.asarray(points, float).T)
+    for style, (name, value) in zip(itertools.cycle(("--", ":", "-.")), baselines.items(), strict=False):
+        axes.axhline(value, color="0.35", linewidth=1, linestyle=style, label=f"{name}  {value:.3g}")
+    axes.set_xlabel("training tokens" if tokens else "training step")
+    axes.set_ylabel(LABELS[metric] + (" (nats per token)" if metric == "loss" and tokens else ""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" ") if tokens else "{x:,.0f}")
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    path = folder / "plots" / f"{metric}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _curve(axes, split: str, x: np.ndarray, y: np.ndarray) -> None:
+    color = COLORS.get(split, "#7a5195")
+    if split != "train":
+        axes.plot(x, y, "o-", color=color, markersize=4, linewidth=1, label=split)
+        return
+    axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(x, _smooth(y), color=color, linewidth=1.6, label=f"{split} (smoothed)")
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """The mean over a centred window of a thirtieth of the curve, cut off where the curve ends."""
+    half = len(y) // 60
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    at = np.arange(len(y))
+    reach = np.minimum(np.minimum(at, len(y) - 1 - at), half)  # symmetric, so that the ends are not biased
+    return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)

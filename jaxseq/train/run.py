@@ -1,0 +1,205 @@
+"""The folder of a run: its config, how it resumes, its result."""
+
+import contextlib
+import json
+import os
+import time
+import types
+import typing
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+from .checkpoint import Checkpoints
+from .files import finite, read_json, write_json
+from .fit import FitResult, fit
+from .metrics import MetricsWriter
+from .plots import draw_curves
+from .progress import Progress, duration
+from .sharding import device_mesh
+
+Config = TypeVar("Config")
+
+# What may change when a run goes on: where it computes and what it keeps, not what it computes.
+FREE = ("mesh.", "checkpoint.")
+
+
+class Run(Generic[Config]):
+    """A run's folder and what is written into it; `open_run` makes it.
+
+    `config` is a dataclass; `fit` reads its fields `seed`, `train`, `mesh` and `checkpoint`.
+    """
+
+    def __init__(self, config: Config, experiment: str, folder: str | Path):
+        self.config, self.experiment, self.folder = config, experiment, Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self._started, self._noted = time.monotonic(), 0.0
+        self._earlier = _seconds(self.folder)
+        self._tokens_per_step: int | None = None
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What result.json holds; None while the run is not finished."""
+        path = self.folder / "result.json"
+        return read_json(path) if path.exists() else None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run by all its sessions, work that a kill undid included."""
+        return self._earlier + time.monotonic() - self._started
+
+    def fit(self, loss, init, batches, *, tokens_per_step: int | None = None, **options) -> FitResult:
+        """`fit` with this run's config, checkpoints, metrics and progress display; `options` go to `fit`."""
+        config: Any = self.config
+        self._tokens_per_step = tokens_per_step
+        with (
+            Checkpoints(self.checkpoints, config.checkpoint) as checkpoints,
+            Progress(config.train.steps, tokens_per_step=tokens_per_step) as progress,
+            self._writer(checkpoints.latest_step or 0) as writer,
+        ):
+
+            def report(step: int, split: str, metrics: dict[str, float]) -> None:
+                writer.write(step, split, metrics)
+                if split != "train":
+                    progress.evaluated(step, split, metrics)
+
+            def show(step: int, metrics: dict[str, float]) -> None:
+                progress.update(step, metrics)
+                self._note_seconds(every=5)
+
+            if checkpoints.latest_step and jax.process_index() == 0:
+                progress.note(f"{self.folder} goes on from step {checkpoints.latest_step}")
+            options |= {"checkpoints": checkpoints, "report": report, "progress": show}
+            options |= {"config": config.train, "mesh": device_mesh(config.mesh), "seed": config.seed}
+            return fit(loss, init, batches, **options)
+
+    def record(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """Add a row to metrics.jsonl after training, such as the final test."""
+        with self._writer() as writer:
+            if writer:
+                writer.write(step, split, metrics)
+
+    def _writer(self, step: int | None = None) -> Any:
+        if jax.process_index() != 0:
+            return contextlib.nullcontext()
+        return MetricsWriter(self.folder, step=step, tokens_per_step=self._tokens_per_step)
+
+    def plot(self, baselines: dict[str, float] | None = None, **more: dict[str, float]) -> list[Path]:
+        """Draw the learning curves into `plots/`; see `draw_curves`."""
+        return draw_curves(self.folder, baselines, **more) if jax.process_index() == 0 else []
+
+    def finish(
+        self, *, claim: str, measured, baseline, threshold, holds: bool, parameters_digest: str | None = None, **more
+    ) -> dict[str, Any]:
+        """Write result.json, `more` included, and print a summary."""
+        result = {"experiment": self.experiment, "claim": claim, "measured": measured, "baseline": baseline}
+        result |= {"threshold": threshold, "holds": bool(holds), "seconds": round(self.seconds, 1), "device": _device()}
+        result |= {"jax_version": jax.__version__, "parameters_digest": parameters_digest} | more
+        self._note_seconds()
+        if jax.process_index() == 0:
+            write_json(self.folder / "result.json", result)
+            print(summary(result))
+        return result
+
+    def _note_seconds(self, every: float = 0) -> None:
+        if jax.process_index() == 0 and self.seconds - self._noted >= every:
+            self._noted = self.seconds
+            write_json(self.folder / "seconds.json", {"seconds": self.seconds})
+
+
+def open_run(config: Config, experiment: str, out: str | Path) -> Run[Config]:
+    """The run in folder `out`: a new one, or the one already there when experiment and config are the same.
+
+    More `train.steps` continue a run, a finished one too (its result stays, as `result-STEPS.json`). `mesh` and
+    `checkpoint` may change. A folder that is refused is left as it is.
+
+    Raises:
+      ValueError: the folder is no run, or a run of another experiment or config, or its config.json is broken.
+    """
+    folder = Path(out)
+    if jax.process_index() == 0:
+        _claim(folder, {"experiment": experiment} | asdict(config))  # type: ignore[call-overload]
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"open_run {folder}")
+    return Run(config, experiment, folder)
+
+
+def read_config(folder: str | Path, kind: type[Config]) -> Config:
+    """The config of the run in a folder, as the dataclass it was.
+
+    Raises:
+      FileNotFoundError: the folder holds no run.
+      ValueError: its config.json is broken.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run (no config.json).")
+    return _typed(kind, read_json(path))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A result in a few lines for people."""
+    verdict = "holds" if result["holds"] else "does not hold"
+    numbers = "  ".join(f"{name} {_brief(result[name])}" for name in ("measured", "baseline", "threshold"))
+    spent = f"{duration(result['seconds'])} on {result['device']}, jax {result['jax_version']}"
+    return f"{result['experiment']}: the claim {verdict}\n  {result['claim']}\n  {numbers}\n  {spent}"
+
+
+def _claim(folder: Path, config: dict[str, Any]) -> None:
+    """Make the folder this run's, or raise and leave it as it is."""
+    path, result = folder / "config.json", folder / "result.json"
+    if path.exists():
+        old, new = _flat(read_json(path)), _flat(json.loads(json.dumps(finite(config), default=str)))
+        grown = new.get("train.steps", 0) > old.get("train.steps", 0)
+        _check_same(folder, old, new | ({"train.steps": old["train.steps"]} if grown else {}))
+        if grown and result.exists():
+            os.replace(result, folder / f"result-{old['train.steps']}.json")
+    elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir())):
+        raise ValueError(f"{folder} is not empty and holds no run (no config.json); give another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+
+
+def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for name in sorted(old | new, key=lambda name: name != "experiment"):
+        if old.get(name) != new.get(name) and not name.startswith(FREE):
+            raise ValueError(
+                f"{folder} holds a run with {name}={old.get(name)}, this one has {new.get(name)}; give another --out"
+                + (" (train.steps can only grow)." if name == "train.steps" else ".")
+            )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 5}} as {"train.steps": 5}."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {n: v for key, inner in value.items() for n, v in _flat(inner, f"{name}.{key}" if name else key).items()}
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """A JSON value as the type of the field it is for: dataclasses, tuples and paths come back."""
+    if is_dataclass(kind):
+        kinds = typing.get_type_hints(kind)
+        return kind(**{f.name: _typed(kinds[f.name], value[f.name]) for f in fields(kind) if f.name in value})  # type: ignore[operator]
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, str) and Path in options and str not in options:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _seconds(folder: Path) -> float:
+    path = folder / "seconds.json"
+    return read_json(path)["seconds"] if path.exists() else 0.0
+
+
+def _device() -> str:
+    devices = jax.devices()
+    count = os.cpu_count() if devices[0].platform == "cpu" else len(devices)
+    return f"{devices[0].device_kind} x {count}"
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,98 @@
+"""Where arrays live: the device mesh, and which axis of which parameter is split over which of its axes."""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .config import MeshConfig
+from .paths import PyTree, path_string
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")
+
+Rules = tuple[tuple[str, P], ...]
+
+# The first pattern found in a parameter's path decides. A spec speaks of the trailing axes, so that it also fits
+# parameters stacked over layers. A table is split by rows alone: splitting its width too makes XLA gather it whole.
+RULES: Rules = (
+    (r"(^|/)embedding$", P(("tensor", "fsdp"), None)),
+    (r"(^|/)(out|down)\w*/kernel$", P("tensor", "fsdp")),
+    (r"(^|/)kernel$", P("fsdp", "tensor")),
+)
+
+
+def device_mesh(config: MeshConfig | None = None) -> Mesh:
+    """The mesh of the first data x fsdp x tensor x sequence devices.
+
+    Raises:
+      ValueError: there are fewer devices, or several processes and more devices.
+    """
+    config = config or MeshConfig()
+    shape = tuple(getattr(config, name) for name in AXES)
+    needed, devices = math.prod(shape), jax.devices()
+    sizes = (
+        " x ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True) if size > 1) or "mesh.data=1"
+    )
+    if needed > len(devices):
+        raise ValueError(f"{sizes} needs {needed} devices; {len(devices)} here ({devices[0].platform}): lower mesh.*.")
+    if jax.process_count() > 1 and needed != len(devices):
+        raise ValueError(f"{sizes} uses {needed} of {len(devices)} devices; several processes must use them all.")
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices[:needed])
+
+
+def check_mesh(mesh: Mesh) -> None:
+    if mesh.axis_names != AXES or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh has axes {mesh.axis_names} of types {mesh.axis_types}; build it with device_mesh(config)."
+        )
+
+
+def shardings(tree: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+    """A sharding for every array by the first rule found in its path; without one it is replicated.
+
+    The paths of optimizer moments end like those of their parameters, so that they are split alike. A mesh axis that
+    does not divide its array axis is left out.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        spec = next((spec for pattern, spec in rules if re.search(pattern, path_string(path))), P())
+        return NamedSharding(mesh, _fitted(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    if not 0 < len(spec) <= len(shape):
+        return P()
+    trailing = zip(spec, shape[len(shape) - len(spec) :], strict=True)
+    fits = [axes if axes and size % _devices(mesh, axes) == 0 else None for axes, size in trailing]
+    return P(*[None] * (len(shape) - len(spec)), *fits)
+
+
+def _devices(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Put a batch on the mesh: rows over data and fsdp, time (axis 1) over sequence.
+
+    Every process is given the whole batch and puts its own part on its own devices.
+
+    Raises:
+      ValueError: mesh.sequence is above 1 and divides the time axis of no array.
+    """
+    split = mesh.shape["sequence"]
+    times = [x.shape[1] for x in jax.tree.leaves(batch) if x.ndim > 1]
+    if split > 1 and all(time % split for time in times):
+        raise ValueError(f"mesh.sequence={split} divides the time axis of no array in the batch (lengths {times}).")
+
+    def put(x):
+        time = "sequence" if x.ndim > 1 and split > 1 and x.shape[1] % split == 0 else None
+        sharding = NamedSharding(mesh, P(BATCH, time) if time else P(BATCH))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)

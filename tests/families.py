@@ -1,0 +1,297 @@
+"""The tables of instances that laws are run over, and the one table of tolerances. Joining a table is being tested."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
+from jaxseq.layers.initialisers import S4D_INITIALISATIONS
+from jaxseq.ops.state_space import DISCRETISATIONS
+
+#: Relative Frobenius error of each array, ‖a − b‖ / ‖b‖. Ops are measured against `sequential` in float64.
+TOLERANCE = {
+    "float64": 1e-12,
+    "float32": 2e-6,  # mild decays
+    "float32 transform": 1e-5,  # through a fast Fourier transform
+    "float32 strong": 1e-5,  # log decays of −20, 0 and between
+    "bfloat16": 1e-2,  # inputs and outputs rounded, sums in float32
+    "bfloat16 gradient": 2e-2,
+    "mixer": 1e-5,  # float32 forms of one mixer or model, values and gradients
+    "mixer bfloat16": 3e-2,  # against the same parameters in float32
+}
+
+#: For laws, where compilation is nearly all of the time: half of it, and the same mathematics.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+
+def assert_close(actual, expected, tolerance: str | float):
+    """Every leaf of `actual` is finite and within the tolerance of `expected`, of equal shape."""
+    bound = TOLERANCE[tolerance] if isinstance(tolerance, str) else tolerance
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(x, np.complex128 if np.iscomplexobj(b) else np.float64) for x in (a, b))
+        name = jax.tree_util.keystr(path)
+        assert a.shape == b.shape, f"{name}: shape {a.shape}, expected {b.shape}"
+        assert np.isfinite(a).all(), f"{name}: {np.size(a) - np.isfinite(a).sum()} of {a.size} entries are not finite"
+        error = np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)
+        assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.0e}"
+
+
+def cast(tree, dtype):
+    """Floating leaves to `dtype`, complex ones to the complex type of its width."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    wide = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    return jax.tree.map(lambda x: jnp.asarray(x, wide if np.iscomplexobj(x) else dtype), tree)
+
+
+def normals(rng: np.random.Generator, like):
+    """A tree of random arrays of the shapes and kinds of `like`."""
+
+    def draw(x):
+        imaginary = 1j * rng.standard_normal(x.shape) if jnp.issubdtype(x.dtype, jnp.complexfloating) else 0
+        return np.asarray(rng.standard_normal(x.shape) + imaginary)
+
+    return jax.tree.map(draw, like)
+
+
+def log_decays(rng: np.random.Generator, shape, strength: str) -> np.ndarray:
+    if strength == "mild":
+        return -rng.uniform(0, 0.3, shape)
+    return rng.choice([-20.0, -20.0, -3.0, -0.01, 0.0], shape)
+
+
+# ---- monoids: random elements with leading axes, and a state that they act on --------------------------------------
+
+
+class MonoidMember(NamedTuple):
+    monoid: monoid.Monoid
+    elements: Callable[[np.random.Generator, tuple], Any]
+    state: Callable[[np.random.Generator, tuple], Any]
+
+
+def _complex(rng, shape):
+    return rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
+
+
+def _softmax(rng, shape):
+    value = rng.standard_normal((*shape, 3))
+    hidden = rng.random(shape) < 0.2  # a masked token: it adds nothing
+    return monoid.Softmax.from_token(jnp.asarray(np.where(hidden, -np.inf, 9 * rng.standard_normal(shape))), value)
+
+
+PLAIN_MONOIDS = {
+    "affine": MonoidMember(
+        monoid.affine,
+        lambda rng, s: monoid.Affine(rng.uniform(-1, 1, (*s, 4)), rng.standard_normal((*s, 4))),
+        lambda rng, s: rng.standard_normal((*s, 4)),
+    ),
+    "affine complex": MonoidMember(
+        monoid.affine,
+        lambda rng, s: monoid.Affine(0.6 * _complex(rng, (*s, 4)), _complex(rng, (*s, 4))),
+        lambda rng, s: _complex(rng, (*s, 4)),
+    ),
+    "matrix affine": MonoidMember(
+        monoid.matrix_affine,
+        lambda rng, s: monoid.MatrixAffine(rng.uniform(-0.5, 0.5, (*s, 3, 3)), rng.standard_normal((*s, 3))),
+        lambda rng, s: rng.standard_normal((*s, 3)),
+    ),
+    "outer product": MonoidMember(
+        monoid.outer_product,
+        lambda rng, s: monoid.OuterProduct.from_token(
+            log_decays(rng, (*s, 3), "strong"), rng.standard_normal((*s, 3)), rng.standard_normal((*s, 2))
+        ),
+        lambda rng, s: rng.standard_normal((*s, 3, 2)),
+    ),
+    "softmax": MonoidMember(monoid.softmax, _softmax, _softmax),
+    "log-sum-exp": MonoidMember(
+        monoid.log_sum_exp,
+        lambda rng, s: 3 * rng.standard_normal((*s, 3, 3)),
+        lambda rng, s: 3 * rng.standard_normal((*s, 3)),
+    ),
+    "max-plus": MonoidMember(
+        monoid.max_plus,
+        lambda rng, s: 3 * rng.standard_normal((*s, 3, 3)),
+        lambda rng, s: 3 * rng.standard_normal((*s, 3)),
+    ),
+}
+
+
+def _segmented(member: MonoidMember) -> MonoidMember:
+    elements = lambda rng, s: monoid.Segmented(jnp.asarray(rng.random(s) < 0.3), member.elements(rng, s))
+    empty = _forget_all if member.monoid is monoid.softmax else monoid.zeros
+    return MonoidMember(monoid.segmented(member.monoid, empty), elements, member.state)
+
+
+def _forget_all(state):
+    """The empty average: what no token has entered."""
+    return monoid.softmax.identity(state)
+
+
+MONOIDS = PLAIN_MONOIDS | {f"segmented {name}": _segmented(member) for name, member in PLAIN_MONOIDS.items()}
+
+# ---- ops: `call(inputs, segment_ids, impl) -> (out, final)` on a dict of float64 arrays -----------------------------
+
+CHUNK = 8  # the chunk size under test, wherever an op has one
+
+
+class OpMember(NamedTuple):
+    inputs: Callable[[np.random.Generator, int, str], dict[str, np.ndarray]]  # (rng, T, strength of the decay)
+    call: Callable
+    forms: tuple[str, ...] = ("sequential", "parallel", "chunked")
+    sweep: bool = False  # run every length, not only an odd one
+    segments: bool = True
+    float32: str = "float32"  # tolerance with mild decays
+    moving: tuple[str, ...] = ()  # the inputs with a time axis, for feeding a sequence in parts
+
+
+def _recurrence_inputs(rng, T, strength, complex_=False):
+    draw = _complex if complex_ else lambda rng, shape: rng.standard_normal(shape)
+    decay = np.exp(log_decays(rng, (2, T, 3), strength) + 1j * complex_ * rng.uniform(-3, 3, (2, T, 3)))
+    decay = decay if complex_ else decay.real
+    return dict(decay=decay, inputs=draw(rng, (2, T, 3)), initial_state=draw(rng, (2, 3)))
+
+
+def _recurrence(inputs, segment_ids, impl, **options):
+    decay, x, initial = (inputs[name] for name in ("decay", "inputs", "initial_state"))
+    return ops.linear_recurrence(decay, x, initial_state=initial, segment_ids=segment_ids, impl=impl, **options)
+
+
+def _gla_inputs(rng, T, strength, decay="B T H K", bonus=False, key_heads=2):
+    B, H, K, V = 2, 2, 4, 3
+    shape = {"B T H K": (B, T, key_heads, K), "B T H": (B, T, H), "H": (H,)}.get(decay)
+    inputs = dict(query=(B, T, key_heads, K), key=(B, T, key_heads, K), value=(B, T, H, V), initial_state=(B, H, K, V))
+    inputs = {name: rng.standard_normal(s) for name, s in inputs.items()}
+    inputs |= {"log_decay": log_decays(rng, shape, strength)} if shape else {}
+    return inputs | ({"bonus": rng.standard_normal((H, K))} if bonus else {})
+
+
+def _gla(inputs, segment_ids, impl):
+    return ops.gated_linear_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK)
+
+
+def _selective_inputs(rng, T, strength, shape=("B", "T", "N"), complex_=False):
+    sizes = dict(B=2, T=T, D=4, G=2, N=3)
+    draw = _complex if complex_ else lambda rng, shape: rng.standard_normal(shape)
+    B, C = (draw(rng, tuple(sizes[a] for a in shape)) for _ in range(2))
+    A = -rng.uniform(0.5, 1.5, (4, 3)) + 1j * complex_ * rng.uniform(-3, 3, (4, 3))
+    x, dt = rng.standard_normal((2, T, 4)), -log_decays(rng, (2, T, 4), strength)
+    A = A if complex_ else A.real
+    return dict(x=x, dt=dt, A=A, B=B, C=C, D=rng.standard_normal(4), initial_state=draw(rng, (2, 4, 3)))
+
+
+def _selective(inputs, segment_ids, impl):
+    return ops.selective_scan(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK)
+
+
+def _state_space_inputs(rng, T, strength):
+    log_A = log_decays(rng, (3, 2), strength) + 1j * rng.uniform(-3, 3, (3, 2))
+    B, C = _complex(rng, (3, 2)), _complex(rng, (3, 2))
+    return dict(u=rng.standard_normal((2, T, 3)), log_A=log_A, B=B, C=C, initial_state=_complex(rng, (2, 3, 2)))
+
+
+def _state_space(inputs, segment_ids, impl):
+    return ops.diagonal_state_space(**inputs, segment_ids=segment_ids, impl=impl)
+
+
+def _attention_inputs(rng, T, strength, groups=2):
+    scale = 1 if strength == "mild" else 30  # a logit in the hundreds is attention's strong gate
+    shapes = dict(query=(2, T, 4, 6), key=(2, T, groups, 6), value=(2, T, groups, 5))
+    return {name: (scale if name == "query" else 1) * rng.standard_normal(s) for name, s in shapes.items()}
+
+
+def _attention(inputs, segment_ids, impl, **options):
+    return ops.softmax_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK, **options), ()
+
+
+_scan_forms = ("sequential", "parallel", "chunked", "in_place")
+_recurrent = dict(moving=("decay", "inputs"), forms=_scan_forms)
+_linear = dict(call=_gla, moving=("query", "key", "value", "log_decay"))
+
+OPS = {
+    "linear_recurrence": OpMember(_recurrence_inputs, _recurrence, sweep=True, **_recurrent),
+    "linear_recurrence reverse": OpMember(_recurrence_inputs, partial(_recurrence, reverse=True), **_recurrent),
+    "linear_recurrence complex": OpMember(partial(_recurrence_inputs, complex_=True), _recurrence, **_recurrent),
+    "gla per channel": OpMember(_gla_inputs, sweep=True, **_linear),
+    "gla per head": OpMember(partial(_gla_inputs, decay="B T H"), **_linear),
+    "gla fixed decay": OpMember(partial(_gla_inputs, decay="H"), **_linear | dict(moving=("query", "key", "value"))),
+    "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear),
+    "gla bonus": OpMember(partial(_gla_inputs, bonus=True), **_linear),
+    "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear),
+    "selective_scan": OpMember(_selective_inputs, _selective, sweep=True, moving=("x", "dt", "B", "C")),
+    "selective_scan groups": OpMember(
+        partial(_selective_inputs, shape=("B", "T", "G", "N")), _selective, moving=("x", "dt", "B", "C")
+    ),
+    "selective_scan constant": OpMember(
+        partial(_selective_inputs, shape=("D", "N")), _selective, moving=("x", "dt")
+    ),
+    "selective_scan complex": OpMember(
+        partial(_selective_inputs, complex_=True), _selective, moving=("x", "dt", "B", "C")
+    ),
+    "diagonal_state_space": OpMember(_state_space_inputs, _state_space, moving=("u",)),
+    "diagonal_state_space convolution": OpMember(
+        _state_space_inputs, _state_space, forms=("sequential", "convolution"), segments=False, moving=("u",), sweep=True,
+        float32="float32 transform",
+    ),  # fmt: skip
+    "softmax_attention": OpMember(_attention_inputs, _attention, sweep=True),
+    "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5)),
+    "softmax_attention softcap": OpMember(_attention_inputs, partial(_attention, logit_softcap=2.0, window=20)),
+    "softmax_attention both ways": OpMember(partial(_attention_inputs, groups=1), partial(_attention, causal=False)),
+}
+
+
+def segments(rng: np.random.Generator, batch: int, T: int) -> np.ndarray:
+    """Segment ids of random lengths, other ones in every row."""
+    return np.cumsum(rng.random((batch, T)) < 0.15, axis=1).astype(np.int32)
+
+
+# ---- mixers ---------------------------------------------------------------------------------------------------------
+
+WIDTH = 8  # d_model of every mixer under test
+
+
+class MixerMember(NamedTuple):
+    build: Callable[..., nn.Module]  # the fields given go on top
+    recurrent: bool = True  # the size of the state does not depend on max_length
+    extreme: dict[str, float] = {}  # parameters set so: gates that forget everything at once
+    cheap: bool = False  # one more setting of a mixer that runs every law: values only
+    reach: int = 1000  # tokens a query can see
+
+
+_gla_gate = {"decay_up/bias": -1e4}  # log decay −625
+
+MIXERS = {
+    "GLA": MixerMember(partial(GLA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme=_gla_gate),
+    "GLA conv grouped": MixerMember(
+        partial(GLA, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK, expand_k=1.0), extreme=_gla_gate
+    ),
+    "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}),
+    "Mamba": MixerMember(partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK), extreme={"dt_bias": 100.0}),
+    "Attention": MixerMember(
+        partial(Attention, WIDTH, num_heads=2), recurrent=False, extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
+    ),
+    "Attention window grouped": MixerMember(
+        partial(Attention, WIDTH, num_heads=4, num_kv_heads=2, window=4), extreme={"q_proj/kernel": 30.0}, reach=4
+    ),
+} | {
+    f"S4D {init} {disc}": MixerMember(
+        partial(S4D, WIDTH, state_size=8, num_copies=2, initialisation=init, discretisation=disc), cheap=True
+    )
+    for init in (*S4D_INITIALISATIONS, ("inv", "lin"))
+    for disc in DISCRETISATIONS
+}
+FULL_MIXERS = {name: member for name, member in MIXERS.items() if not member.cheap}
+
+
+def initialised(member: MixerMember, **fields):
+    """A module, and parameters far enough from their start that every one of them matters."""
+    module = member.build(**fields)
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, WIDTH), module.dtype or jnp.float32))
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    moved = [x + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype) for x in leaves]
+    return module, jax.tree.unflatten(structure, moved)

@@ -1,0 +1,88 @@
+"""What once stopped or slowed a run, kept out by reading the compiled programs."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import FULL_MIXERS, OPS, WIDTH, cast
+
+from jaxseq import ops
+
+# Batched LAPACK calls fan out into the thread pool they run on, and deadlock on a machine of few cores.
+LAPACK = re.compile(r'custom_call_target="[^"]*(lapack|getrf|trsm|eigh|syevd|potrf|gesdd|geqrf|triangular)[^"]*"|cholesky\(')
+
+
+def lowered_gradient(function, *args):
+    """Forward and backward before the optimiser, where every call stands, as in compiled text."""
+    loss = lambda *args: sum(jnp.abs(x).sum() for x in jax.tree.leaves(function(*args)) if x.dtype != jnp.int32)
+    return jax.jit(jax.grad(loss)).trace(*args).lower().as_text(dialect="hlo")
+
+
+def test_the_pattern_sees_lapack():
+    text = lowered_gradient(lambda a: jnp.linalg.solve(a, a[..., :1]), jnp.eye(3)[None].repeat(4, 0))
+    assert LAPACK.search(text) or "triangular-solve" in text
+
+
+@pytest.mark.parametrize("name", [n for n, m in OPS.items() if m.sweep])
+def test_no_lapack_in_ops(name):
+    inputs = cast(OPS[name].inputs(np.random.default_rng(0), 9, "mild"), jnp.float32)
+    for impl in (None, *OPS[name].forms):
+        text = lowered_gradient(lambda inputs, impl=impl: OPS[name].call(inputs, None, impl), inputs)
+        assert not LAPACK.search(text) and "triangular-solve" not in text
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_no_lapack_in_mixers(name):
+    module, x = FULL_MIXERS[name].build(), jnp.zeros((2, 9, WIDTH))
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    assert not LAPACK.search(lowered_gradient(module.apply, params, x))
+
+
+def compiled_gradient(function, *args):
+    loss = lambda args: sum(jnp.sum(x * x) for x in jax.tree.leaves(function(*args)))
+    return jax.jit(jax.grad(loss)).lower(args).compile()
+
+
+def test_the_recurrence_does_not_copy_its_buffer_every_step():
+    """Automatic differentiation of a loop that writes in place copies all states at every step: T² work."""
+    B, T, D = 1, 4096, 32
+    arrays = jnp.ones((B, T, D)), jnp.ones((B, T, D))
+    compiled = compiled_gradient(partial(ops.linear_recurrence), *arrays)
+    activation = B * T * D * 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * activation
+    bodies = _loop_bodies(compiled.as_text())
+    assert bodies
+    for body in bodies:
+        copied = re.findall(rf"= f32\[(?:{B},{T},{D}|{T},{B},{D})\][^=]*? copy\(", body)
+        assert not copied, f"a loop copies the whole buffer at every step: {copied}"
+
+
+def _loop_bodies(text):
+    """The computations that while loops run, by name."""
+    names = set(re.findall(r"body=%?([\w.\-]+)", text))
+    blocks = re.findall(r"^%?([\w.\-]+) \(.*?\) -> .*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in blocks if name in names]
+
+
+def test_chunks_take_less_memory_than_every_state():
+    """Less than `parallel`, which keeps a K×V state a step; and far less than all T² scores of `chunked` in one."""
+    B, T, H, K = 1, 512, 2, 32
+    q, k, v, g = (jnp.ones((B, T, H, K)) for _ in range(4))
+    memory = {
+        impl: compiled_gradient(partial(ops.gated_linear_attention, impl=impl), q, k, v, -g)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for impl in ("chunked", "parallel")
+    }
+    assert memory["chunked"] * 3 < memory["parallel"], memory
+
+
+def test_a_long_scan_keeps_one_state_a_chunk():
+    """Mamba's backward pass keeps no state `T D N`."""
+    B, T, D, N = 1, 1024, 16, 16
+    x, BC = jnp.ones((B, T, D)), jnp.ones((B, T, N))
+    compiled = compiled_gradient(ops.selective_scan, x, x, -jnp.ones((D, N)), BC, BC)
+    assert compiled.memory_analysis().temp_size_in_bytes < B * T * D * N * 4

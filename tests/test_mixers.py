@@ -1,0 +1,241 @@
+"""The contract of every causal mixer, over the family table."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import CHUNK, FULL_MIXERS, MIXERS, WIDTH, assert_close, initialised, quick_jit
+from flax import nnx, traverse_util
+from jax.sharding import PartitionSpec as P
+
+from jaxseq import GLA, S4D, Attention, Mamba
+
+CHEAP = [name for name, member in MIXERS.items() if member.cheap]
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Module and parameters of a member, made once."""
+    kept = {}
+
+    def of(name, **fields):
+        known = (name, *fields.items())
+        if known not in kept:
+            kept[known] = initialised(MIXERS[name], **fields)
+        return kept[known]
+
+    return of
+
+
+def draw(length, seed=0, batch=2):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, length, WIDTH)), jnp.float32)
+
+
+def in_parts(module, params, x, cuts, segment_ids=None):
+    """Prefill part by part, the state in between."""
+    state, outputs = module.init_state(x.shape[0], max_length=x.shape[1]), []
+    for start, end in zip((0, *cuts), (*cuts, x.shape[1]), strict=True):
+        ids = None if segment_ids is None else segment_ids[:, start:end]
+        y, state = module.apply(params, x[:, start:end], state, ids, method="prefill")
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def by_steps(module, params, x):
+    step = lambda state, x: module.apply(params, x, state, method="step")[::-1]
+    state, y = jax.lax.scan(step, module.init_state(x.shape[0], max_length=x.shape[1]), x.swapaxes(0, 1))
+    return y.swapaxes(0, 1), state
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_call_is_two_parts_is_steps(name, built):
+    """Also a part of one token, a cut inside a chunk, and the gradients of the parameters and the input."""
+    module, params = built(name)
+    weight = draw(2 * CHUNK + 3, seed=1)
+
+    @quick_jit
+    def everything(params, x):
+        w = weight[:, : x.shape[1]]
+        forms = {"call": lambda params, x: module.apply(params, x)}
+        if x.shape[1] > 1:
+            forms["parts"] = lambda params, x: in_parts(module, params, x, (x.shape[1] // 2,))[0]
+        gradients = {k: jax.grad(lambda *args, f=f: jnp.sum(w * f(*args)), (0, 1))(params, x) for k, f in forms.items()}
+        values = {k: f(params, x) for k, f in forms.items()}
+        whole = in_parts(module, params, x, ())
+        return values, gradients, {"whole": whole, "steps": by_steps(module, params, x)}
+
+    for length in (1, 2, CHUNK - 1, CHUNK + 1, 2 * CHUNK + 3):
+        values, gradients, stateful = everything(params, draw(length))
+        assert_close(values, dict.fromkeys(values, values["call"]), "mixer")
+        assert_close(gradients, dict.fromkeys(gradients, gradients["call"]), "mixer")
+        assert_close(stateful, dict.fromkeys(stateful, stateful["whole"]), "mixer")
+        assert_close(stateful["whole"][0], values["call"], "mixer")
+        expected = jax.eval_shape(partial(module.init_state, 2, max_length=length))
+        for _, state in stateful.values():
+            assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(lambda s: (s.shape, s.dtype), expected)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_every_setting_steps_as_it_calls(name, built):
+    module, params = built(name)
+    x = draw(9)
+    both = quick_jit(lambda params, x: (module.apply(params, x), by_steps(module, params, x)[0]))
+    whole, steps = both(params, x)
+    assert_close(steps, whole, "mixer")
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_packed_is_separate(name, built):
+    """Three sequences in a row, also when the cut between two prefills falls inside the second."""
+    module, params = built(name)
+    x, borders = draw(17), (0, 6, 13, 17)
+    ids = jnp.asarray(np.repeat([4, 2, 9], np.diff(borders)))[None].repeat(2, axis=0)
+
+    @quick_jit
+    def everything(params, x):
+        if module.__class__ is Attention:  # rotary positions are relative: a segment may start anywhere
+            alone = [module.apply(params, x[:, a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        else:
+            alone = [module.apply(params, x[:, a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        packed = module.apply(params, x, ids)
+        parts, state = in_parts(module, params, x, (9,), ids)
+        last = in_parts(module, params, x[:, 13:], ())[1]
+        return jnp.concatenate(alone, axis=1), packed, parts, state, last
+
+    alone, packed, parts, state, last = everything(params, x)
+    assert_close(packed, alone, "mixer")
+    assert_close(parts, alone, "mixer")
+    if MIXERS[name].recurrent and MIXERS[name].reach > 100:  # a cache may keep what no query will see again
+        assert_close(state, last, "mixer")
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_causal_by_gradient(name, built):
+    """dy_t/dx_s is zero to the bit after t, and nowhere zero from t back to as far as the mixer sees."""
+    module, params = built(name)
+    length = 11
+    jacobian = quick_jit(jax.jacrev(lambda x: module.apply(params, x)[0].sum(-1)))(draw(length, batch=1))[:, 0]
+    depends = np.abs(np.asarray(jacobian)).max(-1)
+    t, s = np.indices(depends.shape)
+    if "convolution" in getattr(module, "impl", None) or module.__class__ is S4D:
+        depends = np.where(depends < 1e-6 * depends.max(), 0, depends)  # a transform mixes all of time, then cancels
+    seen = (s <= t) & (t - s < MIXERS[name].reach)
+    np.testing.assert_array_equal(depends[~seen], 0)
+    assert (depends[seen] > 0).all()
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_extreme_gates_are_finite(name, built):
+    """Gates that forget all at once, and logits in the thousands: no NaN in values or gradients."""
+    module, params = built(name)
+    flat = traverse_util.flatten_dict(params["params"], sep="/")
+    assert MIXERS[name].extreme.keys() <= flat.keys()
+    flat |= {path: jnp.full_like(flat[path], level) for path, level in MIXERS[name].extreme.items()}
+    loss = lambda params, x: jnp.sum(jnp.sin(module.apply(params, x)))
+    extreme = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+    leaves = jax.tree.leaves(quick_jit(jax.value_and_grad(loss, (0, 1)))(extreme, draw(11)))
+    assert all(np.isfinite(x).all() for x in leaves)
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_bfloat16(name, built):
+    """bfloat16 in, bfloat16 out, states in float32 and never wider; near the same parameters in float32."""
+    (module, params), x = built(name), draw(13)
+    half = MIXERS[name].build(dtype=jnp.bfloat16)
+    assert jax.eval_shape(module.apply, params, x).dtype == jnp.float32
+    with jax.numpy_dtype_promotion("standard"):  # flax's own norms promote
+        y, state = quick_jit(lambda p, x: in_parts(half, p, x, (6,)))(params, x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    assert all(s.dtype in (jnp.float32, jnp.complex64, jnp.int32) for s in jax.tree.leaves(state))
+    assert_close(y, quick_jit(module.apply)(params, x), "mixer bfloat16")
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_state(name, built):
+    """Made without parameters, and of a recurrent mixer as large for a million tokens as for one."""
+    module, _ = built(name)
+    size = lambda length: sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(module.init_state, 3, max_length=length))))
+    assert (size(100) == size(1_000_000)) == MIXERS[name].recurrent or MIXERS[name].reach < 100
+    half = module.init_state(3, max_length=4, dtype=jnp.bfloat16)
+    assert jax.tree.structure(half) == jax.tree.structure(module.init_state(3, max_length=4))
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_inside_other_things(name, built):
+    """`nn.Sequential`, `vmap`, an NNX model, and `shard_map` with the batch over eight devices."""
+    module, params = built(name)
+    x = draw(5, batch=8)
+    expected = quick_jit(module.apply)(params, x)
+    assert_close(quick_jit(jax.vmap(lambda x: module.apply(params, x[None])[0]))(x), expected, "mixer")
+
+    stacked = nn.Sequential([nn.Dense(WIDTH), MIXERS[name].build()])
+    held = {"layers_0": {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}, "layers_1": params["params"]}
+    assert_close(quick_jit(stacked.apply)({"params": held}, x), expected, "mixer")
+
+    bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
+    assert bridged(x).shape == expected.shape
+    state = nnx.state(bridged, nnx.Param)
+    assert sum(p.size for p in jax.tree.leaves(state)) == sum(p.size for p in jax.tree.leaves(params))
+
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.shard_map(
+        lambda params, x: in_parts(module, params, x, (3,))[0], mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+    )
+    assert_close(quick_jit(split)(params, x), expected, "mixer")
+    gradient = jax.grad(lambda params, f: jnp.sum(f(params, x) ** 2))
+    assert_close(quick_jit(partial(gradient, f=split))(params), quick_jit(partial(gradient, f=module.apply))(params), "mixer")
+
+
+WRONG = {
+    "gla heads": (GLA(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8; choose one of 1, 2, 4, 8"),
+    "gla no heads": (GLA(WIDTH, num_heads=0), "num_heads=0 does not divide d_model=8"),
+    "gla kv heads": (GLA(WIDTH, num_heads=4, num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
+    "gla width": (GLA(WIDTH, num_heads=8), "expand_k=0.5 gives 0.5 channels a head"),
+    "attention heads": (Attention(WIDTH, num_heads=5), "num_heads=5 does not divide d_model=8"),
+    "attention kv heads": (Attention(WIDTH, num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
+    "attention odd width": (Attention(WIDTH, num_heads=8), "head width 1; rotary takes an even one"),
+    "odd state": (S4D(WIDTH, state_size=5), "state_size=5; S4D takes an even number"),
+    "no state": (S4D(WIDTH, state_size=0), "state_size=0"),
+    "unknown start": (S4D(WIDTH, initialisation="hippo"), "initialisation='hippo' is unknown to S4D; choose one of legs"),
+    "unknown rule": (S4D(WIDTH, discretisation="euler"), "discretisation='euler' is unknown.*zoh, bilinear"),
+    "unknown map": (S4D(WIDTH, real_map="square"), "real_map='square' is unknown"),
+    "copies": (S4D(WIDTH, num_copies=3), "num_copies=3 does not divide d_model=8"),
+    "step sizes": (S4D(WIDTH, dt_min=0.1, dt_max=0.01), "dt_min=0.1 and dt_max=0.01"),
+    "no rate": (S4D(WIDTH, rate=0.0), "rate=0.0"),
+    "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_fields_are_named(name):
+    module, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(module.init, jax.random.key(0), draw(3))
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_wrong_inputs_are_named(name, built):
+    module, params = built(name)
+    apply = lambda *args, **options: jax.eval_shape(partial(module.apply, **options), params, *args)
+    with pytest.raises(ValueError, match="x has shape .3, 8."):
+        apply(draw(3)[0])
+    with pytest.raises(ValueError, match=r"x has width 7; .*d_model=8"):
+        apply(draw(3)[..., :7])
+    with pytest.raises(TypeError, match="x has shape .* and dtype int32"):
+        apply(draw(3).astype(jnp.int32))
+    with pytest.raises(ValueError, match="segment_ids has shape .2, 2."):
+        apply(draw(3), jnp.zeros((2, 2), jnp.int32))
+    with pytest.raises(ValueError, match="x has shape .2, 1, 8."):
+        apply(draw(1), module.init_state(2, max_length=4), method="step")
+    with pytest.raises(NotImplementedError, match="impl='fast'"):
+        jax.eval_shape(MIXERS[name].build(impl="fast").apply, params, draw(3))
+
+
+def test_a_cache_needs_its_length():
+    with pytest.raises(ValueError, match="max_length=None; Attention without a window"):
+        Attention(WIDTH).init_state(1)
+    with pytest.raises(ValueError, match="max_length=-1"):
+        Attention(WIDTH).init_state(1, max_length=-1)

@@ -1,0 +1,140 @@
+"""Models are stacks of the mixers' contract: decoding equals the whole, nothing is shared that should not be."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import assert_close, quick_jit
+
+from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
+
+VOCAB, WIDTH = 11, 8
+gla = partial(GLA, num_heads=2)
+attention = partial(Attention, num_heads=2)
+MODELS = {
+    "one mixer": LanguageModel(VOCAB, WIDTH, (gla,) * 3),
+    "hybrid, tied": LanguageModel(VOCAB, WIDTH, (partial(Mamba, state_size=4), attention) * 2, tied=True),
+    "no pattern, no mlp": LanguageModel(VOCAB, WIDTH, (partial(S4D, state_size=4), gla, None, attention), mlp=None),
+}
+tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
+
+
+def initialised(model, *inputs):
+    """Parameters of a larger spread than at the start, so that every layer matters."""
+    params = jax.jit(model.init)(jax.random.key(0), *inputs)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), params)
+
+
+def count(params):
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_call_is_prefill_and_steps(name):
+    model = MODELS[name]
+    params = initialised(model, tokens)
+
+    @quick_jit
+    def both(params):
+        state = model.init_state(2, max_length=tokens.shape[1])
+        prompt, state = model.apply(params, tokens[:, :4], state, method="prefill")
+        step = lambda state, token: model.apply(params, token, state, method="step")[::-1]
+        after, steps = jax.lax.scan(step, state, tokens[:, 4:].T)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        return model.apply(params, tokens), jnp.concatenate([prompt, steps.swapaxes(0, 1)], axis=1)
+
+    whole, decoded = both(params)
+    assert whole.shape == (2, 9, VOCAB)
+    assert_close(decoded, whole, "mixer")
+
+
+def test_packed_documents_do_not_meet():
+    model = MODELS["hybrid, tied"]
+    params = initialised(model, tokens)
+    ids = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+    apply = quick_jit(model.apply)
+    alone = jnp.concatenate([apply(params, tokens[:, :4]), apply(params, tokens[:, 4:])], axis=1)
+    assert_close(apply(params, tokens, ids), alone, "mixer")
+
+
+def test_layers_do_not_share_parameters():
+    model = LanguageModel(VOCAB, WIDTH, (gla,) * 3)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    kernel = params["stack"]["layers"]["block_0"]["mixer"]["q_proj"]["kernel"]
+    assert kernel.shape[0] == 3
+    assert all(np.abs(kernel[i] - kernel[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+    for stack in ((gla,), (gla,) * 4, (gla, attention) * 2):  # depth adds exactly its blocks
+        shapes = lambda mixers: jax.eval_shape(LanguageModel(VOCAB, WIDTH, mixers).init, jax.random.key(0), tokens)
+        rest = count(shapes((None,))["params"]) - count(shapes((None,))["params"]["stack"]["layers"])
+        blocks = sum(count(shapes((slot,))["params"]["stack"]["layers"]) for slot in stack)
+        assert count(shapes(stack)) == rest + blocks
+
+
+def test_a_module_is_no_slot():
+    with pytest.raises(TypeError, match="is no slot; give a callable that takes d_model"):
+        jax.eval_shape(LanguageModel(VOCAB, WIDTH, (GLA(WIDTH),) * 2).init, jax.random.key(0), tokens)
+    with pytest.raises(TypeError, match="'gla' is no slot"):
+        LanguageModel(VOCAB, WIDTH, ("gla",)).init_state(1)
+    with pytest.raises(ValueError, match="mixers=.. is empty"):
+        LanguageModel(VOCAB, WIDTH, ()).init_state(1)
+
+
+def test_a_tied_head_is_the_table():
+    free, tied = (LanguageModel(VOCAB, WIDTH, (gla,), tied=t) for t in (False, True))
+    shapes = [jax.eval_shape(m.init, jax.random.key(0), tokens) for m in (free, tied)]
+    assert count(shapes[0]) - count(shapes[1]) == VOCAB * WIDTH
+    assert "head" not in shapes[1]["params"]
+
+
+def test_bfloat16_logits_and_states_are_float32():
+    model = LanguageModel(VOCAB, WIDTH, (gla, partial(Mamba, state_size=4)), dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        state = jax.eval_shape(lambda: model.init_state(2))
+        logits, after = jax.eval_shape(partial(model.apply, method="prefill"), params, tokens, state)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    assert logits.dtype == jnp.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_remat_changes_memory_alone(remat):
+    model = LanguageModel(VOCAB, WIDTH, (gla,) * 2, remat=remat)
+    params = initialised(MODELS["one mixer"].clone(mixers=(gla,) * 2), tokens)
+    loss = quick_jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.apply(p, tokens)))))
+    reference = quick_jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.clone(remat=not remat).apply(p, tokens)))))
+    assert_close(loss(params), reference(params), "mixer")
+
+
+@pytest.mark.parametrize("pool", ["mean", "last"])
+@pytest.mark.parametrize("features", [None, 3], ids=["tokens", "features"])
+def test_a_classifier_reads_only_its_lengths(pool, features):
+    vocab_size = VOCAB if features is None else None
+    model = Classifier(5, WIDTH, (partial(S4D, state_size=4),) * 2, vocab_size=vocab_size, pool=pool)
+    rng = np.random.default_rng(0)
+    x = tokens if features is None else jnp.asarray(rng.standard_normal((2, 9, features)), jnp.float32)
+    params, apply = initialised(model, x), quick_jit(model.apply)
+    padded = x.at[0, 4:].set(x[1, :5])
+    logits = apply(params, padded, jnp.asarray([4, 9]))
+    assert logits.shape == (2, 5)
+    assert_close(logits[:1], apply(params, x[:1, :4]), "mixer")
+    assert_close(logits[1:], apply(params, x[1:]), "mixer")
+
+
+def test_wrong_models_are_named():
+    shape = lambda model, x: jax.eval_shape(model.init, jax.random.key(0), x)
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        shape(LanguageModel(0, WIDTH, (gla,)), tokens)
+    with pytest.raises(ValueError, match="tokens has shape .9,."):
+        shape(MODELS["one mixer"], tokens[0])
+    with pytest.raises(TypeError, match="dtype float32"):
+        shape(MODELS["one mixer"], tokens.astype(jnp.float32))
+    with pytest.raises(ValueError, match="num_heads=3 does not divide d_model=8"):
+        shape(LanguageModel(VOCAB, WIDTH, (partial(GLA, num_heads=3),)), tokens)
+    with pytest.raises(ValueError, match="pool='max'"):
+        shape(Classifier(5, WIDTH, vocab_size=VOCAB, pool="max"), tokens)
+    with pytest.raises(ValueError, match="vocab_size=None; tokens take one"):
+        shape(Classifier(5, WIDTH), tokens)

@@ -1,0 +1,212 @@
+"""Every form of every op against `sequential`: values, final states, all gradients; and what is refused, by name."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import CHUNK, OPS, assert_close, cast, log_decays, normals, quick_jit, segments
+
+from jaxseq import ops
+
+LENGTH = 37  # odd, and four chunks and a bit
+SWEPT = [name for name, member in OPS.items() if member.sweep]
+
+
+def case(name, length=LENGTH, strength="mild", dtype=jnp.float64, segmented=True):
+    """Inputs, cotangents and segment ids of one member, the same at every call."""
+    member, rng = OPS[name], np.random.default_rng(0)
+    inputs = cast(member.inputs(rng, length, strength), dtype)
+    ids = jnp.asarray(segments(rng, 2, length)) if segmented and member.segments else None
+    shapes = jax.eval_shape(lambda inputs: member.call(inputs, ids, "sequential"), inputs)
+    return inputs, cast(normals(rng, shapes), jnp.float64), ids
+
+
+def run(name, impl, jit=quick_jit):
+    """A jitted function: inputs, cotangents, segment ids → values, final state and every gradient."""
+
+    def everything(inputs, cotangents, ids):
+        values, pull = jax.vjp(lambda inputs: OPS[name].call(inputs, ids, impl), inputs)
+        return {"value": values, "gradient": pull(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values))[0]}
+
+    return jit(everything)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """`sequential` in float64, once for each case."""
+    kept = {}
+
+    def of(name, strength, dtype=jnp.float64):
+        known = (name, strength, jnp.dtype(dtype).name)
+        if known not in kept:
+            with jax.enable_x64(True):
+                inputs, cotangents, ids = case(name, strength=strength, dtype=dtype)
+                if name not in kept:
+                    kept[name] = run(name, "sequential")
+                kept[known] = jax.device_get(kept[name](cast(inputs, jnp.float64), cotangents, ids))
+        return kept[known]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "name, impl", [(name, form) for name, member in OPS.items() for form in member.forms if form != "sequential"]
+)
+def test_forms_are_sequential_in_float64(name, impl, truth):
+    with jax.enable_x64(True):
+        form = run(name, impl)
+        for strength in ("mild", "strong"):
+            assert_close(form(*case(name, strength=strength)), truth(name, strength), "float64")
+
+
+@pytest.mark.parametrize("name, impl", [(name, form) for name in SWEPT for form in OPS[name].forms])
+def test_accuracy_in_float32(name, impl, truth):
+    form = run(name, impl, jax.jit)
+    for strength in ("mild", "strong"):
+        inputs, cotangents, ids = case(name, strength=strength, dtype=jnp.float32)
+        tolerance = OPS[name].float32 if strength == "mild" else "float32 strong"
+        assert_close(form(inputs, cast(cotangents, jnp.float32), ids), truth(name, strength, jnp.float32), tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in SWEPT if "state_space" not in name])
+def test_accuracy_in_bfloat16(name, truth):
+    inputs, cotangents, ids = case(name, dtype=jnp.bfloat16)
+    expected = truth(name, "mild", jnp.bfloat16)
+    actual = run(name, OPS[name].forms[-1])(inputs, cast(cotangents, jnp.float32), ids)
+    out, final = actual["value"]
+    assert out.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(final))
+    assert_close(actual["value"], expected["value"], "bfloat16")
+    assert_close(actual["gradient"], expected["gradient"], "bfloat16 gradient")
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("name", SWEPT)
+def test_lengths(name, length):
+    with jax.enable_x64(True):
+        sample = case(name, length)
+        expected = run(name, "sequential")(*sample)
+        for impl in (OPS[name].forms[-1],) + ((None,) if length == 1 else ()):
+            assert_close(run(name, impl)(*sample), expected, "float64")
+
+
+@pytest.mark.parametrize("name", [name for name in SWEPT if OPS[name].moving])
+def test_two_parts_are_the_whole(name):
+    """From any initial state, split inside a chunk, in a segment that goes on; gradients flow through the state."""
+    with jax.enable_x64(True):
+        inputs, (d_out, d_final), ids = case(name, 13)
+        member = OPS[name]
+
+        def two_parts(inputs):
+            part = lambda at: inputs | {k: inputs[k][:, at] for k in member.moving if k in inputs}
+            cut = lambda at: None if ids is None else ids[:, at]
+            first, state = member.call(part(slice(0, 5)), cut(slice(0, 5)), None)
+            # The state continues the segment of the first token, whatever its id.
+            out, final = member.call(part(slice(5, None)) | {"initial_state": state}, cut(slice(5, None)), None)
+            return jnp.concatenate([first, out], axis=1), final
+
+        if ids is not None:
+            ids = ids.at[:, 5:].set(jnp.where(ids[:, 5:] == ids[:, 5:6], ids[:, 4:5], ids[:, 5:]))
+        weighted = lambda f: quick_jit(lambda i: (f(i), jax.vjp(f, i)[1]((d_out, d_final))))
+        assert_close(weighted(two_parts)(inputs), weighted(lambda i: member.call(i, ids, None))(inputs), "float64")
+
+
+@pytest.mark.parametrize("impl", OPS["gla per channel"].forms)
+def test_a_decay_to_nothing_is_finite(impl):
+    """log decay −∞ is a reset; decays of −20 throughout underflow to zero; neither makes a NaN."""
+    inputs, cotangents, _ = case("gla per channel", 20, dtype=jnp.float32)
+    form = run("gla per channel", impl)
+    reset = inputs | {"log_decay": jnp.full_like(inputs["log_decay"], -0.1).at[:, 11].set(-jnp.inf)}
+    restarted = jnp.asarray(np.arange(20) >= 11, jnp.int32)[None].repeat(2, 0)
+    plain = inputs | {"log_decay": jnp.full_like(inputs["log_decay"], -0.1)}
+    cotangents = cast(cotangents, jnp.float32)
+    assert_close(form(reset, cotangents, None)["value"], form(plain, cotangents, restarted)["value"], "float32")
+    for level in (-20.0, -1e4, -jnp.inf):
+        gone = inputs | {"log_decay": jnp.full_like(inputs["log_decay"], level)}
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(form(gone, cotangents, None)))
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_vmap_and_numpy(name):
+    """A leading axis is a batch; NumPy arrays are arrays."""
+    inputs, _, ids = case(name, 5, dtype=jnp.float32)
+    call = lambda inputs: OPS[name].call(inputs, ids, None)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), inputs)
+    expected = [quick_jit(call)(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
+    assert_close(quick_jit(jax.vmap(call))(stacked), jax.tree.map(lambda *x: jnp.stack(x), *expected), "float32")
+    assert_close(call(jax.device_get(inputs)), expected[0], "float32")
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_the_best_form_lowers_for_every_platform(name):
+    inputs, _, ids = case(name, dtype=jnp.float32)
+    loss = lambda inputs: sum(jnp.abs(x).sum() for x in jax.tree.leaves(OPS[name].call(inputs, ids, None)))
+    traced = jax.jit(jax.grad(loss)).trace(inputs)
+    for platform in ("cuda", "tpu", "cpu"):
+        assert traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_form_that_does_not_exist_is_named_with_those_that_do(name):
+    inputs, _, ids = case(name, 3, dtype=jnp.float32)
+    with pytest.raises(NotImplementedError, match="'pallas'.*'sequential', 'parallel', 'chunked'"):
+        OPS[name].call(inputs, ids, "pallas")
+
+
+x, h = jnp.zeros((2, 5, 3)), jnp.zeros((2, 3))
+q = jnp.zeros((2, 5, 4, 6))
+ids = jnp.zeros((2, 5), jnp.int32)
+A = jnp.zeros((3, 2), jnp.complex64)
+gla, scan, attend = ops.gated_linear_attention, ops.selective_scan, ops.softmax_attention
+BAD = {
+    "decay shape": (partial(ops.linear_recurrence, x[..., :2], x), ValueError, "decay of shape .2, 5, 2."),
+    "recurrence state": (partial(ops.linear_recurrence, x, x, initial_state=h[:1]), ValueError, "initial_state"),
+    "recurrence rank": (partial(ops.linear_recurrence, x, x[0, 0]), ValueError, "inputs has shape .3,."),
+    "recurrence length": (partial(ops.linear_recurrence, x[:, :0], x[:, :0]), ValueError, "at least one step"),
+    "integers": (partial(ops.linear_recurrence, x, ids[..., None]), TypeError, "inputs has shape"),
+    "no array": (partial(ops.linear_recurrence, x, "text"), TypeError, "inputs='text' is no array"),
+    "segment ids": (partial(ops.linear_recurrence, x, x, segment_ids=ids[:, :4]), ValueError, "segment_ids has shape"),
+    "key shape": (partial(gla, q, q[..., :3], q), ValueError, "key has shape .2, 5, 4, 3."),
+    "log decay heads": (partial(gla, q, q, q, q[:, :, :3]), ValueError, "log_decay has 3 heads"),
+    "gla heads": (partial(gla, q[:, :, :3], q[:, :, :3], q), ValueError, "key has 3 heads.*4 of value"),
+    "gla state": (partial(gla, q, q, q, initial_state=q), ValueError, "initial_state has shape"),
+    "gla length": (partial(gla, q[:, :0], q[:, :0], q[:, :0]), ValueError, "at least one step"),
+    "chunk size": (partial(gla, q, q, q, chunk_size=0), ValueError, "chunk_size=0"),
+    "scan A": (partial(scan, x, x, jnp.zeros((4, 2)), x, x), ValueError, "A has shape"),
+    "scan groups": (
+        partial(scan, x, x, A.real, jnp.zeros((2, 5, 2, 2)), jnp.zeros((2, 5, 2, 2))), ValueError, "B has 2 groups",
+    ),
+    "scan chunk size": (partial(scan, x, x, A.real, x[..., :2], x[..., :2], chunk_size=0), ValueError, "chunk_size=0"),
+    "state space": (partial(ops.diagonal_state_space, x, A, A[:2], A), ValueError, "B has shape"),
+    "state space state": (
+        partial(ops.diagonal_state_space, x, A, A, A, initial_state=jnp.zeros((2, 3, 2))), TypeError, "initial_state",
+    ),
+    "convolution segments": (
+        partial(ops.diagonal_state_space, x, A, A, A, segment_ids=ids, impl="convolution"),
+        NotImplementedError, "restart at segment_ids",
+    ),
+    "attention heads": (partial(attend, q, q[:, :, :3], q[:, :, :3]), ValueError, "key has 3 heads.*4 of query"),
+    "attention lengths": (partial(attend, q, q[:, :3], q[:, :3]), ValueError, "query has 5 positions and key 3"),
+    "window": (partial(attend, q, q, q, window=0), ValueError, "window=0"),
+    "attention segments": (
+        partial(attend, q[:, :3], q, q, segment_ids=ids[:, :3]), ValueError, "key_segment_ids",
+    ),
+    "short convolution": (partial(ops.short_convolution, x, jnp.zeros((4, 2))), ValueError, "weight has shape .4, 2."),
+    "convolution state": (
+        partial(ops.short_convolution, x, jnp.zeros((4, 3)), initial_state=x), ValueError, "initial_state has shape",
+    ),
+    "circular": (partial(ops.long_convolution, x, x[0, :3], causal=False), ValueError, "kernel has length 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+def test_log_decays_are_what_the_tables_say():
+    assert set(np.unique(log_decays(np.random.default_rng(0), 999, "strong"))) >= {-20.0, 0.0}
