@@ -9,11 +9,11 @@ Run     python -m experiments.bench_scan [--preset cpu|gpu] [--lengths 256 2048]
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,29 +33,29 @@ class Config:
     seed: int = 0
     """Seed of the inputs, which are drawn anew for every round of calls."""
     lengths: tuple[int, ...] = (256, 2048, 16384)
-    """Time steps of linear_recurrence, in float32."""
+    """Time steps of linear_recurrence."""
     length: int = 2048
-    """Time steps of the complex recurrence and of the ops with heads; the state space ops take half."""
+    """Time steps of its complex form and of the ops with heads; the state space ops take half."""
     batch: int = 4
-    """Sequences of linear_recurrence and of the state space ops; the ops with heads take half."""
+    """Sequences of the elementwise ops; the ops with heads take half."""
     width: int = 256
-    """Channels of linear_recurrence and of the state space ops."""
+    """Channels of the elementwise ops."""
     states: int = 16
-    """States a channel of the state space ops."""
+    """States a channel in the state space ops."""
     heads: int = 4
     """Heads of gated_linear_attention and softmax_attention."""
     head_width: int = 64
-    """Width of keys and values."""
+    """Width of queries, keys and values."""
     window: int = 256
     """Keys a query sees in windowed attention."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Inputs of all ops but linear_recurrence, whose layers keep float32."""
+    """Inputs of all ops but linear_recurrence, which layers call in float32."""
     repeats: int = 5
-    """Rounds at least; a round calls every form of an op in turn."""
+    """Rounds at least; a round calls every form of an op in turn, and times are medians over rounds."""
     seconds: float = 3.0
-    """Rounds go on until an op has taken this long; its times are medians."""
+    """Rounds go on until an op has taken this long."""
     tolerance: float = 0.05
-    """Timing noise allowed to the claim on linear_recurrence: a form this much slower counts as equal."""
+    """A recurrence slower than a raw scan by up to this fraction counts as equal: medians vary by as much."""
 
     def __post_init__(self):
         for name in ("length", "batch", "width", "states", "heads", "head_width", "window", "repeats"):
@@ -80,21 +80,23 @@ class Case(NamedTuple):
     forms: dict[str, Callable]
 
 
-class Cost(NamedTuple):
-    """Of one program: the median time of a call, the first form's over it, XLA's temporary memory, compile time."""
-
-    ms: float
-    speed: float
-    mib: float
-    compile_s: float
-
-
 class Row(NamedTuple):
+    """One form: speeds are relative to the first form, `mib` is XLA's temporary memory, training is both passes."""
+
     op: str
     form: str
     length: int
-    forward: Cost
-    training: Cost  # forward and backward
+    forward_ms: float
+    training_ms: float
+    forward_speed: float
+    training_speed: float
+    forward_mib: float
+    training_mib: float
+    compile_seconds: float
+
+
+HEADER = f"{'op':<36}{'form':<17}{'T':>6}  {'ms, forward':>12}{'+ backward':>11}{'speed':>7}{'':7}{'MiB':>8}{'':9}compile s"
+LINE = "{:<36}{:<17}{:>6}  {:>12.2f}{:>11.2f}{:>7.2f}{:>7.2f}{:>8.1f}{:>9.1f}{:>9.1f}"
 
 
 def raw_scan(decay, inputs):
@@ -132,7 +134,7 @@ def normals(key, *shapes, dtype="float32"):
 
 
 def cases(config: Config) -> Iterator[Case]:
-    """Every op, its forms, and inputs as strong as in a layer that has begun to train."""
+    """Every op, its forms, and inputs as strong as those of a layer early in training."""
     B, T, D, N, dtype = config.batch, config.length, config.width, config.states, config.dtype
 
     def real(length, key):
@@ -146,38 +148,38 @@ def cases(config: Config) -> Iterator[Case]:
     ours = forms(linear_recurrence, None, "in_place", "chunked", "parallel", "sequential")
     for length in config.lengths:
         yield Case("linear_recurrence", length, partial(real, length), RAW | peers() | ours)
-    yield Case("linear_recurrence, complex", T, rotating, RAW | ours)
+    yield Case("linear_recurrence/complex", T, rotating, RAW | ours)
 
-    half_batch, half_length = max(1, B // 2), max(1, T // 2)
-    heads = (half_batch, T, config.heads)
-    qkv = [(*heads, config.head_width)] * 3
+    heads = (max(1, B // 2), T, config.heads)
+    wide = (*heads, config.head_width)
 
     def attended(gate, key):
-        q, k, v, *g = normals(key, *qkv, *gate, dtype=dtype)
+        q, k, v, *g = normals(key, wide, wide, wide, *gate, dtype=dtype)
         return q, k, v, *(log_sigmoid(x + 3) for x in g)
 
     gla = forms(gated_linear_attention, "sequential", "parallel", "chunked", None)
-    for name, gate in {"vector gate": [(*heads, config.head_width)], "scalar gate": [heads], "no gate": []}.items():
-        yield Case(f"gated_linear_attention, {name}", T, partial(attended, gate), gla)
-    for name, window in {"softmax_attention": None, "softmax_attention, window": config.window}.items():
+    for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
+        yield Case(f"gated_linear_attention/{name}", T, partial(attended, gate), gla)
+    for name, window in {"full": None, "window": config.window}.items():
         attention = forms(softmax_attention, "parallel", "chunked", None, window=window)
-        yield Case(name, T, partial(attended, []), attention)
+        yield Case(f"softmax_attention/{name}", T, partial(attended, []), attention)
+
+    T = max(1, T // 2)
 
     def selective(key):
-        x, dt, B_t, C_t = normals(key, *[(B, half_length, D)] * 2, *[(B, half_length, N)] * 2, dtype=dtype)
+        x, dt, B_t, C_t = normals(key, *[(B, T, D)] * 2, *[(B, T, N)] * 2, dtype=dtype)
         return x, softplus(dt - 4), -jnp.broadcast_to(jnp.arange(1.0, N + 1), (D, N)), B_t, C_t
 
     def diagonal(key):
-        u, log_dt, *parts = normals(key, (B, half_length, D), (D, 1), *[(D, N)] * 4)
+        u, log_dt, *parts = normals(key, (B, T, D), (D, 1), *[(D, N)] * 4)
         log_A = jnp.exp(log_dt - 4) * lax.complex(-0.5, jnp.pi * jnp.arange(N))
         return u.astype(dtype), log_A, lax.complex(*parts[:2]), lax.complex(*parts[2:])
 
-    yield Case("selective_scan", half_length, selective, forms(selective_scan, "sequential", "parallel", "chunked", None))
-    yield Case("diagonal_state_space", half_length, diagonal, forms(diagonal_state_space, "chunked", "convolution", None))
+    yield Case("selective_scan", T, selective, forms(selective_scan, "sequential", "parallel", "chunked", None))
+    yield Case("diagonal_state_space", T, diagonal, forms(diagonal_state_space, "chunked", "convolution", None))
 
 
 def forward(form, cotangent, *inputs):
-    del cotangent
     outputs = form(*inputs)
     return outputs[0] if isinstance(outputs, tuple) else outputs  # without the final state
 
@@ -187,42 +189,77 @@ def training(form, cotangent, *inputs):
     return outputs, pull_back(cotangent)
 
 
-def seconds(function: Callable, *arguments) -> float:
+def timed(program: Callable, arguments) -> float:
+    """Milliseconds of the second of two calls: the first may still meet memory traffic of the program before it."""
+    jax.block_until_ready(program(*arguments))
     started = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - started
+    jax.block_until_ready(program(*arguments))
+    return 1e3 * (time.perf_counter() - started)
 
 
-def bench(case: Case, config: Config) -> list[Row]:
-    """Compile every form, forward alone and with its gradient, then call all of them in turn."""
-    first = next(iter(case.forms.values()))
+def bench(case: Case, config: Config) -> dict[str, Row]:
+    """Compile every form, forward alone and with its gradient, then time all of them in turn."""
+    first = next(iter(case.forms))
 
     @jax.jit
-    def draw(round):
-        key, cotangent_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), round))
+    def draw(turn):
+        key = jax.random.fold_in(jax.random.key(config.seed), turn)
         inputs = case.draw(key)
-        output = jax.eval_shape(partial(forward, first, None), *inputs)
-        return jax.random.normal(cotangent_key, output.shape, output.dtype), *inputs
+        output = jax.eval_shape(partial(forward, case.forms[first], None), *inputs)
+        return jax.random.normal(jax.random.fold_in(key, 99), output.shape, output.dtype), *inputs
 
     arguments = draw(0)
-    programs, compile_s = {}, {}
+    programs, compile_seconds = {}, {}
     for name, form in case.forms.items():
-        for stage in (forward, training):
-            started = time.perf_counter()
-            programs[name, stage] = jax.jit(partial(stage, form)).lower(*arguments).compile()
-            compile_s[name, stage] = time.perf_counter() - started
-            seconds(programs[name, stage], *arguments)
-    times: dict = {program: [] for program in programs}
-    round, deadline = 1, time.perf_counter() + config.seconds
-    while round <= config.repeats or time.perf_counter() < deadline:
-        arguments = jax.block_until_ready(draw(round))
-        for program, call in programs.items():
-            times[program].append(seconds(call, *arguments))
-        round += 1
+        started = time.perf_counter()
+        programs[name] = [jax.jit(partial(stage, form)).lower(*arguments).compile() for stage in (forward, training)]
+        compile_seconds[name] = time.perf_counter() - started
+    times: dict[str, list] = {name: [] for name in programs}
+    deadline = time.perf_counter() + config.seconds
+    while len(times[first]) < config.repeats or time.perf_counter() < deadline:
+        arguments = jax.block_until_ready(draw(len(times[first])))
+        for name, stages in programs.items():
+            times[name].append([timed(program, arguments) for program in stages])
+    ms = {name: [median(stage) for stage in zip(*rounds, strict=True)] for name, rounds in times.items()}
 
-    def cost(name, stage) -> Cost:
-        ms, baseline = (1e3 * median(times[form, stage]) for form in (name, next(iter(case.forms))))
-        mib = programs[name, stage].memory_analysis().temp_size_in_bytes / 2**20
-        return Cost(ms, baseline / ms, mib, compile_s[name, stage])
+    def row(name) -> Row:
+        speed = (baseline / own for baseline, own in zip(ms[first], ms[name], strict=True))
+        mib = (program.memory_analysis().temp_size_in_bytes / 2**20 for program in programs[name])
+        return Row(case.op, name, case.length, *ms[name], *speed, *mib, compile_seconds[name])
 
-    return [Row(case.op, name, case.length, cost(name, forward), cost(name, training)) for name in case.forms]
+    return {name: row(name) for name in case.forms}
+
+
+def draw_bars(table: list[dict[str, Row]], path: Path) -> None:
+    """The times of every form, one panel a case."""
+    figure = Figure(figsize=(12, 2.2 * -(-len(table) // 3)), dpi=150, layout="constrained")
+    panels = figure.subplots(-(-len(table) // 3), 3, squeeze=False).flat
+    for rows, axes in zip(table, panels, strict=False):
+        axes.barh(list(rows), [row.training_ms for row in rows.values()], 0.8, color="#b9cfe8", label="with backward")
+        axes.barh(list(rows), [row.forward_ms for row in rows.values()], 0.4, color="#3b6fb6", label="forward")
+        row = next(iter(rows.values()))
+        axes.set(xscale="log", title=f"{row.op}, T = {row.length}", xlabel="ms")
+        axes.invert_yaxis()
+    figure.axes[0].legend(frameon=False)
+    for axes in panels:
+        axes.axis("off")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+def measure(run: Run[Config]) -> None:
+    table: list[dict[str, Row]] = []
+    print(HEADER)
+    with MetricsWriter(run.folder, step=0) as writer:
+        for case in cases(run.config):
+            table.append(bench(case, run.config))
+            for row in table[-1].values():
+                print(LINE.format(*row), flush=True)
+                writer.write(row.length, f"{row.op}/{row.form}", dict(list(row._asdict().items())[3:]))
+            print()
+    write_json(run.folder / "table.json", {"rows": [row._asdict() for rows in table for row in rows.values()]})
+    draw_bars(table, run.folder / "plots" / "times.png")
+
+
+if __name__ == "__main__":
+    main("bench_scan", PRESETS, measure)

@@ -136,7 +136,7 @@ MONOIDS = PLAIN_MONOIDS | {f"segmented {name}": _segmented(member) for name, mem
 
 # ---- ops: `call(inputs, segment_ids, impl) -> (out, final)` on a dict of float64 arrays -----------------------------
 
-CHUNK = 8  # the chunk size under test, wherever an op has one
+CHUNK = 4  # the chunk size under test, wherever an op has one
 
 
 class OpMember(NamedTuple):
@@ -260,6 +260,7 @@ class MixerMember(NamedTuple):
     extreme: dict[str, float] = {}  # parameters set so: gates that forget everything at once
     cheap: bool = False  # one more setting of a mixer that runs every law: values only
     reach: int = 1000  # tokens a query can see
+    exact: dict[str, Any] = {}  # fields under which causality holds to the bit: a transform mixes all of time
 
 
 _gla_gate = {"decay_up/bias": -1e4}  # log decay −625
@@ -269,7 +270,7 @@ MIXERS = {
     "GLA conv grouped": MixerMember(
         partial(GLA, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK, expand_k=1.0), extreme=_gla_gate
     ),
-    "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}),
+    "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK), extreme={"dt_bias": 100.0}),
     "Attention": MixerMember(
         partial(Attention, WIDTH, num_heads=2), recurrent=False, extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}

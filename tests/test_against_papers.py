@@ -402,7 +402,7 @@ def test_s4d_kernel_and_recurrence(group):
 
     with jax.enable_x64(True):
         operands = cast([z[name] for name in ("A", "B", "C", "dt", "D")], jnp.float64)
-        actual, eight = everything(*operands, jnp.asarray(z["u"].swapaxes(1, 2), jnp.float64), jnp.asarray(z["state0"]))
+        actual, eight = everything(*operands, jnp.asarray(z["u"].swapaxes(1, 2), jnp.float64), jnp.asarray(z["state0"], jnp.complex128))
     assert_near(actual, {k: [z[k]] * len(v) if isinstance(v, list) else z[k] for k, v in actual.items()}, 1e-10)
     np.testing.assert_allclose(eight, z["step8_fp32"], atol=1e-5)
 
@@ -501,7 +501,7 @@ def test_the_index_lists_what_is_run():
 def test_the_diagonal_of_legs_has_its_limit():
     """S4D, theorem 3: the diagonal part with B/2 acts as HiPPO-LegS does on smooth inputs, ever better as N grows."""
     steps, dt = 1500, 2e-3
-    u = np.sin(3 * np.arange(steps) * dt) + 0.5 * np.cos(5 * np.arange(steps) * dt)
+    u = np.sin(np.arange(steps) * dt) ** 2  # smooth from the first moment on
 
     def error(N, halved=0.5):
         A, B = hippo_legs(N)
@@ -521,10 +521,10 @@ def test_the_diagonal_of_legs_has_its_limit():
             )
             inputs = jnp.asarray(np.repeat(u[None, :, None], 4, axis=2))
             diagonal, _ = ops.diagonal_state_space(inputs, log_A, B_bar, jnp.asarray(V[:4, half]))
-        return np.linalg.norm(diagonal[0] - dense) / np.linalg.norm(dense)
+        return np.linalg.norm(np.asarray(diagonal[0]) - dense) / np.linalg.norm(dense)
 
-    errors = [error(N) for N in (16, 32, 64, 128)]
-    assert errors[2] < 0.01
+    errors = [error(N) for N in (8, 16, 32, 64)]
+    assert errors[-1] < 0.01
     assert all(4 * later < earlier for earlier, later in zip(errors, errors[1:], strict=False)), errors
     assert error(64, halved=1.0) > 0.5
 
@@ -553,7 +553,7 @@ def test_recurrences_against_loops():
     start, ids = rng.standard_normal((B, H, K, V)), np.cumsum(rng.random((B, T)) < 0.2, axis=1)
     o, with_bonus, S = np.zeros((B, T, H, V)), np.zeros((B, T, H, V)), start.copy()
     for b, t, h in np.ndindex(B, T, H):
-        before = np.zeros((K, V)) if t and ids[b, t] != ids[b, t - 1] else S[b, h]
+        before = np.zeros((K, V)) if t and ids[b, t] != ids[b, t - 1] else S[b, h].copy()
         kv = np.outer(k[b, t, h], v[b, t, h])
         S[b, h] = np.exp(g[b, t, h])[:, None] * before + kv
         o[b, t, h] = K**-0.5 * S[b, h].T @ q[b, t, h]
