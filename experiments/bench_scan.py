@@ -7,6 +7,7 @@ Expect  EXPECT
 Run     python -m experiments.bench_scan [--preset cpu|gpu] [--lengths 256 2048] [--seconds 5]
 """
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jax import lax
 from jax.nn import log_sigmoid, sigmoid, softplus
 from matplotlib.figure import Figure
 
-from jaxseq.ops import diagonal_state_space, gated_linear_attention, linear_recurrence, selective_scan, softmax_attention
+from jaxseq import ops
 from jaxseq.train import MetricsWriter, Run, main
 from jaxseq.train.files import write_json
 
@@ -95,8 +96,10 @@ class Row(NamedTuple):
     compile_seconds: float
 
 
-HEADER = f"{'op':<36}{'form':<17}{'T':>6}  {'ms, forward':>12}{'+ backward':>11}{'speed':>7}{'':7}{'MiB':>8}{'':9}compile s"
-LINE = "{:<36}{:<17}{:>6}  {:>12.2f}{:>11.2f}{:>7.2f}{:>7.2f}{:>8.1f}{:>9.1f}{:>9.1f}"
+HEADER = (
+    f"{'op':<35}{'form':<17}{'T':>6}{'forward':>10}{'training':>10} ms{'speed':>7}{'':7}{'temp MiB':>15}   compile s"
+)
+LINE = "{:<35}{:<17}{:>6}{:>10.2f}{:>10.2f}   {:>7.2f}{:>7.2f}{:>7.0f}{:>8.0f}{:>12.1f}"
 
 
 def raw_scan(decay, inputs):
@@ -145,7 +148,7 @@ def cases(config: Config) -> Iterator[Case]:
         decay, angle, *inputs = normals(key, *[(B, T, D)] * 4)
         return sigmoid(decay + 3) * jnp.exp(1j * angle), lax.complex(*inputs)
 
-    ours = forms(linear_recurrence, None, "in_place", "chunked", "parallel", "sequential")
+    ours = forms(ops.linear_recurrence, None, "in_place", "chunked", "parallel", "sequential")
     for length in config.lengths:
         yield Case("linear_recurrence", length, partial(real, length), RAW | peers() | ours)
     yield Case("linear_recurrence/complex", T, rotating, RAW | ours)
@@ -157,11 +160,11 @@ def cases(config: Config) -> Iterator[Case]:
         q, k, v, *g = normals(key, wide, wide, wide, *gate, dtype=dtype)
         return q, k, v, *(log_sigmoid(x + 3) for x in g)
 
-    gla = forms(gated_linear_attention, "sequential", "parallel", "chunked", None)
+    gla = forms(ops.gated_linear_attention, "sequential", "parallel", "chunked", None)
     for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
         yield Case(f"gated_linear_attention/{name}", T, partial(attended, gate), gla)
     for name, window in {"full": None, "window": config.window}.items():
-        attention = forms(softmax_attention, "parallel", "chunked", None, window=window)
+        attention = forms(ops.softmax_attention, "parallel", "chunked", None, window=window)
         yield Case(f"softmax_attention/{name}", T, partial(attended, []), attention)
 
     T = max(1, T // 2)
@@ -175,8 +178,8 @@ def cases(config: Config) -> Iterator[Case]:
         log_A = jnp.exp(log_dt - 4) * lax.complex(-0.5, jnp.pi * jnp.arange(N))
         return u.astype(dtype), log_A, lax.complex(*parts[:2]), lax.complex(*parts[2:])
 
-    yield Case("selective_scan", T, selective, forms(selective_scan, "sequential", "parallel", "chunked", None))
-    yield Case("diagonal_state_space", T, diagonal, forms(diagonal_state_space, "chunked", "convolution", None))
+    yield Case("selective_scan", T, selective, forms(ops.selective_scan, "sequential", "parallel", "chunked", None))
+    yield Case("diagonal_state_space", T, diagonal, forms(ops.diagonal_state_space, "chunked", "convolution", None))
 
 
 def forward(form, cotangent, *inputs):
@@ -190,16 +193,14 @@ def training(form, cotangent, *inputs):
 
 
 def timed(program: Callable, arguments) -> float:
-    """Milliseconds of the second of two calls: the first may still meet memory traffic of the program before it."""
-    jax.block_until_ready(program(*arguments))
     started = time.perf_counter()
     jax.block_until_ready(program(*arguments))
     return 1e3 * (time.perf_counter() - started)
 
 
 def bench(case: Case, config: Config) -> dict[str, Row]:
-    """Compile every form, forward alone and with its gradient, then time all of them in turn."""
-    first = next(iter(case.forms))
+    """Compile every form, forward alone and with its gradient, then call all of them in turn on fresh inputs."""
+    first, shuffled = next(iter(case.forms)), random.Random(config.seed)
 
     @jax.jit
     def draw(turn):
@@ -208,37 +209,41 @@ def bench(case: Case, config: Config) -> dict[str, Row]:
         output = jax.eval_shape(partial(forward, case.forms[first], None), *inputs)
         return jax.random.normal(jax.random.fold_in(key, 99), output.shape, output.dtype), *inputs
 
-    arguments = draw(0)
-    programs, compile_seconds = {}, {}
+    arguments, programs, compile_seconds = draw(0), {}, {}
     for name, form in case.forms.items():
         started = time.perf_counter()
-        programs[name] = [jax.jit(partial(stage, form)).lower(*arguments).compile() for stage in (forward, training)]
+        for stage in (forward, training):
+            programs[name, stage] = jax.jit(partial(stage, form)).lower(*arguments).compile()
         compile_seconds[name] = time.perf_counter() - started
-    times: dict[str, list] = {name: [] for name in programs}
+    rounds: list[dict] = []
     deadline = time.perf_counter() + config.seconds
-    while len(times[first]) < config.repeats or time.perf_counter() < deadline:
-        arguments = jax.block_until_ready(draw(len(times[first])))
-        for name, stages in programs.items():
-            times[name].append([timed(program, arguments) for program in stages])
-    ms = {name: [median(stage) for stage in zip(*rounds, strict=True)] for name, rounds in times.items()}
+    while len(rounds) <= config.repeats or time.perf_counter() < deadline:
+        arguments = jax.block_until_ready(draw(len(rounds)))
+        # A form with much memory slows down what comes after it, so the order changes.
+        turns = shuffled.sample(list(programs), len(programs))
+        rounds.append({turn: timed(programs[turn], arguments) for turn in turns})
+    ms = {turn: median(times[turn] for times in rounds[1:]) for turn in programs}  # the first round warms up
 
     def row(name) -> Row:
-        speed = (baseline / own for baseline, own in zip(ms[first], ms[name], strict=True))
-        mib = (program.memory_analysis().temp_size_in_bytes / 2**20 for program in programs[name])
-        return Row(case.op, name, case.length, *ms[name], *speed, *mib, compile_seconds[name])
+        both = (name, forward), (name, training)
+        speed = (ms[first, stage] / ms[name, stage] for _, stage in both)
+        memory: list[Any] = [programs[turn].memory_analysis() for turn in both]
+        mib = (size.temp_size_in_bytes / 2**20 for size in memory)
+        return Row._make(
+            [case.op, name, case.length, *(ms[turn] for turn in both), *speed, *mib, compile_seconds[name]]
+        )
 
     return {name: row(name) for name in case.forms}
 
 
 def draw_bars(table: list[dict[str, Row]], path: Path) -> None:
-    """The times of every form, one panel a case."""
+    """The times of every form, a panel for each op and length."""
     figure = Figure(figsize=(12, 2.2 * -(-len(table) // 3)), dpi=150, layout="constrained")
     panels = figure.subplots(-(-len(table) // 3), 3, squeeze=False).flat
     for rows, axes in zip(table, panels, strict=False):
         axes.barh(list(rows), [row.training_ms for row in rows.values()], 0.8, color="#b9cfe8", label="with backward")
         axes.barh(list(rows), [row.forward_ms for row in rows.values()], 0.4, color="#3b6fb6", label="forward")
-        row = next(iter(rows.values()))
-        axes.set(xscale="log", title=f"{row.op}, T = {row.length}", xlabel="ms")
+        axes.set(xscale="log", xlabel="ms", title="{0.op}, T = {0.length}".format(*rows.values()))
         axes.invert_yaxis()
     figure.axes[0].legend(frameon=False)
     for axes in panels:
@@ -255,10 +260,31 @@ def measure(run: Run[Config]) -> None:
             table.append(bench(case, run.config))
             for row in table[-1].values():
                 print(LINE.format(*row), flush=True)
-                writer.write(row.length, f"{row.op}/{row.form}", dict(list(row._asdict().items())[3:]))
+                writer.write(row.length, f"{row.op}/{row.form}", dict(zip(row._fields[3:], row[3:], strict=True)))
             print()
     write_json(run.folder / "table.json", {"rows": [row._asdict() for rows in table for row in rows.values()]})
     draw_bars(table, run.folder / "plots" / "times.png")
+
+    def least(op: str, over: str, under: str, number: str) -> float:
+        """The smallest ratio of two forms' numbers, of all inputs the op was measured on."""
+        rows_of_op = [rows for rows in table if next(iter(rows.values())).op.startswith(op)]
+        return min(getattr(rows[over], number) / getattr(rows[under], number) for rows in rows_of_op)
+
+    times = ("forward_ms", "training_ms")
+    measured = {
+        "sequential / chunked, ms": least("gated_linear_attention", "sequential", "chunked", "training_ms"),
+        "parallel / chunked, MiB": least("gated_linear_attention", "parallel", "chunked", "training_mib"),
+        "raw / linear_recurrence, ms": min(least("linear_recurrence", raw, "None", ms) for raw in RAW for ms in times),
+    }
+    threshold = dict(zip(measured, (5, 1, 1 - run.config.tolerance), strict=True))
+    run.finish(
+        claim="chunked gated_linear_attention trains 5 times faster than sequential, in less memory than parallel; "
+        "linear_recurrence is as fast as raw lax.scan and associative_scan (least ratios over inputs)",
+        measured=measured,
+        baseline=1,
+        threshold=threshold,
+        holds=all(measured[name] >= threshold[name] for name in measured),
+    )
 
 
 if __name__ == "__main__":

@@ -51,9 +51,16 @@ def main() -> None:
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         print(options.prompt, end="", flush=True)
         blocks = stream(
-            model, params, encode(options.prompt)[None], max_tokens=options.max_tokens, key=jax.random.key(options.seed),
-            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, stop=BEGIN,
-        )  # fmt: skip
+            model,
+            params,
+            encode(options.prompt)[None],
+            max_tokens=options.max_tokens,
+            key=jax.random.key(options.seed),
+            stop=BEGIN,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
         for block in blocks:
             produced = block[0].tolist()
             ended = BEGIN in produced

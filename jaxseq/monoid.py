@@ -60,10 +60,14 @@ class OuterProduct(NamedTuple):
         return cls(log_decay, key[..., :, None] * value[..., None, :])
 
 
+def _decay_and_update(e: OuterProduct, S):
+    return jnp.exp(e.log_decay)[..., None] * S + e.update
+
+
 outer_product = Monoid(
-    combine=lambda e, f: OuterProduct(e.log_decay + f.log_decay, outer_product.act(f, e.update)),
+    combine=lambda e, f: OuterProduct(e.log_decay + f.log_decay, _decay_and_update(f, e.update)),
     identity=lambda like: OuterProduct(jnp.zeros_like(like.log_decay), jnp.zeros_like(like.update)),
-    act=lambda e, S: jnp.exp(e.log_decay)[..., None] * S + e.update,
+    act=_decay_and_update,
 )
 
 

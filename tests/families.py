@@ -226,15 +226,18 @@ OPS = {
     "selective_scan groups": OpMember(
         partial(_selective_inputs, shape=("B", "T", "G", "N")), _selective, moving=("x", "dt", "B", "C")
     ),
-    "selective_scan constant": OpMember(
-        partial(_selective_inputs, shape=("D", "N")), _selective, moving=("x", "dt")
-    ),
+    "selective_scan constant": OpMember(partial(_selective_inputs, shape=("D", "N")), _selective, moving=("x", "dt")),
     "selective_scan complex": OpMember(
         partial(_selective_inputs, complex_=True), _selective, moving=("x", "dt", "B", "C")
     ),
     "diagonal_state_space": OpMember(_state_space_inputs, _state_space, moving=("u",)),
     "diagonal_state_space convolution": OpMember(
-        _state_space_inputs, _state_space, forms=("sequential", "convolution"), segments=False, moving=("u",), sweep=True,
+        _state_space_inputs,
+        _state_space,
+        forms=("sequential", "convolution"),
+        segments=False,
+        moving=("u",),
+        sweep=True,
         float32="float32 transform",
     ),  # fmt: skip
     "softmax_attention": OpMember(_attention_inputs, _attention, sweep=True),
@@ -268,7 +271,8 @@ _gla_gate = {"decay_up/bias": -1e4}  # log decay −625
 MIXERS = {
     "GLA": MixerMember(partial(GLA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme=_gla_gate),
     "GLA conv grouped": MixerMember(
-        partial(GLA, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK, expand_k=1.0), extreme=_gla_gate
+        partial(GLA, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK, expand_k=1.0),
+        extreme=_gla_gate,
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK), extreme={"dt_bias": 100.0}),

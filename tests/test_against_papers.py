@@ -40,7 +40,11 @@ def load(file, group=None):
 
 
 def groups(file, prefix):
-    names = [] if not REFERENCE.exists() else {k.split("/")[0] for k in np.load(REFERENCE / f"{file}.npz").files if "/" in k}
+    names = (
+        []
+        if not REFERENCE.exists()
+        else {k.split("/")[0] for k in np.load(REFERENCE / f"{file}.npz").files if "/" in k}
+    )
     return sorted(name for name in names if name.startswith(prefix)) or [prefix]
 
 
@@ -116,7 +120,9 @@ def test_state_space_duality():
         return o + i["D"][None, None, :, None] * i["x"], h
 
     with jax.enable_x64(True):
-        actual = with_gradients(ssd, cast({n: z[n] for n in names}, jnp.float64), cast((z["do"], z["dht"]), jnp.float64))
+        actual = with_gradients(
+            ssd, cast({n: z[n] for n in names}, jnp.float64), cast((z["do"], z["dht"]), jnp.float64)
+        )
         assert_close(actual, ((z["o"], z["ht"]), {n: z[f"grad_{n}"] for n in names}), 1e-12)
 
 
@@ -402,7 +408,9 @@ def test_s4d_kernel_and_recurrence(group):
 
     with jax.enable_x64(True):
         operands = cast([z[name] for name in ("A", "B", "C", "dt", "D")], jnp.float64)
-        actual, eight = everything(*operands, jnp.asarray(z["u"].swapaxes(1, 2), jnp.float64), jnp.asarray(z["state0"], jnp.complex128))
+        actual, eight = everything(
+            *operands, jnp.asarray(z["u"].swapaxes(1, 2), jnp.float64), jnp.asarray(z["state0"], jnp.complex128)
+        )
     assert_near(actual, {k: [z[k]] * len(v) if isinstance(v, list) else z[k] for k, v in actual.items()}, 1e-10)
     np.testing.assert_allclose(eight, z["step8_fp32"], atol=1e-5)
 
@@ -577,7 +585,9 @@ def test_recurrences_against_loops():
         assert_close(ops.linear_recurrence(decay, inputs, segment_ids=ids), (states, h), 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, dict(window=4), dict(causal=False, window=3), dict(logit_softcap=1.5, scale=0.7)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(window=4), dict(causal=False, window=3), dict(logit_softcap=1.5, scale=0.7)]
+)
 def test_attention_against_numpy(options):
     rng = np.random.default_rng(0)
     q, ids = rng.standard_normal((2, 11, 4, 6)), np.cumsum(rng.random((2, 14)) < 0.2, axis=1)

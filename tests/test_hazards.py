@@ -12,7 +12,9 @@ from families import FULL_MIXERS, OPS, WIDTH, cast
 from jaxseq import ops
 
 # Batched LAPACK calls fan out into the thread pool they run on, and deadlock on a machine of few cores.
-LAPACK = re.compile(r'custom_call_target="[^"]*(lapack|getrf|trsm|eigh|syevd|potrf|gesdd|geqrf|triangular)[^"]*"|cholesky\(')
+LAPACK = re.compile(
+    r'custom_call_target="[^"]*(lapack|getrf|trsm|eigh|syevd|potrf|gesdd|geqrf|triangular)[^"]*"|cholesky\('
+)
 
 
 def lowered_gradient(function, *args):

@@ -158,7 +158,9 @@ def test_bfloat16(name, built):
 def test_state(name, built):
     """Made without parameters, and of a recurrent mixer as large for a million tokens as for one."""
     module, _ = built(name)
-    size = lambda length: sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(module.init_state, 3, max_length=length))))
+    size = lambda length: sum(
+        x.size for x in jax.tree.leaves(jax.eval_shape(partial(module.init_state, 3, max_length=length)))
+    )
     assert (size(100) == size(1_000_000)) == MIXERS[name].recurrent or MIXERS[name].reach < 100
     half = module.init_state(3, max_length=4, dtype=jnp.bfloat16)
     assert jax.tree.structure(half) == jax.tree.structure(module.init_state(3, max_length=4))
@@ -183,7 +185,10 @@ def test_inside_other_things(name, built):
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(
-        lambda params, x: in_parts(module, params, x, (3,))[0], mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+        lambda params, x: in_parts(module, params, x, (3,))[0],
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
     )
     assert_close(quick_jit(split)(params, x), expected, "mixer")
     gradients = lambda params: [jax.grad(lambda p, f=f: jnp.sum(f(p, x) ** 2))(params) for f in (split, module.apply)]
@@ -200,7 +205,10 @@ WRONG = {
     "attention odd width": (Attention(WIDTH, num_heads=8), "head width 1; rotary takes an even one"),
     "odd state": (S4D(WIDTH, state_size=5), "state_size=5; S4D takes an even number"),
     "no state": (S4D(WIDTH, state_size=0), "state_size=0"),
-    "unknown start": (S4D(WIDTH, initialisation="hippo"), "initialisation='hippo' is unknown to S4D; choose one of legs"),
+    "unknown start": (
+        S4D(WIDTH, initialisation="hippo"),
+        "initialisation='hippo' is unknown to S4D; choose one of legs",
+    ),
     "unknown rule": (S4D(WIDTH, discretisation="euler"), "discretisation='euler' is unknown.*zoh, bilinear"),
     "unknown map": (S4D(WIDTH, real_map="square"), "real_map='square' is unknown"),
     "copies": (S4D(WIDTH, num_copies=3), "num_copies=3 does not divide d_model=8"),

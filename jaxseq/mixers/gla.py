@@ -76,7 +76,7 @@ class GLA(Mixer):
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GLAState:
         heads, kv_heads, K, V = self._sizes()
         widths = (heads * K, kv_heads * K, kv_heads * V) if self.conv_window else ()
-        conv = tuple(jnp.zeros((batch_size, self.conv_window - 1, width), dtype) for width in widths)
+        conv = tuple(jnp.zeros((batch_size, (self.conv_window or 1) - 1, width), dtype) for width in widths)
         return GLAState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
 
     @nn.nowrap
@@ -94,4 +94,5 @@ class GLA(Mixer):
                     f"{name}={getattr(self, name)} gives {width:g} channels a head; choose a whole number."
                 )
             widths.append(int(width))
-        return self.num_heads, kv_heads, *widths
+        K, V = widths
+        return self.num_heads, kv_heads, K, V

@@ -1,5 +1,6 @@
 """S4D: one diagonal state space a channel, a global convolution in training and a recurrence in decoding."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ class S4DState(NamedTuple):
 
 
 #: Maps from a free parameter to a positive number, and their inverses.
-POSITIVE = {
+POSITIVE: dict[str, tuple[Callable, Callable]] = {
     "exp": (jnp.exp, np.log),
     "none": (lambda x: x, lambda x: x),
     "relu": (lambda x: nn.relu(x) + 1e-4, lambda x: x - 1e-4),
@@ -34,8 +35,8 @@ class S4D(Mixer):
         x' = A x + B u,  y = 2 Re(C x) + D u        A = −f(A_real) − i g(A_imag),  dt = exp(log_dt)
         out = a ⊙ σ(b),  (a, b) = GELU(y) W + bias
 
-    `state_size` N counts conjugate pairs in full: N/2 complex states are kept. `initialisation` names how A starts, or a
-    tuple of names for the copies in turn; `num_copies` sets of (A, B) are shared by the channels, channel h using
+    `state_size` N counts conjugate pairs in full: N/2 complex states are kept. `initialisation` names how A starts,
+    or a tuple of names for the copies in turn; `num_copies` sets of (A, B) are shared by the channels, channel h using
     copy h mod num_copies (None: one a channel). `rate` r reads an input sampled at 1/r of the training rate.
     `impl` is a form of `ops.diagonal_state_space`. The imaginary parts are negative, as in the authors' code.
     """

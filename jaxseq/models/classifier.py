@@ -40,7 +40,7 @@ class Classifier(nn.Module):
             raise ValueError(f"pool={self.pool!r}; Classifier takes 'mean' or 'last'.")
         if (x.ndim == 2) != (self.vocab_size is not None):
             raise ValueError(f"x has shape {x.shape} and vocab_size={self.vocab_size}; tokens take one, features none.")
-        if x.ndim == 2:
+        if self.vocab_size is not None:
             x = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, name="encoder")(x)
         else:
             x = nn.Dense(self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, name="encoder")(x)

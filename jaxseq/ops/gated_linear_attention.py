@@ -44,7 +44,8 @@ def chunked(q, k, v, g, bonus, S, chunk_size):
     @jax.checkpoint
     def step(S, chunk):
         # Heads before time, so that all products are batched matrix products.
-        o, S = _chunk(*(x.swapaxes(1, 2) for x in chunk), bonus, S)
+        q, k, v, g = (x.swapaxes(1, 2) for x in chunk)
+        o, S = _chunk(q, k, v, g, bonus, S)
         return S, o.swapaxes(1, 2)
 
     # Padding with zero keys and zero log decays changes no state.

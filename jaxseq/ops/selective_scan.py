@@ -1,5 +1,6 @@
 """Mamba's S6: h_t = exp(dt_t A) ⊙ h_{t-1} + (dt_t x_t) B_tᵀ, y_t = h_t C_t + D ⊙ x_t."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -105,7 +106,7 @@ def selective_scan(
     keep = jnp.ones((batch, length), real) if segment_ids is None else 1 - segment_starts(segment_ids).astype(real)
     shape = (batch, channels, A.shape[1])
     h = zeros_from(x[:, 0, :, None], shape, state_dtype) if initial_state is None else initial_state.astype(state_dtype)
-    forms = {
+    forms: dict[str, Callable] = {
         "sequential": sequential,
         "parallel": parallel,
         "chunked": partial(chunked, chunk_size=min(chunk_size, length)),

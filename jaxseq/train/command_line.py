@@ -66,14 +66,13 @@ def refuse(message: str) -> NoReturn:
 
 
 def _one_line(box: str) -> str:
-    """The message in tyro's box: what stands between its first two rules, and the option it would have expected."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in box.splitlines()]
-    is_rule = lambda line: bool(line) and set(line) <= set("─-╭╮╰╯├┤")
-    rules = [i for i, line in enumerate(lines) if is_rule(line)]
-    if len(rules) < 2:
-        return " ".join(lines)
-    message = " ".join(lines[rules[0] + 1 : rules[1]])
+    """The message in tyro's box: what stands before its first inner rule, and the option it would have expected."""
+    plain = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in box.splitlines())
+    lines = [line.strip(" │|") for line in plain if not line.lstrip().startswith(("╭", "╰"))]
+    is_rule = lambda line: bool(line) and set(line) <= set("─-├┤")
+    end = next((i for i, line in enumerate(lines) if is_rule(line)), len(lines))
+    message = re.sub(r"^Error parsing config\.\w+: ", "", " ".join(lines[:end]))
     if message.startswith("Unrecognized"):
-        similar = re.search(r"^(--[a-z]\S*)", "\n".join(lines[rules[1] :]), re.MULTILINE)
+        similar = re.search(r"^(--\S+)", "\n".join(lines[end:]), re.MULTILINE)
         message += f" (did you mean {similar[1]}?)" if similar else ""
-    return f"{message}; --help lists every option."
+    return f"{message.rstrip('.')}; --help lists every option."
