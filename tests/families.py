@@ -239,7 +239,7 @@ OPS = {
         moving=("u",),
         sweep=True,
         float32="float32 transform",
-    ),  # fmt: skip
+    ),
     "softmax_attention": OpMember(_attention_inputs, _attention, sweep=True),
     "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5)),
     "softmax_attention softcap": OpMember(_attention_inputs, partial(_attention, logit_softcap=2.0, window=20)),

@@ -140,7 +140,7 @@ class TinyTales(tfds.core.GeneratorBasedBuilder):
 class RemoteTales(TinyTales):
     """Tales behind a port where nobody answers."""
 
-    url_infos = {"http://127.0.0.1:9/tales.txt": None}  # noqa: RUF012
+    url_infos = {"http://127.0.0.1:9/tales.txt": None}
 
 
 def test_tfds_set_is_read_and_completed(tmp_path):

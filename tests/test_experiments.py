@@ -1,0 +1,76 @@
+"""The scripts at toy size, as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog; " * 400)
+    return folder
+
+
+def test_the_main_job_trains_reports_resumes_and_generates(texts, tmp_path):
+    out = tmp_path / "run"
+    command = ("experiments.language_model", "--preset", "debug", "--data.path", str(texts), "--out", str(out))
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert {
+        "experiment",
+        "claim",
+        "measured",
+        "baseline",
+        "threshold",
+        "holds",
+        "seconds",
+        "device",
+        "jax_version",
+    } <= set(result)
+    assert len(result["parameters_digest"]) == 64
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"train", "validation"} <= {row["split"] for row in rows}
+    assert (out / "plots" / "bits_per_byte.png").stat().st_size > 1000
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+    again = run(*command)
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+    text = run("experiments.generate", "--run", str(out), "--prompt", "the ", "--max-tokens", "20")
+    assert text.returncode == 0 and text.stdout.startswith("the "), text.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--model.mixers", "nothing"), "no mixer is called 'nothing'"),
+        (("--data.path", "no/such/folder"), "does not exist"),
+        (("--train.batch-size", "0"), "train.batch_size=0"),
+        (("--unknown", "1"), "Unrecognized options"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_code_2(arguments, message, tmp_path):
+    refused = run("experiments.language_model", "--preset", "debug", "--out", str(tmp_path / "run"), *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1 and message in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", ["s4d", "mamba", "attention", "gla,attention"])
+def test_every_mixer_trains_on_the_main_job(mixers, texts, tmp_path):
+    done = run(
+        "experiments.language_model", "--preset", "debug", "--data.path", str(texts), "--out", str(tmp_path / "run"),
+        "--model.mixers", mixers, "--model.depth", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,19 @@
+"""The README's snippets run."""
+
+import re
+from pathlib import Path
+
+import jax
+
+
+def test_the_snippets_run():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    names: dict = {}
+    with jax.numpy_rank_promotion("allow"):  # a user's own settings
+        for snippet in snippets:
+            exec(snippet, names)
+    assert names["logits"].shape == (1, 16, 256)
+    assert names["logits_t"].shape == (1, 256)
+    assert names["y"].shape == (2, 10, 64)
