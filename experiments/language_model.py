@@ -49,7 +49,7 @@ class Config:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig(width=128, depth=2, heads=2)
     train: TrainConfig = TrainConfig(
-        steps=270, batch_size=4, learning_rate=4e-3, warmup_steps=30, evaluate_every=100, log_every=5
+        steps=300, batch_size=4, learning_rate=4e-3, warmup_steps=30, evaluate_every=100, log_every=5
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
