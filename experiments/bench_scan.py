@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +208,9 @@ def bench(case: Case, config: Config) -> list[Row]:
         output = jax.eval_shape(partial(forward, case.forms[first], None), *inputs)
         return jax.random.normal(jax.random.fold_in(key, 99), output.shape, output.dtype), *inputs
 
-    arguments, programs, compile_seconds = draw(0), {}, {}
+    arguments = draw(0)
+    programs: dict[tuple, Any] = {}
+    compile_seconds = {}
     for name, form in case.forms.items():
         started = time.perf_counter()
         for stage in (forward, training):
@@ -225,9 +227,10 @@ def bench(case: Case, config: Config) -> list[Row]:
 
     def row(name) -> Row:
         both = (name, forward), (name, training)
-        speed = (ms[first, stage] / ms[name, stage] for _, stage in both)
-        mib = (programs[turn].memory_analysis().temp_size_in_bytes / 2**20 for turn in both)
-        return Row(case.op, name, case.length, *(ms[turn] for turn in both), *speed, *mib, compile_seconds[name])
+        numbers = [ms[turn] for turn in both]
+        numbers += [ms[first, stage] / ms[name, stage] for _, stage in both]
+        numbers += [programs[turn].memory_analysis().temp_size_in_bytes / 2**20 for turn in both]
+        return Row._make([case.op, name, case.length, *numbers, compile_seconds[name]])
 
     return [row(name) for name in case.forms]
 
