@@ -116,16 +116,6 @@ def raw_associative_scan(decay, inputs):
 RAW = {"lax.scan": raw_scan, "associative_scan": raw_associative_scan}
 
 
-def peers() -> dict[str, Callable]:
-    """Other libraries' forms of the recurrence, where they are installed."""
-    try:
-        from recurrentgemma.common import ScanType
-        from recurrentgemma.jax.scan import linear_scan
-    except ImportError:
-        return {}
-    return {"recurrentgemma": lambda decay, inputs: linear_scan(inputs, decay, scan_type=ScanType.LINEAR_NATIVE)}
-
-
 def forms(op: Callable, *names: str | None, **options) -> dict[str, Callable]:
     return {str(name): partial(op, impl=name, **options) for name in names}
 
@@ -148,7 +138,7 @@ def cases(config: Config) -> Iterator[Case]:
 
     ours = forms(ops.linear_recurrence, None, "in_place", "chunked", "parallel", "sequential")
     for length in config.lengths:
-        yield Case("linear_recurrence", length, partial(real, length), RAW | peers() | ours)
+        yield Case("linear_recurrence", length, partial(real, length), RAW | ours)
     yield Case("linear_recurrence/complex", T, rotating, RAW | ours)
 
     heads = (max(1, B // 2), T, config.heads)

@@ -104,4 +104,5 @@ def accumulator(*dtypes) -> jnp.dtype:
 
 def zeros_from(array: Array, shape: tuple[int, ...], dtype) -> Array:
     """Zeros that vary over the same mesh axes as `array`, as a scan's carry inside `shard_map` has to."""
-    return jnp.zeros_like(jnp.broadcast_to(array, shape), dtype=dtype)
+    never = (array.reshape(-1)[0] == 0) & False  # of the array's axes, and zero also where it is NaN
+    return jnp.zeros(shape, dtype) + never.astype(dtype)

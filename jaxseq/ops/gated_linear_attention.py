@@ -18,7 +18,7 @@ from .dispatch import dispatch
 def sequential(q, k, v, g, bonus, S):
     def step(S, token):
         q, k, v, g = token
-        before = S
+        before = _unless_restart(S, g)
         S = jnp.exp(g)[..., None] * S + k[..., None] * v[..., None, :]
         read = S if bonus is None else before + (bonus[0] * k)[..., None] * v[..., None, :]
         return S, jnp.einsum("bhkv,bhk->bhv", read, q)
@@ -32,7 +32,7 @@ def parallel(q, k, v, g, bonus, S):
     elements = OuterProduct.from_token(jnp.broadcast_to(g, k.shape), k, v)
     states, final = scan.parallel(outer_product, elements, S)
     if bonus is not None:
-        before = jnp.concatenate([S[:, None], states[:, :-1]], axis=1)
+        before = _unless_restart(jnp.concatenate([S[:, None], states[:, :-1]], axis=1), g)
         states = before + (bonus * k)[..., None] * v[..., None, :]
     return jnp.einsum("bthkv,bthk->bthv", states, q), final
 
@@ -59,7 +59,7 @@ def _chunk(q, k, v, g, bonus, S):
     size = q.shape[2]
     whole = 1 << (size - 1).bit_length()
     q, k, v, g = (jnp.pad(x, ((0, 0), (0, 0), (0, whole - size), (0, 0))) for x in (q, k, v, g))
-    scores, from_start, to_end, total = _decayed_scores(q, k, jnp.exp(g), bonus)
+    scores, from_start, to_end, total = _decayed_scores(q, k, g, bonus)
     product = partial(jnp.einsum, preferred_element_type=S.dtype)
     o = product("bhij,bhjv->bhiv", scores.astype(v.dtype), v)
     o += product("bhik,bhkv->bhiv", _decayed(q, from_start), S.astype(q.dtype))
@@ -67,7 +67,7 @@ def _chunk(q, k, v, g, bonus, S):
     return o[:, :, :size], S
 
 
-def _decayed_scores(q, k, decay, bonus):
+def _decayed_scores(q, k, g, bonus):
     """A_ij = q_i · (Π_{j<t≤i} decay_t ⊙ k_j) for j ≤ i, and the decays from a chunk's start and to its end.
 
     Blocks double in size: where two neighbours join, every later query meets every earlier key in one matrix
@@ -77,7 +77,9 @@ def _decayed_scores(q, k, decay, bonus):
     reads the state before its own token (RWKV-6).
     """
     size = q.shape[2]
-    to_read, total, to_end = (decay if bonus is None else jnp.ones_like(decay)), decay, jnp.ones_like(decay)
+    decay = total = jnp.exp(g)
+    to_end = jnp.ones_like(decay)
+    to_read = decay if bonus is None else jnp.where(jnp.isneginf(g), 0, to_end)
     diagonal = q.astype(decay.dtype) * k.astype(decay.dtype)
     diagonal = diagonal if bonus is None else diagonal * bonus.swapaxes(1, 2).astype(decay.dtype)
     scores = jnp.sum(diagonal, -1)[..., None, None]
@@ -101,6 +103,11 @@ def _decayed_scores(q, k, decay, bonus):
 def _decayed(x, decay):
     """x ⊙ decay in the precision of the decay, kept in that of x."""
     return (x.astype(decay.dtype) * decay).astype(x.dtype)
+
+
+def _unless_restart(S, g):
+    """The state a token with a bonus reads, before its own decay: nothing, where that decay of zero is a restart."""
+    return jnp.where(jnp.isneginf(g)[..., None], 0, S)
 
 
 def _halves(x, block):

@@ -66,13 +66,18 @@ def refuse(message: str) -> NoReturn:
 
 
 def _one_line(box: str) -> str:
-    """The message in tyro's box: what stands before its first inner rule, and the option it would have expected."""
-    plain = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in box.splitlines())
-    lines = [line.strip(" │|") for line in plain if not line.lstrip().startswith(("╭", "╰"))]
-    is_rule = lambda line: bool(line) and set(line) <= set("─-├┤")
-    end = next((i for i, line in enumerate(lines) if is_rule(line)), len(lines))
-    message = re.sub(r"^Error parsing config\.\w+: ", "", " ".join(lines[:end]))
+    """The message in tyro's box, whose title is on its frame or above a rule; and the option it would have expected."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in box.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line[:1] in tuple("╭╰+") or (line and set(line) <= set("─-├┤")):
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    spoken = [" ".join(section) for section in sections if section]
+    message = next((text for text in spoken if ":" in text), " ".join(spoken))
+    message = re.sub(r"^Error parsing config\.\w+: ", "", message)
     if message.startswith("Unrecognized"):
-        similar = re.search(r"^(--\S+)", "\n".join(lines[end:]), re.MULTILINE)
+        similar = re.search(r"^(--[a-z]\S*)", "\n".join(lines), re.MULTILINE)
         message += f" (did you mean {similar[1]}?)" if similar else ""
     return f"{message.rstrip('.')}; --help lists every option."
