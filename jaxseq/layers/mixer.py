@@ -3,10 +3,9 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class Mixer(nn.Module):
@@ -37,9 +36,7 @@ class Mixer(nn.Module):
 
     def start(self, x: Array):
         """The state at the start of the sequence x, with no room for a cache beyond this call."""
-        state = self.init_state(x.shape[0], max_length=0, dtype=accumulator(x.dtype))
-        # Inside `shard_map` it varies over the same mesh axes as x.
-        return jax.tree.map(lambda leaf: leaf + zeros_from(x, leaf.shape, leaf.dtype), state)
+        return self.init_state(x.shape[0], max_length=0, dtype=accumulator(x.dtype))
 
     def checked_heads(self, **numbers: int) -> None:
         """Raise unless every number of heads divides `d_model`."""

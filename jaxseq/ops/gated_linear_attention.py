@@ -162,7 +162,8 @@ def gated_linear_attention(
     q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (query, key))
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
     shape = (value.shape[0], heads, width, value.shape[-1])
-    S = zeros_from(value[:, 0, :, None, :], shape, dtype) if initial_state is None else initial_state.astype(dtype)
+    S = zeros_from(value, shape, dtype)
+    S = S if initial_state is None else S + initial_state.astype(dtype)
     bonus = None if bonus is None else bonus[None, None]
     chunk_size = chunk_size or min(32, length)
     forms = {

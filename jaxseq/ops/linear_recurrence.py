@@ -8,7 +8,7 @@ from jax import lax
 
 from .. import scan
 from ..monoid import Affine, affine, segment_starts
-from ..shapes import Array, Inexact, Int, accumulator, promoted, typed
+from ..shapes import Array, Inexact, Int, accumulator, promoted, typed, zeros_from
 from .dispatch import dispatch
 
 
@@ -116,9 +116,12 @@ def linear_recurrence(
         starts = segment_starts(jnp.flip(segment_ids, 1)) if reverse else segment_starts(segment_ids)
         starts = jnp.flip(starts, 1) if reverse else starts
         decay = jnp.where(lax.expand_dims(starts, range(2, decay.ndim)), 0, decay)
-    state = jnp.zeros_like(inputs[:, 0]) if initial_state is None else initial_state.astype(inputs.dtype)
-    if state.shape != inputs[:, 0].shape:
-        raise ValueError(f"initial_state has shape {state.shape}; inputs {inputs.shape} take {inputs[:, 0].shape}.")
+    state = zeros_from(inputs, inputs[:, 0].shape, inputs.dtype)
+    if initial_state is not None and initial_state.shape != state.shape:
+        raise ValueError(
+            f"initial_state has shape {initial_state.shape}; inputs {inputs.shape} take {inputs[:, 0].shape}."
+        )
+    state = state if initial_state is None else state + initial_state.astype(inputs.dtype)
     forms = {name: partial(_with_direction, form, reverse) for name, form in FORMS.items()}
     best = {"cpu": "in_place", "default": "parallel"}
     states, final = dispatch("linear_recurrence", impl, forms, best)(decay, inputs, state)
