@@ -4,7 +4,7 @@ Claim   Chunked `gated_linear_attention` trains at least 5 times faster than its
         scan over states; `linear_recurrence` is at least as fast as raw `lax.scan` and `lax.associative_scan`.
 Source  GLA (arXiv 2312.06635), section 4; the raw scans, with automatic gradients, on the same inputs in the same run.
 Expect  Ratios of about 7 and of 1 to 5 on 2 CPU cores, in five minutes; see experiments/README.md.
-Run     python -m experiments.bench_scan [--preset cpu|gpu] [--lengths 256 2048] [--seconds 5]
+Run     python -m experiments.bench_scan [--preset cpu|gpu] [--lengths 256 2048] [--repeats 20]
 """
 
 import random
@@ -52,9 +52,9 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Inputs of all ops but linear_recurrence, which layers call in float32."""
     repeats: int = 5
-    """Rounds at least; a round calls every form of an op once, and times are medians over rounds."""
-    seconds: float = 3.0
-    """Rounds go on until an op has taken this long."""
+    """Rounds over all forms of an op, after one to warm up; times are medians over all calls."""
+    seconds: float = 0.1
+    """A round calls each form for this long, once at least."""
     tolerance: float = 0.05
     """A recurrence slower than a raw scan by up to this fraction counts as equal: medians vary by as much."""
 
@@ -181,10 +181,14 @@ def training(form, cotangent, *inputs):
     return outputs, pull_back(cotangent)
 
 
-def timed(program: Callable, arguments) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return 1e3 * (time.perf_counter() - started)
+def timed(program: Callable, arguments, seconds: float) -> list[float]:
+    """Milliseconds of calls one after the other, for so many seconds, one at least."""
+    times: list[float] = []
+    while sum(times) <= 1e3 * seconds:
+        started = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
 
 
 def bench(case: Case, config: Config) -> list[Row]:
@@ -206,20 +210,20 @@ def bench(case: Case, config: Config) -> list[Row]:
         for stage in (forward, training):
             programs[name, stage] = jax.jit(partial(stage, form)).lower(*arguments).compile()
         compile_seconds[name] = time.perf_counter() - started
-    rounds: list[dict] = []
-    deadline = time.perf_counter() + config.seconds
-    while len(rounds) <= config.repeats or time.perf_counter() < deadline:
-        arguments = jax.block_until_ready(draw(len(rounds)))
+    times: dict[tuple, list[float]] = {}
+    for turn in range(1 + config.repeats):
+        arguments = jax.block_until_ready(draw(turn))
         # What a form leaves behind, in caches or in memory to be freed, slows down the next one: so the order changes.
-        turns = shuffled.sample(list(programs), len(programs))
-        rounds.append({turn: timed(programs[turn], arguments) for turn in turns})
-    ms = {turn: median(times[turn] for times in rounds[1:]) for turn in programs}  # the first round warms up
+        for key in shuffled.sample(list(programs), len(programs)):
+            calls = timed(programs[key], arguments, config.seconds)
+            times[key] = times.get(key, []) + calls if turn else []  # the first round warms up
+    ms = {key: median(calls) for key, calls in times.items()}
 
     def row(name) -> Row:
         both = (name, forward), (name, training)
-        numbers = [ms[turn] for turn in both]
+        numbers = [ms[key] for key in both]
         numbers += [ms[first, stage] / ms[name, stage] for _, stage in both]
-        numbers += [programs[turn].memory_analysis().temp_size_in_bytes / 2**20 for turn in both]
+        numbers += [programs[key].memory_analysis().temp_size_in_bytes / 2**20 for key in both]
         return Row._make([case.op, name, case.length, *numbers, compile_seconds[name]])
 
     return [row(name) for name in case.forms]
