@@ -47,9 +47,15 @@ class Config:
     beat: Literal["zlib", "lzma", "zlib_whole", "lzma_whole"] = "zlib"
     """The compressor the claim is checked against: on each window alone, or on the test files whole."""
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig(width=128, depth=2, heads=2)
+    model: ModelConfig = ModelConfig(width=128, depth=1, heads=2, ngrams=(2, 3, 4, 5, 6), ngram_buckets=2**16)
     train: TrainConfig = TrainConfig(
-        steps=300, batch_size=4, learning_rate=4e-3, warmup_steps=30, evaluate_every=100, log_every=5
+        steps=280,
+        batch_size=8,
+        optimizer="muon",
+        learning_rate=1.5e-2,
+        warmup_steps=25,
+        evaluate_every=100,
+        log_every=5,
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -60,20 +66,20 @@ PRESETS = {
     # Half an hour on two cores.
     "long": Config(
         beat="zlib_whole",
-        model=ModelConfig(width=192, depth=3, heads=3),
-        train=TrainConfig(steps=1200, batch_size=4, learning_rate=3e-3),
+        model=ModelConfig(width=160, depth=2, heads=2, ngrams=(2, 3, 4, 5, 6, 8), ngram_buckets=2**17),
+        train=TrainConfig(steps=1250, batch_size=8, optimizer="muon", learning_rate=1e-2),
     ),
     # A 100M-class model in bfloat16 on one accelerator.
     "gpu": Config(
         beat="lzma_whole",
         data=DataConfig(context=2048, evaluation_windows=64),
-        model=ModelConfig(width=768, depth=14, heads=6, bfloat16=True),
-        train=TrainConfig(steps=3000, batch_size=32, learning_rate=1e-3, warmup_steps=200),
+        model=ModelConfig(width=768, depth=10, heads=6, ngrams=(2, 3, 4, 5, 6, 8), bfloat16=True),
+        train=TrainConfig(steps=3000, batch_size=32, optimizer="muon", learning_rate=2e-3, warmup_steps=200),
     ),
     # Seconds: to see that everything works.
     "debug": Config(
         data=DataConfig(context=64),
-        model=ModelConfig(width=32, depth=1),
+        model=ModelConfig(width=32, depth=1, ngrams=(2, 3), ngram_buckets=2**10),
         train=TrainConfig(steps=20, batch_size=4, evaluate_every=10),
     ),
 }

@@ -91,7 +91,11 @@ def test_compressed_file_is_read_as_its_text(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("damaged.gz", gzip.compress(b"text " * 100, mtime=0)[:-9], r"damaged\.gz is damaged .*; fetch or compress it again"),
+        (
+            "damaged.gz",
+            gzip.compress(b"text " * 100, mtime=0)[:-9],
+            r"damaged\.gz is damaged .*; fetch or compress it again",
+        ),
         ("plain.gz", b"not compressed", r"plain\.gz is damaged"),
         ("binary.txt", b"MZ\0\0", r"binary\.txt is binary; name a UTF-8 text file"),
         ("empty.txt", b"", r"empty\.txt is empty"),

@@ -9,6 +9,7 @@ import pytest
 from families import assert_close, quick_jit
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
+from jaxseq.layers import NgramEmbedding
 
 VOCAB, WIDTH = 11, 8
 gla = partial(GLA, num_heads=2)
@@ -16,6 +17,7 @@ attention = partial(Attention, num_heads=2)
 MODELS = {
     "one mixer": LanguageModel(VOCAB, WIDTH, (gla,) * 3),
     "hybrid, tied": LanguageModel(VOCAB, WIDTH, (partial(Mamba, state_size=4), attention) * 2, tied=True),
+    "n-grams": LanguageModel(VOCAB, WIDTH, (gla,), ngrams=(2, 4), ngram_buckets=64),
     "no pattern, no mlp": LanguageModel(VOCAB, WIDTH, (partial(S4D, state_size=4), gla, None, attention), mlp=None),
 }
 tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
@@ -51,8 +53,9 @@ def test_call_is_prefill_and_steps(name):
     assert_close(decoded, whole, "mixer")
 
 
-def test_packed_documents_do_not_meet():
-    model = MODELS["hybrid, tied"]
+@pytest.mark.parametrize("name", ["hybrid, tied", "n-grams"])
+def test_packed_documents_do_not_meet(name):
+    model = MODELS[name]
     params = initialised(model, tokens)
     ids = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * 2)
     apply = quick_jit(model.apply)
@@ -87,6 +90,22 @@ def test_a_tied_head_is_the_table():
     shapes = [jax.eval_shape(m.init, jax.random.key(0), tokens) for m in (free, tied)]
     assert count(shapes[0]) - count(shapes[1]) == VOCAB * WIDTH
     assert "head" not in shapes[1]["params"]
+
+
+def test_an_ngram_is_looked_up_where_it_ends():
+    layer = NgramEmbedding(WIDTH, sizes=(2, 3), buckets=1 << 20)
+    text, start = jnp.asarray([[3, 5, 7, 3, 5, 7, 5]]), jnp.zeros((1, 2), jnp.int32)
+    params = jax.jit(layer.init)(jax.random.key(0), text, start)
+    rows, _ = layer.apply(params, text, start)
+    same = np.isclose(rows[0][:, None], rows[0][None], atol=1e-6).all(-1)
+    assert np.argwhere(np.triu(same, 1)).tolist() == [[2, 5]]  # 3 5 7 ends twice; every other trigram once
+    first, before = layer.apply(params, text[:, :1], start)
+    rest, after = layer.apply(params, text[:, 1:], before)
+    np.testing.assert_array_equal(jnp.concatenate([first, rest], axis=1), rows)
+    np.testing.assert_array_equal(after, text[:, -2:] + 1)
+    for sizes, buckets in (((1, 2), 8), ((), 8), ((2,), 0)):
+        with pytest.raises(ValueError, match="NgramEmbedding takes sizes of 2 or more"):
+            jax.eval_shape(NgramEmbedding(WIDTH, sizes, buckets).init, jax.random.key(0), text, start)
 
 
 def test_bfloat16_logits_and_states_are_float32():

@@ -19,11 +19,11 @@ from jaxseq.train import (
     Interrupted,
     MeshConfig,
     TrainConfig,
-    adamw,
     cross_entropy,
     device_mesh,
     digest,
     fit,
+    make_optimizer,
     restore_parameters,
     shardings,
 )
@@ -181,7 +181,9 @@ def poisoned(steps):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     result, rows = train(*poisoned([5, 6]), config=replace(CONFIG, steps=6, warmup_steps=3))
-    before, _ = train(*poisoned([]), config=replace(CONFIG, steps=4), optimizer=adamw(replace(CONFIG, steps=6)))
+    before, _ = train(
+        *poisoned([]), config=replace(CONFIG, steps=4), optimizer=make_optimizer(replace(CONFIG, steps=6))
+    )
     assert result.skipped == 2 and [row["skipped"] for row in rows] == [0, 0, 0, 0, 1, 2]
     assert digest(result.params) == digest(before.params)
 
@@ -195,7 +197,7 @@ def test_groups_of_parameters():
     """With a zero gradient only decay moves a parameter; with an equal one, state-space parameters move less."""
     params = init(jax.random.key(0))
     config = replace(CONFIG, warmup_steps=0, weight_decay=0.5)
-    optimizer = adamw(config)
+    optimizer = make_optimizer(config)
     zero = jax.tree.map(jnp.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):
         still, _ = optimizer.update(zero, optimizer.init(params), params)
@@ -205,6 +207,23 @@ def test_groups_of_parameters():
     block = moved["params"]["block"]
     np.testing.assert_allclose(block["log_dt"], -config.state_space_learning_rate, rtol=1e-4)
     np.testing.assert_allclose(block["up"]["bias"], -config.learning_rate, rtol=1e-4)
+
+
+def test_muon_moves_matrices_along_orthogonal_directions():
+    """All singular values of a step are about the same, on every layer of a stack; other parameters step by Adam."""
+    rng = np.random.default_rng(0)
+    shapes = {"a_proj": {"kernel": (3, 8, 32)}, "head": {"kernel": (8, 32)}}
+    is_shape = lambda x: isinstance(x, tuple)
+    grads = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s), jnp.float32), shapes, is_leaf=is_shape)
+    params, steps = jax.tree.map(jnp.zeros_like, grads), {}
+    for name in ("adamw", "muon"):
+        optimizer = make_optimizer(replace(CONFIG, warmup_steps=0, optimizer=name))
+        with jax.numpy_dtype_promotion("standard"):
+            steps[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(steps["muon"]["head"]["kernel"], steps["adamw"]["head"]["kernel"], rtol=1e-5)
+    singular = np.linalg.svd(steps["muon"]["a_proj"]["kernel"], compute_uv=False)
+    equal = 0.2 * 32**0.5 * CONFIG.learning_rate
+    assert singular.shape == (3, 8) and (0.6 * equal < singular).all() and (singular < 1.3 * equal).all()
 
 
 def test_state_space_names_are_whole_names():

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
+from ..layers.ngram_embedding import NgramEmbedding
 from ..mixers.gla import GLA
 from ..shapes import Array, Float, Int, typed
 from .block import Slot, Stack
+
+
+class LanguageModelState(NamedTuple):
+    ngram: Int[Array, "B N-1"]  # the tokens before, plus one, that the longest n-gram reaches back to
+    layers: tuple  # one entry a slot of the pattern of mixers; its leaves lead with the repeats
 
 
 class LanguageModel(nn.Module):
@@ -18,7 +24,8 @@ class LanguageModel(nn.Module):
 
     `mixers` holds one slot a layer, each a callable that takes `d_model`: `(partial(GLA, num_heads=4),) * 4`, or
     different ones for a hybrid. `mlp` is the slot of the feed-forward layers, None for none. With `tied` the head is
-    the embedding table. `dtype` is what layers compute in; parameters, states and logits stay at least float32.
+    the embedding table. `ngrams` are the sizes of n-grams whose hashed embeddings are added to the tokens' own
+    (`NgramEmbedding`). `dtype` is what layers compute in; parameters, states and logits stay at least float32.
     """
 
     vocab_size: int
@@ -26,6 +33,8 @@ class LanguageModel(nn.Module):
     mixers: tuple[Slot, ...] = (partial(GLA, num_heads=4),) * 4
     mlp: Slot = GatedMLP
     tied: bool = False
+    ngrams: tuple[int, ...] = ()
+    ngram_buckets: int = 2**15
     norm_eps: float = 1e-6
     remat: bool = True
     remat_policy: Callable | None = None
@@ -42,7 +51,14 @@ class LanguageModel(nn.Module):
             raise ValueError(f"vocab_size={self.vocab_size} and d_model={self.d_model}; LanguageModel takes 1 or more.")
         normal = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, embedding_init=normal)
-        x, states = self._stack()(embed(tokens), states, segment_ids)
+        before = self._no_ngram(tokens.shape[0]) if states is None else states.ngram
+        x, ngram = embed(tokens), before
+        if self.ngrams:
+            ngrams = NgramEmbedding(self.d_model, self.ngrams, self.ngram_buckets, self.param_dtype, name="ngrams")
+            y, ngram = ngrams(tokens, before, segment_ids)
+            x = x + y
+        x, layers = self._stack()(x, states and states.layers, segment_ids)
+        states = LanguageModelState(ngram, layers)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         if self.tied:
             return embed.attend(x), states
@@ -60,8 +76,13 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
-        """The states of all mixers at the start of a sequence; a leaf leads with the layers that share a slot."""
-        return self._stack(parent=None).init_state(batch_size, max_length=max_length, dtype=dtype)
+        """The state at the start of a sequence."""
+        layers = self._stack(parent=None).init_state(batch_size, max_length=max_length, dtype=dtype)
+        return LanguageModelState(self._no_ngram(batch_size), layers)
+
+    @nn.nowrap
+    def _no_ngram(self, batch_size: int) -> Int[Array, "B N-1"]:
+        return jnp.zeros((batch_size, max(self.ngrams, default=1) - 1), jnp.int32)
 
     @nn.nowrap
     def _stack(self, **options) -> Stack:

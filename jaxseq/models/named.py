@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -25,11 +26,17 @@ class ModelConfig:
     """Heads of the mixers that have them."""
     conv_window: int | None = 4
     """Window of the convolution in front of the mixers that have one."""
+    ngrams: tuple[int, ...] = ()
+    """Sizes of the n-grams whose hashed embeddings are added to the tokens' own."""
+    ngram_buckets: int = 2**15
+    """Rows of the table that all n-grams share."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, states and sums stay in float32."""
 
     def __post_init__(self):
-        for name in ("width", "depth", "heads"):
+        if min(self.ngrams, default=2) < 2:
+            raise ValueError(f"model.ngrams={self.ngrams} must be sizes of 2 or more.")
+        for name in ("width", "depth", "heads", "ngram_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1.")
         self.slots()
@@ -48,8 +55,13 @@ class ModelConfig:
 
 def named_language_model(config: ModelConfig, vocab_size: int, **fields) -> LanguageModel:
     """The language model of a config; `fields` go to `LanguageModel`."""
-    dtype = jnp.bfloat16 if config.bfloat16 else None
-    return LanguageModel(vocab_size, config.width, mixers=config.slots(), dtype=dtype, **fields)
+    options: dict[str, Any] = {
+        "mixers": config.slots(),
+        "ngrams": config.ngrams,
+        "ngram_buckets": config.ngram_buckets,
+        "dtype": jnp.bfloat16 if config.bfloat16 else None,
+    }
+    return LanguageModel(vocab_size, config.width, **options | fields)
 
 
 def _with_options(kind, options) -> Slot:

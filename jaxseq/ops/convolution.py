@@ -29,24 +29,30 @@ def short_convolution(
     (batch, length, width), window = x.shape, weight.shape[0]
     if length == 0 or window == 0:
         raise ValueError(f"x has shape {x.shape} and weight {weight.shape}; short_convolution takes T ≥ 1 and W ≥ 1.")
-    before = (batch, window - 1, width)
-    state = zeros_from(x[:, :1], before, x.dtype) if initial_state is None else initial_state.astype(x.dtype)
-    inputs = jnp.concatenate([state, x], axis=1)
-    if segment_ids is None:
-        segments = None
-    else:
-        index = jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
-        segments = jnp.pad(index, ((0, 0), (window - 1, 0)))[..., None]  # the state belongs to the first segment
+    state = zeros_from(x[:, :1], (batch, window - 1, width), x.dtype)
+    state = state if initial_state is None else state + initial_state.astype(x.dtype)
+    shifted, final = taps(x, state, segment_ids)
     y = jnp.zeros_like(x) if bias is None else jnp.broadcast_to(bias.astype(x.dtype)[None, None], x.shape)
-    for w in range(window):
-        tap = inputs[:, w : w + length]
-        if segments is not None:
-            tap = jnp.where(segments[:, w : w + length] == segments[:, window - 1 :], tap, 0)
+    for w, tap in enumerate(shifted):
         y = y + weight[w].astype(x.dtype)[None, None] * tap
-    final = inputs[:, length:]
-    if segments is not None:
-        final = jnp.where(segments[:, length:] == segments[:, -1:], final, 0)
     return y, final
+
+
+def taps(x, before, segment_ids=None) -> tuple[list, Array]:
+    """Each token's view of the last W: x `B T …` shifted by W−1, …, 0 steps, and the state after it.
+
+    `before` holds the W−1 tokens before the call, oldest first. A tap beyond a restart, of x or of the state, is zero.
+    """
+    (_, length), reach = x.shape[:2], before.shape[1]
+    inputs = jnp.concatenate([before, x], axis=1)
+    if segment_ids is None:
+        return [inputs[:, w : w + length] for w in range(reach + 1)], inputs[:, length:]
+    segments = jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+    segments = jnp.pad(segments, ((0, 0), (reach, 0)))  # the state belongs to the first segment
+    segments = segments.reshape(*segments.shape, *(1,) * (x.ndim - 2))
+    within = lambda w, size, own: jnp.where(segments[:, w : w + size] == own, inputs[:, w : w + size], 0)
+    shifted = [within(w, length, segments[:, reach:]) for w in range(reach + 1)]
+    return shifted, within(length, reach, segments[:, -1:])
 
 
 @typed

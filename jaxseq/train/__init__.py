@@ -15,7 +15,7 @@ from .main import exit_codes as exit_codes
 from .main import main as main
 from .metrics import MetricsWriter as MetricsWriter
 from .metrics import read_metrics as read_metrics
-from .optimizer import adamw as adamw
+from .optimizer import make_optimizer as make_optimizer
 from .paths import digest as digest
 from .plots import draw_curves as draw_curves
 from .progress import Progress as Progress

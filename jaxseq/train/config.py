@@ -1,6 +1,7 @@
 """The options every experiment shares, under the same names on every command line."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,8 @@ class TrainConfig:
     """Sequences in one step, over all devices and microbatches."""
     accumulate: int = 1
     """Microbatches whose gradients make one step: less memory, the same step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon orthogonalises the steps of the layers' matrices; all other parameters take Adam's."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     warmup_steps: int = 100

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .interrupt import Interrupted, StopSignal
-from .optimizer import adamw
+from .optimizer import make_optimizer
 from .paths import PyTree
 from .sharding import BATCH, RULES, Rules, check_mesh, device_mesh, shard_batch, shardings
 
@@ -80,7 +80,7 @@ def fit(
     """
     started = time.monotonic()
     mesh = device_mesh() if mesh is None else mesh
-    optimizer = adamw(config) if optimizer is None else optimizer
+    optimizer = make_optimizer(config) if optimizer is None else optimizer
     _check(config, mesh)
     with jax.set_mesh(mesh), StopSignal(every=config.log_every) as stop:
         create = lambda key: _initial(init, optimizer, key)

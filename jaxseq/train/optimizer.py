@@ -1,12 +1,15 @@
-"""AdamW whose groups of parameters are told apart by their paths."""
+"""AdamW and Muon; groups of parameters are told apart by their paths."""
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from .config import TrainConfig
 from .paths import matching
 
 STATE_SPACE = r"(^|/)(log_dt|A_log|A_real|A_imag|B|dt_bias|nu_log|theta_log|gamma_log)$"
 DECAYED = r"(^|/)(kernel|embedding)$"
+HIDDEN = r"_proj/kernel$"
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -19,19 +22,35 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def adamw(
-    config: TrainConfig, *, decayed: str = DECAYED, state_space: str = STATE_SPACE
+def make_optimizer(
+    config: TrainConfig, *, decayed: str = DECAYED, state_space: str = STATE_SPACE, hidden: str = HIDDEN
 ) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, learning rate by schedule and group.
+    """Clip by global norm, Adam or Muon, decoupled weight decay, learning rate by schedule and group.
 
     Parameters whose path matches `decayed` decay; those that match `state_space` learn at
-    min(learning_rate, state_space_learning_rate), on the same schedule. All others do neither.
+    min(learning_rate, state_space_learning_rate), on the same schedule. All others do neither. With Muon, matrices
+    that match `hidden` move along their orthogonalised momentum, all others by Adam.
     """
     ratio = min(1.0, config.state_space_learning_rate / config.learning_rate)
+    direction = adam = optax.scale_by_adam(*config.betas)
+    if config.optimizer == "muon":
+        groups = lambda params: jax.tree.map(lambda found: "hidden" if found else "other", matching(hidden)(params))
+        direction = optax.partition({"hidden": _muon(), "other": adam}, groups)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(*config.betas),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=matching(decayed)),
         optax.masked(optax.scale(ratio), matching(state_space)),
         optax.scale_by_learning_rate(learning_rate(config)),
+    )
+
+
+def _muon() -> optax.GradientTransformation:
+    """Orthogonalised momentum, scaled to the root mean square of Adam's steps (arXiv 2502.16982, eq. 4)."""
+    # A matrix is the last two axes: layers of a stack are led by their depth.
+    matrices = lambda tree: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), tree)
+    scaled = lambda step: 0.2 * max(step.shape[-2:]) ** 0.5 * step
+    return optax.chain(
+        scale_by_muon(weight_dimension_numbers=matrices),
+        optax.stateless(lambda steps, _: jax.tree.map(scaled, steps)),
     )
