@@ -49,7 +49,7 @@ class Config:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig(width=128, depth=1, heads=2, ngrams=(2, 3, 4, 5, 6), ngram_buckets=2**16)
     train: TrainConfig = TrainConfig(
-        steps=280,
+        steps=240,
         batch_size=8,
         optimizer="muon",
         learning_rate=1.5e-2,
