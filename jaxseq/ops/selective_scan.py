@@ -112,9 +112,10 @@ def selective_scan(
         "parallel": parallel,
         "chunked": partial(chunked, chunk_size=min(chunk_size, length)),
     }
-    best = "chunked" if length > 1 else "sequential"
+    # A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
+    best = {"cpu": "sequential", "default": "chunked" if length > 1 else "sequential"}
     operands = (x.astype(real), dt.astype(real), keep, A.astype(state_dtype), B, C, h)
-    y, final = dispatch("selective_scan", impl, forms, best)(*operands)
+    y, final = dispatch("selective_scan", impl, forms, best, "chunked")(*operands)
     y = 2 * y.real if jnp.iscomplexobj(y) else y
     y = y if D is None else y + D.astype(real)[None, None] * x.astype(real)
     return y.astype(x.dtype), final
