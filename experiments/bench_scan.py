@@ -265,7 +265,10 @@ def measure(run: Run[Config]) -> None:
             print()
     write_json(run.folder / "table.json", {"rows": [row._asdict() for rows in table for row in rows]})
     draw_bars(table, run.folder / "plots" / "times.png")
-    stages, chunked = ("forward_ms", "training_ms"), partial(least, table, "gated_linear_attention", under="chunked")
+    stages, chunked = (
+        ("forward_ms", "training_ms"),
+        partial(least, table, "gated_linear_attention/vector", under="chunked"),
+    )
     measured = {
         "sequential / chunked, ms": chunked(over="sequential", number="training_ms"),
         "parallel / chunked, MiB": chunked(over="parallel", number="training_mib"),
@@ -273,8 +276,8 @@ def measure(run: Run[Config]) -> None:
     }
     threshold = dict(zip(measured, (5, 1, 1 - run.config.tolerance), strict=True))
     run.finish(
-        claim="chunked gated_linear_attention trains 5 times faster than sequential, in less memory than parallel; "
-        "linear_recurrence (None) is as fast as raw lax.scan and associative_scan: the least ratios over all inputs",
+        claim="chunked gated_linear_attention, gated by a vector, trains 5 times faster than sequential, in less "
+        "memory than parallel; linear_recurrence (None) is as fast as raw lax.scan and associative_scan",
         measured=measured,
         baseline=1,
         threshold=threshold,

@@ -8,7 +8,10 @@ Expect  1.7 bits per byte on windows of 1024 bytes, against 3.1 of zlib on windo
 Run     python -m experiments.language_model [--preset cpu|long|gpu|debug] [--model.mixers gla,attention]
 """
 
+import hashlib
 import math
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +41,11 @@ class DataConfig:
     evaluation_windows: int = 16
     """Windows of the validation split used while training; the test split is always used whole."""
 
+    def __post_init__(self):
+        for name in ("context", "evaluation_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -58,8 +66,12 @@ class Config:
         evaluate_every=100,
         log_every=5,
     )
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every=50)
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
 
 
 PRESETS = {
@@ -81,7 +93,7 @@ PRESETS = {
     "debug": Config(
         data=DataConfig(context=64),
         model=ModelConfig(width=32, depth=1, ngrams=(2, 3), ngram_buckets=2**10),
-        train=TrainConfig(steps=20, batch_size=4, evaluate_every=10),
+        train=TrainConfig(steps=20, batch_size=4, optimizer="muon", evaluate_every=10),
     ),
 }
 
@@ -101,7 +113,9 @@ def measure(run: Run[Config]) -> None:
     held_out = {split: evaluation_windows(getattr(text, split), context) for split in ("validation", "test")}
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
     size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
-    print(f"{text.rule}: {windows.text.size:,} bytes to train on; {config.model.mixers} with {size:,} parameters")
+    run.require_same(text=hashlib.sha256(windows.text.tobytes()).hexdigest()[:16])
+    print(f"{text.rule}, {text.skipped} files skipped: {windows.text.size:,} bytes to train on")
+    print(f"{config.model.mixers} with {size:,} parameters")
 
     def loss(params, batch, key):
         logits = model.apply(params, batch["inputs"], batch.get("segment_ids"))
@@ -116,7 +130,9 @@ def measure(run: Run[Config]) -> None:
         evaluate=lambda params: {"validation": score(params, held_out["validation"][::every])},
         tokens_per_step=config.train.batch_size * context,
     )
-    measured = score(result.params, held_out["test"])["bits_per_byte"]
+    test = score(result.params, held_out["test"])
+    measured = test["bits_per_byte"]
+    run.record(result.step, "test", test)
     compressed = baselines(text.test, context)
     prompt = encode("def ")[None]
     drawn = generate(model, result.params, prompt, max_tokens=256, key=jax.random.key(config.seed), temperature=0.8)
@@ -140,7 +156,10 @@ def measure(run: Run[Config]) -> None:
     )
     print("plots      " + ", ".join(str(path) for path in plots))
     print(f"generate   python -m experiments.generate --run {run.folder} --prompt 'def '")
-    print(f"continue   the same command with --train.steps {2 * config.train.steps}")
+    command = shlex.join(["python", "-m", "experiments.language_model", *sys.argv[1:]])
+    print(f"continue   {command} --train.steps {2 * config.train.steps}")
+    if bytes_seen:
+        print(f"speed      {bytes_seen / result.seconds:,.0f} bytes/s in training, compilation included")
 
 
 class Score:

@@ -14,7 +14,7 @@ from jaxseq.decode import Sampling, generate, sample, stream
 @pytest.fixture(scope="module")
 def hybrid():
     model = LanguageModel(
-        37, 16, mixers=(partial(GLA, num_heads=2, conv_window=3), Mamba, partial(Attention, num_heads=2))
+        37, 16, mixers=(partial(GLA, num_heads=2, conv_window=3), Mamba, partial(Attention, num_heads=2)), ngrams=(2, 3)
     )
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 

@@ -58,6 +58,8 @@ def test_the_main_job_trains_reports_resumes_and_generates(texts, tmp_path):
         (("--data.path", "no/such/folder"), "does not exist"),
         (("--train.batch-size", "0"), "train.batch_size=0"),
         (("--unknown", "1"), "Unrecognized options"),
+        (("--data.evaluation-windows", "0"), "data.evaluation_windows=0"),
+        (("--model.heads", "3"), "num_heads=3 does not divide d_model=32"),
     ],
 )
 def test_bad_arguments_are_one_line_and_code_2(arguments, message, tmp_path):

@@ -68,6 +68,21 @@ def test_call_is_two_parts_is_steps(name, built):
         assert jax.tree.map(form, whole[1]) == jax.tree.map(form, expected)
 
 
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_no_state_is_the_start(name, built):
+    """Also for a cache: what it must hold is known from its window, or it refuses."""
+    module, params = built(name)
+    x = draw(9)
+    first = lambda params: module.apply(params, x[:, :5], None, method="prefill")
+    if not MIXERS[name].recurrent and getattr(module, "window", None) is None:
+        with pytest.raises(ValueError, match="max_length=None"):
+            jax.eval_shape(first, params)
+        return
+    y, state = quick_jit(first)(params)
+    rest, _ = module.apply(params, x[:, 5:], state, method="prefill")
+    assert_close(jnp.concatenate([y, rest], axis=1), module.apply(params, x), "mixer")
+
+
 def form(x):
     return x.shape, x.dtype
 
@@ -214,6 +229,9 @@ WRONG = {
     "copies": (S4D(WIDTH, num_copies=3), "num_copies=3 does not divide d_model=8"),
     "step sizes": (S4D(WIDTH, dt_min=0.1, dt_max=0.01), "dt_min=0.1 and dt_max=0.01"),
     "no rate": (S4D(WIDTH, rate=0.0), "rate=0.0"),
+    "gla window": (GLA(WIDTH, conv_window=-1), "conv_window=-1; GLA takes 1 or more"),
+    "gla no kv heads": (GLA(WIDTH, num_kv_heads=-1), "num_kv_heads=-1 does not divide"),
+    "mamba window": (Mamba(WIDTH, conv_window=0), "conv_window=0; Mamba takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
 }
 

@@ -10,6 +10,7 @@ from families import assert_close, quick_jit
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
 from jaxseq.layers import NgramEmbedding
+from jaxseq.models import ModelConfig
 
 VOCAB, WIDTH = 11, 8
 gla = partial(GLA, num_heads=2)
@@ -139,6 +140,18 @@ def test_a_classifier_reads_only_its_lengths(pool, features):
     assert logits.shape == (2, 5)
     assert_close(logits[:1], apply(params, x[:1, :4]), "mixer")
     assert_close(logits[1:], apply(params, x[1:]), "mixer")
+
+
+def test_a_token_beyond_the_vocabulary_is_named():
+    model = MODELS["n-grams"]
+    params = initialised(model, tokens)
+    for bad in (VOCAB, -1):
+        with pytest.raises(ValueError, match=f"vocab_size={VOCAB}"):
+            model.apply(params, tokens.at[0, 3].set(bad))
+
+
+def test_every_named_mixer_has_a_layer():
+    assert len(ModelConfig(mixers="mamba,attention", depth=1).slots()) == 2
 
 
 def test_wrong_models_are_named():

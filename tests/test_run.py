@@ -30,6 +30,7 @@ from jaxseq.train import (
     read_config,
     read_metrics,
 )
+from jaxseq.train.files import read_json
 
 TRAIN = TrainConfig(steps=40, batch_size=4, warmup_steps=5, evaluate_every=15, log_every=2)
 CHECKPOINT, MESH = CheckpointConfig(every=7), MeshConfig()
@@ -239,6 +240,30 @@ def test_a_corrupt_checkpoint_is_one_line(tmp_path, capsys):
         lines = [line for line in err.splitlines() if "goes on from" not in line]
         assert process.returncode == 2 and len(lines) == 1, err
         assert "checkpoints/10 is corrupt" in err and "remove that folder to resume from step 7." in err
+
+
+def test_a_run_refused_before_its_first_step_holds_no_folder(tmp_path, capsys):
+    def refusing(run):
+        raise ValueError(f"slope={run.config.slope} is not for us.")
+
+    with pytest.raises(SystemExit):
+        main("line", PRESETS, refusing, ["--slope", "7", "--out", str(tmp_path / "run")])
+    code, *_ = run_here(capsys, "--out", tmp_path / "run")
+    assert code == 0
+    assert read_config(tmp_path / "run", Config) == Config()
+    code, _, err = run_here(capsys, "--slope", "7", "--out", tmp_path / "run")
+    assert code == 2 and "slope" in err
+
+
+def test_a_fact_that_changed_is_refused(tmp_path):
+    run = open_run(Config(), "line", tmp_path)
+    run.require_same(text="a")
+    run.require_same(text="b")  # nothing was begun
+    run.record(1, "train", {"loss": 1.0})
+    run.require_same(text="b")
+    with pytest.raises(ValueError, match="began with another text .b, now c.; give another --out"):
+        open_run(Config(), "line", tmp_path).require_same(text="c")
+    assert read_json(tmp_path / "facts.json") == {"text": "b"}
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

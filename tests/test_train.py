@@ -13,6 +13,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxseq import Mamba
+from jaxseq.models import ModelConfig, named_language_model
 from jaxseq.train import (
     CheckpointConfig,
     Checkpoints,
@@ -27,7 +29,7 @@ from jaxseq.train import (
     restore_parameters,
     shardings,
 )
-from jaxseq.train.optimizer import learning_rate
+from jaxseq.train.optimizer import DECAYED, HIDDEN, STATE_SPACE, learning_rate
 from jaxseq.train.paths import matching, named_leaves
 
 CONFIG = TrainConfig(
@@ -69,7 +71,7 @@ def batches(step, poison=()):
     return tokens.astype(np.int32)
 
 
-def train(loss=loss, batches=batches, config=CONFIG, **options):
+def train(loss=loss, batches=batches, config=CONFIG, init=init, **options):
     """The result and the rows reported."""
     rows = []
     report = lambda step, split, metrics: rows.append({"step": step, "split": split, **metrics})
@@ -142,6 +144,37 @@ def test_one_device_equals_a_cube_of_eight(unbroken):
     assert placed["block/up/kernel"] == P("fsdp", "tensor") and placed["block/down/kernel"] == P("tensor", "fsdp")
     assert many.params["params"]["block"]["up"]["kernel"].addressable_shards[0].data.shape == (WIDTH // 2, 16)
     assert many.params["params"]["table"]["embedding"].addressable_shards[0].data.shape == (VOCAB // 4, WIDTH)
+
+
+def test_a_model_with_muon_and_ngrams_trains_on_the_cube_and_resumes(tmp_path):
+    """The parts of the main job: a model, its parameter groups and places, on one device and on eight."""
+    config = ModelConfig(mixers="gla", width=16, depth=2, ngrams=(2, 3), ngram_buckets=64)
+    model = named_language_model(config, VOCAB, remat=False)
+    model_loss = lambda params, tokens, key: cross_entropy(model.apply(params, tokens[:, :-1]), tokens[:, 1:])
+    setting = dict(loss=model_loss, config=replace(CONFIG, steps=3, optimizer="muon"))
+    setting["init"] = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
+    _, rows = train(**setting)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(Interrupted):
+            train(**setting, batches=interrupt_at(1), mesh=device_mesh(CUBE), checkpoints=checkpoints)
+        many, rest = train(**setting, mesh=device_mesh(CUBE), checkpoints=checkpoints)
+    assert many.first_step == 2
+    np.testing.assert_allclose(losses(rest), losses(rows)[2:], atol=1e-4)
+    params = named_leaves(many.params["params"])
+    places = {re.sub(r".*(block_\d.*)", r"\1", path): x.sharding.spec[-2:] for path, x in params.items()}
+    assert places["ngrams/embedding"] == (("tensor", "fsdp"), None)
+    assert places["block_0/mixer/q_proj/kernel"] == places["block_0/mlp/up_proj/kernel"] == ("fsdp", "tensor")
+    assert places["block_0/mixer/out_proj/kernel"] == ("tensor", "fsdp")
+    assert places["block_0/mixer/q_conv/kernel"] == (None, "tensor")
+    mamba = jax.eval_shape(Mamba(16).init, jax.random.key(0), jnp.zeros((1, 1, 16)))
+    groups = {
+        group: {
+            path.rpartition("/")[2] for path, yes in named_leaves(matching(pattern)([params, mamba])).items() if yes
+        }
+        for group, pattern in (("decayed", DECAYED), ("state space", STATE_SPACE), ("hidden", HIDDEN))
+    }
+    assert groups["decayed"] == {"kernel", "dt_kernel", "embedding"} and groups["hidden"] == {"kernel"}
+    assert groups["state space"] >= {"A_log", "dt_bias"}
 
 
 def test_sharded_compilation_gathers_nothing_whole(capfd):
@@ -228,7 +261,7 @@ def test_muon_moves_matrices_along_orthogonal_directions():
 
 def test_state_space_names_are_whole_names():
     tree = {"layer": dict.fromkeys(("A_log", "B", "log_dt", "dt_bias", "b", "kernel_B", "BB", "bias"), 0)}
-    found = named_leaves(matching(r"(^|/)(log_dt|A_log|B|dt_bias)$")(tree))
+    found = named_leaves(matching(STATE_SPACE)(tree))
     assert {path for path, yes in found.items() if yes} == {f"layer/{n}" for n in ("A_log", "B", "log_dt", "dt_bias")}
 
 

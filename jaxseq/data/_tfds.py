@@ -46,4 +46,4 @@ def _prepare(builder, name: str) -> None:
         builder.download_and_prepare(download_config=config)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise RuntimeError(f"{name!r} could not be prepared in {builder.data_path}: {reason}") from error
+        raise ValueError(f"{name!r} could not be prepared in {builder.data_path}: {reason}") from error

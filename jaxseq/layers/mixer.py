@@ -26,7 +26,7 @@ class Mixer(nn.Module):
 
     def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None):
         """The whole sequence from the start: `B T D → B T D`."""
-        return self.prefill(x, None, segment_ids)[0]
+        return self.prefill(x, self.start(x, max_length=0), segment_ids)[0]
 
     @typed
     def step(self, x: Float[Array, "B D"], state: Any):
@@ -34,9 +34,9 @@ class Mixer(nn.Module):
         y, state = self.prefill(x[:, None], state)
         return y[:, 0], state
 
-    def start(self, x: Array):
-        """The state at the start of the sequence x, with no room for a cache beyond this call."""
-        return self.init_state(x.shape[0], max_length=0, dtype=accumulator(x.dtype))
+    def start(self, x: Array, *, max_length: int | None = None):
+        """The state at the start of the sequence x; `max_length=0` leaves no room for a cache after this call."""
+        return self.init_state(x.shape[0], max_length=max_length, dtype=accumulator(x.dtype))
 
     def checked_heads(self, **numbers: int) -> None:
         """Raise unless every number of heads divides `d_model`."""

@@ -84,7 +84,9 @@ class GLA(Mixer):
         """Heads, key-value heads, key width and value width per head."""
         kv_heads = self.num_kv_heads or self.num_heads
         self.checked_heads(num_heads=self.num_heads)
-        if self.num_heads % kv_heads:
+        if (self.conv_window or 0) < 0:
+            raise ValueError(f"conv_window={self.conv_window}; GLA takes 1 or more, or None.")
+        if kv_heads < 1 or self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}.")
         widths = []
         for name in ("expand_k", "expand_v"):

@@ -75,6 +75,9 @@ class Mamba(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MambaState:
+        for name in ("state_size", "expand", "conv_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; Mamba takes 1 or more.")
         width = self.expand * self.d_model
         ssm = jnp.zeros((batch_size, width, self.state_size), accumulator(dtype))
         return MambaState(ssm, jnp.zeros((batch_size, self.conv_window - 1, width), dtype))

@@ -31,7 +31,8 @@ class Block(nn.Module):
         # The residual stream keeps its own dtype: sums over depth are the last place for bfloat16.
         if self.mixer is not None:
             mixer = self.mixer(d_model=self.d_model, name="mixer", **self._dtypes())
-            y, state = mixer.prefill(norm(name="mixer_norm")(x), state, segment_ids)
+            y = norm(name="mixer_norm")(x)
+            y, state = mixer.prefill(y, mixer.start(y, max_length=0) if state is None else state, segment_ids)
             x = x + y.astype(x.dtype)
         if self.mlp is not None:
             mlp = self.mlp(d_model=self.d_model, name="mlp", **self._dtypes())
@@ -60,6 +61,8 @@ class Pattern(nn.Module):
 
 class Stack(nn.Module):
     """Blocks for a tuple of mixer slots, then a norm: `B T D → B T D`, with the states of all mixers.
+
+    With `states` None the sequence starts and ends in the call: caches have no room for tokens after it.
 
     Depth is a scan over the shortest repeating pattern of `mixers`, so compile time does not grow with it; each
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of

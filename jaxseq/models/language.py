@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
@@ -41,14 +42,31 @@ class LanguageModel(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    @nn.compact
     @typed
     def prefill(
         self, tokens: Int[Array, "B T"], states: Any, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T _"], Any]:
         """`(tokens "B T", states) → (logits "B T vocab_size", states)`. Tokens are in [0, vocab_size)."""
+        return self._read(tokens, self.init_state(tokens.shape[0]) if states is None else states, segment_ids)
+
+    @typed
+    def __call__(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T _"]:
+        """`tokens "B T" → logits "B T vocab_size"`."""
+        return self._read(tokens, None, segment_ids)[0]
+
+    @nn.compact
+    def _read(self, tokens, states, segment_ids):
+        """Logits and states; None where the sequence starts and ends in the call."""
         if self.vocab_size < 1 or self.d_model < 1:
             raise ValueError(f"vocab_size={self.vocab_size} and d_model={self.d_model}; LanguageModel takes 1 or more.")
+        if (
+            not isinstance(tokens, jax.core.Tracer)
+            and tokens.size
+            and not 0 <= tokens.min() <= tokens.max() < self.vocab_size
+        ):
+            raise ValueError(f"tokens are {tokens.min()} to {tokens.max()}; vocab_size={self.vocab_size} takes less.")
         normal = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, embedding_init=normal)
         before = self._no_ngram(tokens.shape[0]) if states is None else states.ngram
@@ -58,15 +76,12 @@ class LanguageModel(nn.Module):
             y, ngram = ngrams(tokens, before, segment_ids)
             x = x + y
         x, layers = self._stack()(x, states and states.layers, segment_ids)
-        states = LanguageModelState(ngram, layers)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         if self.tied:
-            return embed.attend(x), states
-        return nn.Dense(self.vocab_size, use_bias=False, kernel_init=normal, name="head")(x), states
-
-    def __call__(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None):
-        """`tokens "B T" → logits "B T vocab_size"`."""
-        return self.prefill(tokens, None, segment_ids)[0]
+            logits = embed.attend(x)
+        else:
+            logits = nn.Dense(self.vocab_size, use_bias=False, kernel_init=normal, name="head")(x)
+        return logits, LanguageModelState(ngram, layers)
 
     @typed
     def step(self, tokens: Int[Array, "B"], states: Any):

@@ -21,7 +21,7 @@ class ModelConfig:
     width: int = 128
     """Width of the residual stream."""
     depth: int = 4
-    """Number of layers."""
+    """Number of layers, one of each mixer at least."""
     heads: int = 2
     """Heads of the mixers that have them."""
     conv_window: int | None = 4
@@ -36,6 +36,8 @@ class ModelConfig:
     def __post_init__(self):
         if min(self.ngrams, default=2) < 2:
             raise ValueError(f"model.ngrams={self.ngrams} must be sizes of 2 or more.")
+        if self.conv_window is not None and self.conv_window < 1:
+            raise ValueError(f"model.conv_window={self.conv_window} must be at least 1, or none.")
         for name in ("width", "depth", "heads", "ngram_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1.")
@@ -50,7 +52,7 @@ class ModelConfig:
                 raise ValueError(f"model.mixers={self.mixers}: no mixer is called {name!r}; choose {', '.join(known)}.")
         options = {"num_heads": self.heads, "conv_window": self.conv_window}
         slots = {name: _with_options(known[name], options) for name in names}
-        return tuple(slots[names[layer % len(names)]] for layer in range(self.depth))
+        return tuple(slots[names[layer % len(names)]] for layer in range(max(self.depth, len(names))))
 
 
 def named_language_model(config: ModelConfig, vocab_size: int, **fields) -> LanguageModel:

@@ -32,10 +32,10 @@ def short_convolution(
     state = zeros_from(x[:, :1], (batch, window - 1, width), x.dtype)
     state = state if initial_state is None else state + initial_state.astype(x.dtype)
     shifted, final = taps(x, state, segment_ids)
-    y = jnp.zeros_like(x) if bias is None else jnp.broadcast_to(bias.astype(x.dtype)[None, None], x.shape)
-    for w, tap in enumerate(shifted):
-        y = y + weight[w].astype(x.dtype)[None, None] * tap
-    return y, final
+    weight = weight.astype(accumulator(x.dtype, weight.dtype))
+    y = sum(weight[w][None, None] * tap.astype(weight.dtype) for w, tap in enumerate(shifted))
+    y = y if bias is None else y + bias.astype(weight.dtype)[None, None]
+    return y.astype(x.dtype), final
 
 
 def taps(x, before, segment_ids=None) -> tuple[list, Array]:

@@ -56,8 +56,8 @@ def _chunked_forward(chunk_size, q, k, v, g, bonus, S):
 
     def step(i, carry):
         S, o, states = carry
-        tokens = [_read(x, i, chunk_size) for x in (q, k, v, g)]
-        out, after = _chunk(*tokens, bonus=bonus, S=S)
+        tokens = tuple(_read(x, i, chunk_size) for x in (q, k, v, g))
+        out, after = _chunk(tokens, bonus, S)
         return after, _write(o, out, i), lax.dynamic_update_index_in_dim(states, S, i, 0)
 
     chunks = q.shape[1] // chunk_size
@@ -73,12 +73,11 @@ def _chunked_backward(chunk_size, residuals, cotangents):
     def step(i, carry):
         i = states.shape[0] - 1 - i
         d_S, d_bonus, *adjoints = carry
-        tokens = [_read(x, i, chunk_size) for x in (q, k, v, g)]
+        tokens = tuple(_read(x, i, chunk_size) for x in (q, k, v, g))
         S = lax.dynamic_index_in_dim(states, i, 0, keepdims=False)
-        d_out = _read(d_o, i, chunk_size)
-        *d_chunk, d_bonus_here, d_S = _chunk_backward(*tokens, bonus=bonus, S=S, d_o=d_out, d_after=d_S)
+        d_tokens, d_bonus_here, d_S = _chunk_backward(tokens, bonus, S, _read(d_o, i, chunk_size), d_S)
         d_bonus = None if bonus is None else d_bonus + d_bonus_here
-        return d_S, d_bonus, *(_write(d, here, i) for d, here in zip(adjoints, d_chunk, strict=True))
+        return d_S, d_bonus, *(_write(d, here, i) for d, here in zip(adjoints, d_tokens, strict=True))
 
     adjoints = (zeros_from(v, x.shape, x.dtype) for x in (q, k, v, g))
     d_bonus = None if bonus is None else zeros_from(v, bonus.shape, bonus.dtype)
@@ -99,8 +98,9 @@ def _write(x, chunk, i):
     return lax.dynamic_update_slice_in_dim(x, chunk, i * chunk.shape[1], 1)
 
 
-def _chunk(q, k, v, g, bonus, S):
+def _chunk(tokens, bonus, S):
     """One chunk, `B H C …`, from the state before it."""
+    q, k, v, g = tokens
     levels, from_start, to_end, total = _decays(g, bonus is not None)
     scores = _scores(q, k, bonus, levels)[:, :, : q.shape[2], : q.shape[2]]
     o = _product("bhij,bhjv->bhiv", scores.astype(v.dtype), v)
@@ -108,13 +108,14 @@ def _chunk(q, k, v, g, bonus, S):
     return o, total.swapaxes(-1, -2) * S + _product("bhik,bhiv->bhkv", _decayed(k, to_end), v)
 
 
-def _chunk_backward(q, k, v, g, bonus, S, d_o, d_after):
+def _chunk_backward(tokens, bonus, S, d_o, d_after):
     """Products like the forward ones for q, k, v and S; and for the log decays, with S̄ the adjoint of S,
 
         ḡ_t = Σ_v exp(g_t) S_{t-1} ⊙ S̄_t = Σ_v S_t ⊙ S̄_t − k_t ⊙ k̄_t        Σ_v S_{t-1} ⊙ S̄_{t-1} = q_t ⊙ q̄_t + ḡ_t
 
     a sum from the end of the chunk, without the decays between any two tokens (GLA, arXiv 2312.06635, section 4.3).
     """
+    q, k, v, g = tokens
     size, wide = q.shape[2], S.dtype
     levels, from_start, to_end, total = _decays(g, bonus is not None)
     keys, narrow_o, narrow_after = _decayed(k, to_end), d_o.astype(v.dtype), d_after.astype(v.dtype)
@@ -139,7 +140,7 @@ def _chunk_backward(q, k, v, g, bonus, S, d_o, d_after):
     q, k = q.astype(wide), k.astype(wide)
     d_bonus = None if bonus is None else jnp.sum(d_diagonal * q * k, (0, 2))[None, None].astype(bonus.dtype)
     d_q, d_k = d_q + d_diagonal * weight * k, d_k + d_diagonal * weight * q
-    return d_q, d_k, d_v, d_g, d_bonus, d_S
+    return (d_q, d_k, d_v, d_g), d_bonus, d_S
 
 
 def _product(equation, *operands):

@@ -16,6 +16,7 @@ from .dispatch import dispatch
 
 def sequential(q, k, v, positions, segments, visible, capped):
     """A fold of the softmax monoid over the keys, for all queries at once."""
+    q, k, v = (x.astype(accumulator(x.dtype)) for x in (q, k, v))
 
     def step(state, token):
         k, v, position, segment = token

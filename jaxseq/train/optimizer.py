@@ -7,8 +7,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from .config import TrainConfig
 from .paths import matching
 
-STATE_SPACE = r"(^|/)(log_dt|A_log|A_real|A_imag|B|dt_bias|nu_log|theta_log|gamma_log)$"
-DECAYED = r"(^|/)(kernel|embedding)$"
+STATE_SPACE = r"(^|/)(log_dt|A_log|A_real|A_imag|B|dt_bias)$"
+DECAYED = r"(^|/)(kernel|dt_kernel|embedding)$"
 HIDDEN = r"_proj/kernel$"
 
 
@@ -28,8 +28,8 @@ def make_optimizer(
     """Clip by global norm, Adam or Muon, decoupled weight decay, learning rate by schedule and group.
 
     Parameters whose path matches `decayed` decay; those that match `state_space` learn at
-    min(learning_rate, state_space_learning_rate), on the same schedule. All others do neither. With Muon, matrices
-    that match `hidden` move along their orthogonalised momentum, all others by Adam.
+    min(learning_rate, state_space_learning_rate), on the same schedule. Others do not decay and learn at the full
+    rate. With Muon, matrices that match `hidden` move along their orthogonalised momentum, all others by Adam.
     """
     ratio = min(1.0, config.state_space_learning_rate / config.learning_rate)
     direction = adam = optax.scale_by_adam(*config.betas)

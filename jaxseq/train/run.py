@@ -76,6 +76,22 @@ class Run(Generic[Config]):
             options |= {"config": config.train, "mesh": device_mesh(config.mesh), "seed": config.seed}
             return fit(loss, init, batches, **options)
 
+    def require_same(self, **facts: Any) -> None:
+        """Refuse to go on where a fact that the config does not hold, such as a digest of the text, has changed.
+
+        Raises:
+          ValueError: this run began with another one.
+        """
+        path = self.folder / "facts.json"
+        old = read_json(path) if path.exists() and _begun(self.folder) else facts
+        for name, fact in facts.items():
+            if old.get(name) != fact:
+                raise ValueError(
+                    f"{self.folder} began with another {name} ({old.get(name)}, now {fact}); give another --out."
+                )
+        if jax.process_index() == 0:
+            write_json(path, facts)
+
     def record(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Add a row to metrics.jsonl after training, such as the final test."""
         with self._writer() as writer:
@@ -132,12 +148,18 @@ def read_config(folder: str | Path, kind: type[Config]) -> Config:
 
     Raises:
       FileNotFoundError: the folder holds no run.
-      ValueError: its config.json is broken.
+      ValueError: its config.json is broken, or another experiment's.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run (no config.json).")
-    return _typed(kind, read_json(path))
+    config = read_json(path)
+    missing = [f.name for f in fields(kind) if f.name not in config]  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(
+            f"{folder} holds a run of {config.get('experiment')}, whose config lacks {', '.join(missing)}."
+        )
+    return _typed(kind, config)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -151,16 +173,27 @@ def summary(result: dict[str, Any]) -> str:
 def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Make the folder this run's, or raise and leave it as it is."""
     path, result = folder / "config.json", folder / "result.json"
-    if path.exists():
+    if path.exists() and _begun(folder):
         old, new = _flat(read_json(path)), _flat(json.loads(json.dumps(finite(config), default=str)))
         grown = new.get("train.steps", 0) > old.get("train.steps", 0)
         _check_same(folder, old, new | ({"train.steps": old["train.steps"]} if grown else {}))
         if grown and result.exists():
             os.replace(result, folder / f"result-{old['train.steps']}.json")
-    elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir())):
+    elif (
+        not path.exists()
+        and folder.exists()
+        and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir()))
+    ):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is anything to lose: a run that was refused before its first step has only its config."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    rows = metrics.exists() and metrics.stat().st_size > 0
+    return rows or (checkpoints.exists() and any(checkpoints.iterdir())) or (folder / "result.json").exists()
 
 
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ Rules = tuple[tuple[str, P], ...]
 # parameters stacked over layers. A table is split by rows alone: splitting its width too makes XLA gather it whole.
 RULES: Rules = (
     (r"(^|/)embedding$", P(("tensor", "fsdp"), None)),
+    (r"conv/kernel$", P(None, "tensor")),
     (r"(^|/)(out|down)\w*/kernel$", P("tensor", "fsdp")),
     (r"(^|/)kernel$", P("fsdp", "tensor")),
 )
