@@ -102,7 +102,7 @@ def accumulator(*dtypes) -> jnp.dtype:
     return promoted(jnp.float32, *dtypes)
 
 
-def zeros_from(array: Array, shape: tuple[int, ...], dtype) -> Array:
-    """Zeros that vary over the same mesh axes as `array`, as a scan's carry inside `shard_map` has to."""
+def zeros_from(array: Array, shape: tuple[int, ...], dtype, plus: Array | None = None) -> Array:
+    """Zeros, or `plus`, that vary over the mesh axes of `array`, as a scan's carry inside `shard_map` has to."""
     never = (array.reshape(-1)[0] == 0) & False  # of the array's axes, and zero also where it is NaN
-    return jnp.zeros(shape, dtype) + never.astype(dtype)
+    return (jnp.zeros(shape, dtype) if plus is None else plus.astype(dtype)) + never.astype(dtype)

@@ -1,4 +1,5 @@
-"""Kernels for the hot paths: leaves that import JAX alone, take arrays and return arrays.
+"""The place of kernels for the hot paths; it holds none yet.
 
-`jaxseq.ops` is their only caller; there they are the form `impl="pallas"`, checked against `impl="sequential"`.
+They will be leaves that import JAX alone, take arrays and return arrays. `jaxseq.ops` will be their only caller, as the
+form `impl="pallas"`, checked against `impl="sequential"`.
 """

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import CHUNK, OPS, assert_close, cast, log_decays, normals, quick_jit, segments
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxseq import ops
 
@@ -210,3 +212,22 @@ def test_bad_input_is_named(name):
 
 def test_log_decays_are_what_the_tables_say():
     assert set(np.unique(log_decays(np.random.default_rng(0), 999, "strong"))) >= {-20.0, 0.0}
+
+
+def test_weights_that_all_devices_share_keep_their_gradient():
+    """Inside `shard_map` over the batch: a decay and a bonus for each head, as RetNet and RWKV-6 have them."""
+    q, k, v = cast(normals(np.random.default_rng(0), [jnp.zeros((8, 9, 2, 4))] * 3), jnp.float32)
+    shared = {"decay": jnp.asarray([-0.1, -0.5]), "bonus": jnp.ones((2, 4))}
+
+    def loss(shared, *tokens):
+        o, _ = ops.gated_linear_attention(*tokens, shared["decay"], bonus=shared["bonus"])
+        return jnp.sum(jnp.sin(o))
+
+    split = jax.shard_map(
+        lambda *args: jax.lax.psum(loss(*args), "data"),
+        mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P("data"), P("data"), P("data")),
+        out_specs=P(),
+    )
+    whole, apart = quick_jit(lambda *args: [jax.grad(f)(*args) for f in (loss, split)])(shared, q, k, v)
+    assert_close(apart, whole, "mixer")

@@ -16,10 +16,11 @@ VOCABULARY = 257
 class TextWindows:
     """Batches of `length` bytes to predict, shuffled by `seed`; an epoch uses each window once.
 
-    Windowed: the documents lie end to end and are cut from an offset drawn per epoch; less than two windows are left
-    out, at the ends, others each epoch. Packed: the documents lie in an order drawn per epoch, and each starts from
-    BEGIN in a segment of its own; one that runs past its row goes on in another, from BEGIN again. Less than a row at
-    the end of the epoch is left out. The draws are `numpy.random.default_rng((seed, epoch))`.
+    Windowed: the documents lie end to end and are cut from an offset drawn per epoch; up to two windows' bytes at the
+    ends stay unused in an epoch, and which ones changes with it. Packed: the documents lie in an order drawn per
+    epoch, and each starts from BEGIN in a segment of its own; one that runs past its row goes on in another, from
+    BEGIN again. Less than a row at the end of the epoch is left out. The draws are
+    `numpy.random.default_rng((seed, epoch))`.
 
     Raises:
       ValueError: `length` or `batch_size` below 1, `seed` below 0, or less text than one window.

@@ -16,7 +16,8 @@ class NgramEmbedding(nn.Module):
     """Σ_n table[hash of the n-gram that ends at a token] over the `sizes` n (BLT, arXiv 2412.09871, section 3.2.1).
 
     The memory of a far larger model at the cost of a look-up. All n-grams share one table of `buckets` rows; those
-    that collide share a row. The state is the last max(n) − 1 tokens plus one, where zero is no token.
+    that collide share a row. The state is the last max(n) − 1 tokens, each stored as
+    token + 1; 0 is none.
     """
 
     d_model: int

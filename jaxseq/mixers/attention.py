@@ -9,7 +9,7 @@ from .. import ops
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..layers.rotary import rotary
-from ..monoid import segment_starts
+from ..monoid import segment_counts
 from ..shapes import Array, Float, Int, check_width, typed
 
 
@@ -54,7 +54,7 @@ class Attention(Mixer):
         # Segments are counted from the one in progress at the start of the call.
         counts = jnp.zeros((batch, length), jnp.int32)
         if segment_ids is not None:
-            counts = jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+            counts = segment_counts(segment_ids)
         segments = jnp.concatenate([state.segment, counts], axis=1)
         packed = dict(segment_ids=counts, key_segment_ids=segments) if cached or segment_ids is not None else {}
         o = ops.softmax_attention(

@@ -16,7 +16,7 @@ from .block import Slot, Stack
 
 
 class LanguageModelState(NamedTuple):
-    ngram: Int[Array, "B N-1"]  # the tokens before, plus one, that the longest n-gram reaches back to
+    ngram: Int[Array, "B N-1"]  # what the longest n-gram reaches back to, each stored as token + 1; 0 is none
     layers: tuple  # one entry a slot of the pattern of mixers; its leaves lead with the repeats
 
 

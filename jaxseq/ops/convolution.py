@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from scipy.fft import next_fast_len
 
-from ..monoid import segment_starts
+from ..monoid import segment_counts
 from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
 
 
@@ -29,8 +29,7 @@ def short_convolution(
     (batch, length, width), window = x.shape, weight.shape[0]
     if length == 0 or window == 0:
         raise ValueError(f"x has shape {x.shape} and weight {weight.shape}; short_convolution takes T ≥ 1 and W ≥ 1.")
-    state = zeros_from(x[:, :1], (batch, window - 1, width), x.dtype)
-    state = state if initial_state is None else state + initial_state.astype(x.dtype)
+    state = zeros_from(x, (batch, window - 1, width), x.dtype, plus=initial_state)
     shifted, final = taps(x, state, segment_ids)
     weight = weight.astype(accumulator(x.dtype, weight.dtype))
     y = sum(weight[w][None, None] * tap.astype(weight.dtype) for w, tap in enumerate(shifted))
@@ -39,7 +38,7 @@ def short_convolution(
 
 
 def taps(x, before, segment_ids=None) -> tuple[list, Array]:
-    """Each token's view of the last W: x `B T …` shifted by W−1, …, 0 steps, and the state after it.
+    """W arrays: x `B T …` delayed by W−1, …, 0 steps; and the state after them.
 
     `before` holds the W−1 tokens before the call, oldest first. A tap beyond a restart, of x or of the state, is zero.
     """
@@ -47,8 +46,7 @@ def taps(x, before, segment_ids=None) -> tuple[list, Array]:
     inputs = jnp.concatenate([before, x], axis=1)
     if segment_ids is None:
         return [inputs[:, w : w + length] for w in range(reach + 1)], inputs[:, length:]
-    segments = jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
-    segments = jnp.pad(segments, ((0, 0), (reach, 0)))  # the state belongs to the first segment
+    segments = jnp.pad(segment_counts(segment_ids), ((0, 0), (reach, 0)))  # the state belongs to the first segment
     segments = segments.reshape(*segments.shape, *(1,) * (x.ndim - 2))
     within = lambda w, size, own: jnp.where(segments[:, w : w + size] == own, inputs[:, w : w + size], 0)
     shifted = [within(w, length, segments[:, reach:]) for w in range(reach + 1)]

@@ -254,7 +254,8 @@ def gated_linear_attention(
     `log_decay` g is a natural log, ≤ 0: per channel `B T H K` (GLA), per head `B T H` (Mamba-2, mLSTM), fixed `H`
     (RetNet), or None. With `bonus` u, o_t reads S_{t-1} + (u ⊙ k_t) v_tᵀ instead (RWKV-6). `scale` is K^-½ when
     None. Fewer query and key heads than value heads each serve a run of consecutive value heads. `initial_state` is
-    S_0, zeros when None; a change of `segment_ids` restarts from zero. The final state is S_T, at least float32.
+    S_0, zeros when None; a change of `segment_ids` restarts from zero, as a log decay of −∞ does: a bonus reads
+    nothing across it. The final state is S_T, at least float32.
     `chunked` costs O(T C (K + V) + T K V) a head, keeps one state a chunk, and is exact for any log decay ≤ 0.
 
     Raises:
@@ -275,9 +276,9 @@ def gated_linear_attention(
     q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (query, key))
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
     shape = (value.shape[0], heads, width, value.shape[-1])
-    S = zeros_from(value, shape, dtype)
-    S = S if initial_state is None else S + initial_state.astype(dtype)
-    bonus = None if bonus is None else bonus[None, None]
+    S = zeros_from(value, shape, dtype, plus=initial_state)
+    g = zeros_from(value, g.shape, dtype, plus=g)
+    bonus = None if bonus is None else zeros_from(value, bonus.shape, bonus.dtype, plus=bonus)[None, None]
     chunk_size = chunk_size or min(32, length)
     forms = {
         "sequential": _in_accumulator(sequential, dtype),

@@ -116,12 +116,11 @@ def linear_recurrence(
         starts = segment_starts(jnp.flip(segment_ids, 1)) if reverse else segment_starts(segment_ids)
         starts = jnp.flip(starts, 1) if reverse else starts
         decay = jnp.where(lax.expand_dims(starts, range(2, decay.ndim)), 0, decay)
-    state = zeros_from(inputs, inputs[:, 0].shape, inputs.dtype)
-    if initial_state is not None and initial_state.shape != state.shape:
+    if initial_state is not None and initial_state.shape != inputs[:, 0].shape:
         raise ValueError(
             f"initial_state has shape {initial_state.shape}; inputs {inputs.shape} take {inputs[:, 0].shape}."
         )
-    state = state if initial_state is None else state + initial_state.astype(inputs.dtype)
+    state = zeros_from(inputs, inputs[:, 0].shape, inputs.dtype, plus=initial_state)
     forms = {name: partial(_with_direction, form, reverse) for name, form in FORMS.items()}
     best = {"cpu": "in_place", "default": "parallel"}
     states, final = dispatch("linear_recurrence", impl, forms, best)(decay, inputs, state)

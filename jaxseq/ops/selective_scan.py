@@ -105,8 +105,7 @@ def selective_scan(
             raise ValueError(f"{name} has {M.shape[2]} groups, which do not divide the {channels} channels of x.")
     keep = jnp.ones((batch, length), real) if segment_ids is None else 1 - segment_starts(segment_ids).astype(real)
     shape = (batch, channels, A.shape[1])
-    h = zeros_from(x, shape, state_dtype)
-    h = h if initial_state is None else h + initial_state.astype(state_dtype)
+    h = zeros_from(x, shape, state_dtype, plus=initial_state)
     forms: dict[str, Callable] = {
         "sequential": sequential,
         "parallel": parallel,

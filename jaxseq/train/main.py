@@ -38,7 +38,8 @@ def main(
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """What the user can put right becomes one line and exit code 2, interruption 0, divergence 1; a bug its traceback.
+    """Exit codes: 2 with one line for what the user can put right, 0 if interrupted, 1 if diverged; a bug keeps its
+    traceback.
 
     The user's are the errors that a `raise` of ours states, and those of the operating system about files. An error
     that comes up anywhere else was not foreseen: a bug.
