@@ -246,7 +246,7 @@ def test_a_run_refused_before_its_first_step_holds_no_folder(tmp_path, capsys):
     def refusing(run):
         raise ValueError(f"slope={run.config.slope} is not for us.")
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="not for us"):
         main("line", PRESETS, refusing, ["--slope", "7", "--out", str(tmp_path / "run")])
     code, *_ = run_here(capsys, "--out", tmp_path / "run")
     assert code == 0

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..layers.gated_mlp import GatedMLP
 from ..layers.ngram_embedding import NgramEmbedding
@@ -61,12 +62,12 @@ class LanguageModel(nn.Module):
         """Logits and states; None where the sequence starts and ends in the call."""
         if self.vocab_size < 1 or self.d_model < 1:
             raise ValueError(f"vocab_size={self.vocab_size} and d_model={self.d_model}; LanguageModel takes 1 or more.")
-        if (
-            not isinstance(tokens, jax.core.Tracer)
-            and tokens.size
-            and not 0 <= tokens.min() <= tokens.max() < self.vocab_size
-        ):
-            raise ValueError(f"tokens are {tokens.min()} to {tokens.max()}; vocab_size={self.vocab_size} takes less.")
+        if tokens.size and not isinstance(tokens, jax.core.Tracer):  # else an embedding of NaN, or of another token
+            lowest, highest = np.min(np.asarray(tokens)), np.max(np.asarray(tokens))
+            if not 0 <= lowest <= highest < self.vocab_size:
+                raise ValueError(
+                    f"tokens are {lowest} to {highest}; vocab_size={self.vocab_size} takes 0 to {self.vocab_size - 1}."
+                )
         normal = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, embedding_init=normal)
         before = self._no_ngram(tokens.shape[0]) if states is None else states.ngram

@@ -173,17 +173,14 @@ def summary(result: dict[str, Any]) -> str:
 def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Make the folder this run's, or raise and leave it as it is."""
     path, result = folder / "config.json", folder / "result.json"
-    if path.exists() and _begun(folder):
+    if path.exists():
         old, new = _flat(read_json(path)), _flat(json.loads(json.dumps(finite(config), default=str)))
         grown = new.get("train.steps", 0) > old.get("train.steps", 0)
-        _check_same(folder, old, new | ({"train.steps": old["train.steps"]} if grown else {}))
+        if _begun(folder):
+            _check_same(folder, old, new | ({"train.steps": old["train.steps"]} if grown else {}))
         if grown and result.exists():
             os.replace(result, folder / f"result-{old['train.steps']}.json")
-    elif (
-        not path.exists()
-        and folder.exists()
-        and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir()))
-    ):
+    elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
