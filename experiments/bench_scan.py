@@ -3,7 +3,7 @@
 Claim   Chunked `gated_linear_attention` trains at least 5 times faster than its loop over time, in less memory than its
         scan over states; `linear_recurrence` is at least as fast as raw `lax.scan` and `lax.associative_scan`.
 Source  GLA (arXiv 2312.06635), section 4; the raw scans, with automatic gradients, on the same inputs in the same run.
-Expect  Ratios of about 7 and of 1 to 5 on 2 CPU cores, in five minutes; see experiments/README.md.
+Expect  Ratios of about 5 and of 1.5 to 3 on 2 CPU cores, in six minutes; see experiments/README.md.
 Run     python -m experiments.bench_scan [--preset cpu|gpu] [--lengths 256 2048] [--repeats 20]
 """
 
