@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import log_sigmoid, sigmoid, softplus
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from jaxseq import ops
 from jaxseq.train import MetricsWriter, Run, main
@@ -243,9 +244,13 @@ def draw_bars(table: list[list[Row]], path: Path) -> None:
         names = [row.form for row in rows]
         axes.barh(names, [row.training_ms for row in rows], 0.8, color="#b9cfe8", label="forward and backward")
         axes.barh(names, [row.forward_ms for row in rows], 0.4, color="#3b6fb6", label="forward")
-        axes.set(xscale="log", xlabel="ms", title=f"{rows[0].op}, T = {rows[0].length}")
+        axes.set(xscale="log", xlabel="ms")
+        axes.set_title(f"{rows[0].op}, T = {rows[0].length}", fontsize="small")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.invert_yaxis()
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower right", frameon=False)
     for axes in panels:
         axes.axis("off")
     path.parent.mkdir(exist_ok=True)
