@@ -114,6 +114,7 @@ def _chunk_backward(tokens, bonus, S, d_o, d_after):
         ḡ_t = Σ_v exp(g_t) S_{t-1} ⊙ S̄_t = Σ_v S_t ⊙ S̄_t − k_t ⊙ k̄_t        Σ_v S_{t-1} ⊙ S̄_{t-1} = q_t ⊙ q̄_t + ḡ_t
 
     a sum from the end of the chunk, without the decays between any two tokens (GLA, arXiv 2312.06635, section 4.3).
+    Its rounding error is that of q ⊙ q̄, also where strong decays leave a far smaller gradient.
     """
     q, k, v, g = tokens
     size, wide = q.shape[2], S.dtype
