@@ -269,13 +269,15 @@ class MixerMember(NamedTuple):
 _gla_gate = {"decay_up/bias": -1e4}  # log decay −625
 
 MIXERS = {
-    "GLA": MixerMember(partial(GLA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme=_gla_gate),
+    "GLA": MixerMember(partial(GLA, WIDTH, num_heads=2, chunk_size=CHUNK, impl="chunked"), extreme=_gla_gate),
     "GLA conv grouped": MixerMember(
         partial(GLA, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK, expand_k=1.0),
         extreme=_gla_gate,
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
-    "Mamba": MixerMember(partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK), extreme={"dt_bias": 100.0}),
+    "Mamba": MixerMember(
+        partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK, impl="chunked"), extreme={"dt_bias": 100.0}
+    ),
     "Attention": MixerMember(
         partial(Attention, WIDTH, num_heads=2), recurrent=False, extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
     ),
