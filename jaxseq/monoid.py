@@ -145,16 +145,6 @@ def segmented(monoid: Monoid, empty: Callable[[Any], Any] = zeros) -> Monoid:
     return Monoid(combine, lambda like: Segmented(like.start & False, monoid.identity(like.element)), act)
 
 
-def segment_starts(segment_ids):
-    """True at the first token of a new segment. The first token of the call continues the segment before it."""
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-
-
-def segment_counts(segment_ids):
-    """How many restarts have come up to each token, `B T`: ids that come again are told apart."""
-    return jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
-
-
 def _choose(flag, chosen, other):
     return jax.tree.map(
         lambda x, y: jnp.where(jax.lax.expand_dims(flag, range(flag.ndim, y.ndim)), x, y), chosen, other

@@ -29,6 +29,7 @@ def parallel(monoid: Monoid, elements, initial_state, *, reverse: bool = False) 
     """`lax.associative_scan` of `combine`, then `act` on the initial state. O(log T) depth; keeps T elements."""
     if reverse:
         return _reversed(parallel, monoid, elements, initial_state)
+    check_monoid(monoid, elements, initial_state)
     prefixes = lax.associative_scan(monoid.combine, elements, axis=1)
     states = monoid.act(prefixes, jax.tree.map(lambda s: s[:, None], initial_state))
     return states, jax.tree.map(lambda s: s[:, -1], states)
@@ -36,6 +37,8 @@ def parallel(monoid: Monoid, elements, initial_state, *, reverse: bool = False) 
 
 def chunked(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, reverse: bool = False) -> tuple[Any, Any]:
     """Parallel inside chunks, sequential across them; the backward pass keeps one state a chunk and recomputes."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}; chunked takes 1 or more.")
     if reverse:
         return _reversed(chunked, monoid, elements, initial_state, chunk_size=chunk_size)
     length = jax.tree.leaves(elements)[0].shape[1]
@@ -68,10 +71,31 @@ def join_chunks(tree):
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
 
 
+def flipped(tree):
+    return jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)
+
+
+def check_monoid(monoid: Monoid, elements, initial_state) -> None:
+    """Raise where two elements combine to something else than an element, or a state moves to no state.
+
+    Raises:
+      TypeError: the message names the function and the shapes and dtypes it was given and returned.
+    """
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), elements)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), initial_state)
+    for name, taken, args in (("combine", first, (first, first)), ("act", state, (first, state))):
+        given, returned = _described(taken), _described(jax.eval_shape(getattr(monoid, name), *args))
+        if given != returned:
+            raise TypeError(f"{name} returned {returned} for {given}; a monoid's {name} keeps shapes and dtypes.")
+
+
+def _described(tree) -> str:
+    return ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree))
+
+
 def _reversed(form, monoid, elements, initial_state, **options):
-    flip = lambda tree: jax.tree.map(lambda x: jnp.flip(x, axis=1), tree)
-    states, final = form(monoid, flip(elements), initial_state, **options)
-    return flip(states), final
+    states, final = form(monoid, flipped(elements), initial_state, **options)
+    return flipped(states), final
 
 
 def _swap(tree):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"jaxseq.shapes", "pallas_kernels"},
-    {"jaxseq.monoid", "jaxseq.scan", "jaxseq.sharded"},
+    {"jaxseq.monoid", "jaxseq.scan", "jaxseq.sharded", "jaxseq.segments"},
     {"jaxseq.ops"},
     {"jaxseq.layers"},
     {"jaxseq.mixers"},

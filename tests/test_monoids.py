@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxseq import monoid, scan
+from jaxseq.segments import segment_starts
 
 FORMS = {"parallel": scan.parallel, "chunked": partial(scan.chunked, chunk_size=4)}
 
@@ -107,7 +108,7 @@ def test_segments_are_runs_of_their_own(length):
     with jax.enable_x64(True):
         elements, state = drawn(member.elements, rng, (1, length)), drawn(member.state, rng, (1,))
         ids = np.cumsum(rng.random((1, length)) < 0.3, axis=1)
-        starts = monoid.segment_starts(jnp.asarray(ids))
+        starts = segment_starts(jnp.asarray(ids))
         whole = quick_jit(partial(scan.parallel, monoid.segmented(monoid.affine)))
         packed, _ = whole(monoid.Segmented(starts, elements), state)
         for segment in np.unique(ids):

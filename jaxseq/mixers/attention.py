@@ -9,8 +9,9 @@ from .. import ops
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..layers.rotary import rotary
-from ..monoid import segment_counts
+from ..segments import segment_counts
 from ..shapes import Array, Float, Int, check_width, typed
+from ..sharded import devices, first_position, on_last
 
 
 class AttentionState(NamedTuple):
@@ -47,7 +48,7 @@ class Attention(Mixer):
         q = project("q_proj", self.num_heads)
         k, v = (project(name, self._kv_heads()) for name in ("k_proj", "v_proj"))
         if self.rotary_base is not None:
-            positions = state.position + jnp.arange(length, dtype=jnp.int32)
+            positions = state.position + first_position(length) + jnp.arange(length, dtype=jnp.int32)
             q, k = (rotary(a, positions, self.rotary_base) for a in (q, k))
         k = jnp.concatenate([state.key.astype(k.dtype), k], axis=1)
         v = jnp.concatenate([state.value.astype(v.dtype), v], axis=1)
@@ -61,12 +62,12 @@ class Attention(Mixer):
             q, k, v, window=self.window, logit_softcap=self.logit_softcap, impl=self.impl, **packed
         )
         y = projection(self.d_model, "out_proj", self)(o.reshape(batch, length, -1))
-        last = lambda a, like: a[:, a.shape[1] - cached :].astype(like.dtype)
+        last = lambda a, like: on_last(a[:, a.shape[1] - cached :].astype(like.dtype))
         return y, AttentionState(
             last(k, state.key),
             last(v, state.value),
             last(segments - segments[:, -1:], segments),
-            state.position + length,
+            state.position + length * devices(),
         )
 
     @nn.nowrap

@@ -1,10 +1,13 @@
 """Convolutions over time, one filter a channel: short ones by shifts, long ones by the fast Fourier transform."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from scipy.fft import next_fast_len
 
-from ..monoid import segment_counts
+from ..segments import segment_counts
 from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
+from ..sharded import devices, halo, on_last, over_channels
 
 
 @typed
@@ -42,15 +45,17 @@ def taps(x, before, segment_ids=None) -> tuple[list, Array]:
 
     `before` holds the W−1 tokens before the call, oldest first. A tap beyond a restart, of x or of the state, is zero.
     """
-    (_, length), reach = x.shape[:2], before.shape[1]
-    inputs = jnp.concatenate([before, x], axis=1)
+    (batch, length), reach = x.shape[:2], before.shape[1]
+    inputs = jnp.concatenate([halo(x, before), x], axis=1)
     if segment_ids is None:
-        return [inputs[:, w : w + length] for w in range(reach + 1)], inputs[:, length:]
-    segments = jnp.pad(segment_counts(segment_ids), ((0, 0), (reach, 0)))  # the state belongs to the first segment
+        return [inputs[:, w : w + length] for w in range(reach + 1)], on_last(inputs[:, length:])
+    counts = segment_counts(segment_ids)
+    first = jnp.zeros((batch, reach), counts.dtype)  # the state belongs to the first segment
+    segments = jnp.concatenate([halo(counts, first), counts], axis=1)
     segments = segments.reshape(*segments.shape, *(1,) * (x.ndim - 2))
     within = lambda w, size, own: jnp.where(segments[:, w : w + size] == own, inputs[:, w : w + size], 0)
     shifted = [within(w, length, segments[:, reach:]) for w in range(reach + 1)]
-    return shifted, within(length, reach, segments[:, -1:])
+    return shifted, on_last(within(length, reach, segments[:, -1:]))
 
 
 @typed
@@ -61,14 +66,21 @@ def long_convolution(
 
         causal: y_t = Σ_{s≤t} kernel_{t-s} ⊙ x_s        otherwise circular: y_t = Σ_s kernel_{(t-s) mod T} ⊙ x_s
 
-    A kernel with a batch axis is one per sequence. In the causal form entries from lag T on reach nothing.
+    A kernel with a batch axis is one per sequence. In the causal form entries from lag T on reach nothing. Where time
+    is split over devices the kernel is given whole, and for the transform each device takes all times of some channels.
 
     Raises:
-      ValueError: shapes disagree, or a circular kernel's length is not T.
+      ValueError: shapes disagree, a circular kernel's length is not T, or the devices do not divide the channels.
     """
-    length = x.shape[1]
+    length = x.shape[1] * devices()
     if not causal and kernel.shape[-2] != length:
         raise ValueError(f"kernel has length {kernel.shape[-2]}; a circular convolution takes x's, {length}.")
+    return over_channels(partial(fourier_convolution, causal=causal), x, kernel)
+
+
+def fourier_convolution(x, kernel, *, causal: bool = True):
+    """`long_convolution` of sequences that are whole."""
+    length = x.shape[1]
     dtype = accumulator(x.dtype)
     kernel = kernel[..., :length, :].astype(dtype)
     size = next_fast_len(length + kernel.shape[-2] - 1, real=True) if causal else length

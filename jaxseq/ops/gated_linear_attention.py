@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import scan
-from ..monoid import OuterProduct, outer_product, segment_starts
+from ..monoid import OuterProduct, outer_product
+from ..segments import segment_starts
 from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
+from ..sharded import across_devices, own
 from .dispatch import dispatch
 
 # The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, a bonus `1 1 H K`
@@ -288,8 +290,17 @@ def gated_linear_attention(
     }
     # A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
     best = {"cpu": "sequential", "default": "chunked" if length > 1 else "sequential"}
-    o, final = dispatch("gated_linear_attention", impl, forms, best, "chunked")(q, k, value, g, bonus, S)
+    S, *tokens = own((S, q, k, value, g, bonus))
+    run = partial(dispatch("gated_linear_attention", impl, forms, best, "chunked"), *tokens)
+    o, final = across_devices(outer_product, partial(_total, *tokens[1:4]), run, S)
     return o.astype(value.dtype), final
+
+
+def _total(k, v, g) -> OuterProduct:
+    """All tokens as one element: each key decayed to the end."""
+    to_end = lax.cumsum(g, axis=1, reverse=True)
+    later = jnp.pad(to_end[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+    return OuterProduct(to_end[:, 0], _product("bthk,bthv->bhkv", _decayed(k, jnp.exp(later)), v))
 
 
 def _per_channel(log_decay, value, key_heads, dtype):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import scan
-from ..monoid import Affine, affine, segment_starts
+from ..monoid import Affine, affine
+from ..segments import segment_starts
 from ..shapes import Array, Inexact, Int, accumulator, promoted, typed, zeros_from
+from ..sharded import across_devices, own
 from .dispatch import dispatch
 
 
@@ -113,19 +115,22 @@ def linear_recurrence(
     dtype = promoted(decay.dtype, inputs.dtype)
     decay, inputs = (x.astype(accumulator(dtype)) for x in (decay, inputs))
     if segment_ids is not None:
-        starts = segment_starts(jnp.flip(segment_ids, 1)) if reverse else segment_starts(segment_ids)
-        starts = jnp.flip(starts, 1) if reverse else starts
+        starts = segment_starts(segment_ids, reverse=reverse)
         decay = jnp.where(lax.expand_dims(starts, range(2, decay.ndim)), 0, decay)
     if initial_state is not None and initial_state.shape != inputs[:, 0].shape:
         raise ValueError(
             f"initial_state has shape {initial_state.shape}; inputs {inputs.shape} take {inputs[:, 0].shape}."
         )
     state = zeros_from(inputs, inputs[:, 0].shape, inputs.dtype, plus=initial_state)
-    forms = {name: partial(_with_direction, form, reverse) for name, form in FORMS.items()}
-    best = {"cpu": "in_place", "default": "parallel"}
-    states, final = dispatch("linear_recurrence", impl, forms, best)(decay, inputs, state)
+    decay, inputs, state = own((decay, inputs, state))
+    run = partial(recurrence(impl, reverse), decay, inputs)
+    total = lambda: Affine(jnp.prod(decay, axis=1), run(jnp.zeros_like(state))[1])
+    states, final = across_devices(affine, total, run, state, reverse=reverse)
     return states.astype(dtype), final
 
 
-def _with_direction(form, reverse, decay, inputs, state):
-    return form(decay, inputs, state, reverse)
+def recurrence(impl: str | None = None, reverse: bool = False):
+    """`(decay, inputs, initial_state) -> (states, final_state)` on time that is whole, as inside other ops."""
+    in_direction = lambda form: lambda decay, inputs, state: form(decay, inputs, state, reverse)
+    forms = {name: in_direction(form) for name, form in FORMS.items()}
+    return dispatch("linear_recurrence", impl, forms, {"cpu": "in_place", "default": "parallel"})

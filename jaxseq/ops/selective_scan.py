@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import scan
-from ..monoid import Affine, affine, segment_starts
+from ..monoid import Affine, affine
+from ..segments import segment_starts
 from ..shapes import Array, Float, Inexact, Int, accumulator, promoted, typed, zeros_from
+from ..sharded import across_devices, own
 from .dispatch import dispatch
-from .linear_recurrence import linear_recurrence
+from .linear_recurrence import recurrence
 
 # The forms take x, dt `B T D`, keep `B T` (0 where the state restarts), A `D N`, B and C `B T G N` or `1 1 G N` where
 # group g serves D/G channels, and a state `B D N`; they return the read-out `B T D`, complex where A is.
@@ -42,7 +44,7 @@ def sequential(x, dt, keep, A, B, C, h):
 def parallel(x, dt, keep, A, B, C, h, impl="parallel"):
     """Every state at once: T·D·N numbers."""
     decay, inputs = _element(x, dt, keep, A, B)
-    states, h = linear_recurrence(decay, inputs, initial_state=h, impl=impl)
+    states, h = recurrence(impl)(jnp.broadcast_to(decay, inputs.shape), inputs, h)
     return jnp.sum(states * _channels(C, x.shape[-1]), axis=-1), h
 
 
@@ -113,8 +115,16 @@ def selective_scan(
     }
     # A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
     best = {"cpu": "sequential", "default": "chunked" if length > 1 else "sequential"}
-    operands = (x.astype(real), dt.astype(real), keep, A.astype(state_dtype), B, C, h)
-    y, final = dispatch("selective_scan", impl, forms, best, "chunked")(*operands)
+    h, *tokens = own((h, x.astype(real), dt.astype(real), keep, A.astype(state_dtype), B, C))
+    run = partial(dispatch("selective_scan", impl, forms, best, "chunked"), *tokens)
+    total = lambda: Affine(_total_decay(*tokens[1:4]), run(jnp.zeros_like(h))[1])
+    y, final = across_devices(affine, total, run, h)
     y = 2 * y.real if jnp.iscomplexobj(y) else y
     y = y if D is None else y + D.astype(real)[None, None] * x.astype(real)
     return y.astype(x.dtype), final
+
+
+def _total_decay(dt, keep, A):
+    """What all tokens together leave of a state: nothing, where one of them restarts."""
+    dt, keep = (x.astype(A.dtype) for x in (jnp.sum(dt, 1), jnp.min(keep, 1)))
+    return jnp.exp(dt[..., None] * A[None]) * keep[:, None, None]

@@ -8,20 +8,27 @@ from jax import lax
 
 from ..monoid import Softmax, softmax
 from ..shapes import Array, Float, Int, accumulator, typed
+from ..sharded import first_position, halo, is_split
 from .dispatch import dispatch
+from .ring_attention import Rules, ring_attention
+
+#: The position of a key that is not there: nothing sees it.
+NOWHERE = -(2**30)
 
 # The forms take queries `B T G R K` (R query heads share each of G key heads), keys and values `B S G …`, the
 # positions of queries `T` and keys `S`, and segments `B T`, `B S` or None.
 
 
-def sequential(q, k, v, positions, segments, visible, capped):
+def sequential(q, k, v, positions, segments, rules):
     """A fold of the softmax monoid over the keys, for all queries at once."""
     q, k, v = (x.astype(accumulator(x.dtype)) for x in (q, k, v))
 
     def step(state, token):
         k, v, position, segment = token
-        logit = capped(jnp.einsum("btgrk,bgk->btgr", q, k))
-        mask = visible(positions[0], position[None], segments and (segments[0], segment[:, None]))[..., 0, None, None]
+        logit = rules.capped(jnp.einsum("btgrk,bgk->btgr", q, k))
+        mask = rules.visible(positions[0], position[None], segments and (segments[0], segment[:, None]))[
+            ..., 0, None, None
+        ]
         logit = jnp.where(mask, logit, -jnp.inf)
         value = jnp.broadcast_to(v[:, None, :, None], (*logit.shape, v.shape[-1]))
         return softmax.act(Softmax.from_token(logit, value), state), None
@@ -34,16 +41,16 @@ def sequential(q, k, v, positions, segments, visible, capped):
     return final.average()
 
 
-def parallel(q, k, v, positions, segments, visible, capped):
+def parallel(q, k, v, positions, segments, rules):
     """All pairs at once: T·S logits a head."""
-    logits = capped(jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=accumulator(q.dtype)))
-    mask = visible(*positions, segments)[:, None, None]
+    logits = rules.capped(jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=accumulator(q.dtype)))
+    mask = rules.visible(*positions, segments)[:, None, None]
     # A query that sees nothing has a zero row, and no NaN in its gradient.
     weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1), 0)
     return jnp.einsum("bgrts,bsgv->btgrv", weights.astype(v.dtype), v, preferred_element_type=logits.dtype)
 
 
-def chunked(q, k, v, positions, segments, visible, capped, chunk_size, reach):
+def chunked(q, k, v, positions, segments, rules, chunk_size, reach):
     """A block of queries at a time, recomputed in the backward pass: C·S logits a head, C·(C + reach) in a window."""
     length, past = q.shape[1], k.shape[1] - q.shape[1]
     front = 0 if reach is None else max(0, reach - past)
@@ -51,7 +58,7 @@ def chunked(q, k, v, positions, segments, visible, capped, chunk_size, reach):
     pad = lambda x, before, value=0: jnp.pad(
         x, ((0, 0), (before, end)) + ((0, 0),) * (x.ndim - 2), constant_values=value
     )
-    pad_positions = lambda x, before: jnp.pad(x, (before, end), constant_values=-(2**30))
+    pad_positions = lambda x, before: jnp.pad(x, (before, end), constant_values=NOWHERE)
     q, k, v = pad(q, 0), pad(k, front), pad(v, front)
     positions = pad_positions(positions[0], 0), pad_positions(positions[1], front)
     segments = segments and (pad(segments[0], 0), pad(segments[1], front, -1))
@@ -64,7 +71,7 @@ def chunked(q, k, v, positions, segments, visible, capped, chunk_size, reach):
         keys = lambda x, axis=1: lax.dynamic_slice_in_dim(x, first_key, span, axis)
         at = queries(positions[0], 0), keys(positions[1], 0)
         ids = segments and (queries(segments[0]), keys(segments[1]))
-        return parallel(queries(q), keys(k), keys(v), at, ids, visible, capped)
+        return parallel(queries(q), keys(k), keys(v), at, ids, rules)
 
     o = lax.map(block, jnp.arange(0, length + end, chunk_size))
     return o.swapaxes(0, 1).reshape(o.shape[1], -1, *o.shape[3:])[:, :length]
@@ -73,7 +80,7 @@ def chunked(q, k, v, positions, segments, visible, capped, chunk_size, reach):
 def _visible(causal, window, query_positions, key_positions, segments):
     """Which keys `S` each query `T` may see, `1|B T S`."""
     lag = query_positions[:, None] - key_positions[None, :]
-    seen = key_positions[None, :] > -(2**30)  # padding
+    seen = key_positions[None, :] > NOWHERE
     seen &= (lag >= 0) | (not causal)
     if window is not None:
         seen &= jnp.abs(lag) < window
@@ -105,11 +112,12 @@ def softmax_attention(
     Each of G key heads serves a run of H/G consecutive query heads. With more keys than queries, the queries stand
     at the last T positions. `window` w sees the last w positions, itself included (both sides when not causal).
     A query sees keys of its own segment only; `key_segment_ids` are the queries' when None. `scale` is K^-½ when
-    None, `logit_softcap` c is off when None. A query that may see no key returns zero.
+    None, `logit_softcap` c is off when None. A query that may see no key returns zero. With time split over devices,
+    keys of a causal window come from the device before, others go round a ring, in blocks of `chunk_size` queries.
 
     Raises:
       ValueError: shapes disagree, G does not divide H, T > S, window < 1, or segments of queries alone.
-      NotImplementedError: `impl` is none of the forms.
+      NotImplementedError: `impl` is none of the forms, or S > T with time split over devices.
     """
     (batch, length, heads, width), (_, span, groups, _) = query.shape, key.shape
     if heads % groups:
@@ -123,19 +131,40 @@ def softmax_attention(
     if segment_ids is not None and key_segment_ids is None and length != span:
         raise ValueError(f"segment_ids of {length} queries say nothing of {span} keys; pass key_segment_ids too.")
     key_segments = segment_ids if key_segment_ids is None else key_segment_ids
-    segments = None if segment_ids is None else (segment_ids, key_segments)
-    positions = jnp.arange(span - length, span), jnp.arange(span)
     q = query * jnp.asarray(width**-0.5 if scale is None else scale, query.dtype)
     q = q.reshape(batch, length, groups, heads // groups, width)
     capped = (lambda x: x) if logit_softcap is None else (lambda x: logit_softcap * jnp.tanh(x / logit_softcap))
-    visible = partial(_visible, causal, window)
+    rules = Rules(partial(_visible, causal, window), capped)
+    finish = lambda o: o.reshape(batch, length, heads, -1).astype(value.dtype)
+    positions = jnp.arange(span - length, span, dtype=jnp.int32), jnp.arange(span, dtype=jnp.int32)
+    if is_split() and causal and window is not None and window <= length + 1:
+        past, keys = span - length, jnp.arange(1 - window, length, dtype=jnp.int32)
+        key, value, key_segments = (_with_halo(x, past, window - 1) for x in (key, value, key_segments))
+        positions = keys[window - 1 :], jnp.where(first_position(length) + keys < -past, NOWHERE, keys)
+        span = key.shape[1]
+    elif is_split():
+        if length != span:
+            raise NotImplementedError(
+                f"query has {length} positions, key {span}; with time split over devices they are the same, but for a "
+                "causal window that fits on a device."
+            )
+        sizes = {"parallel": length, "chunked": min(chunk_size, length)}
+        rings = {name: partial(ring_attention, rules=rules, causal=causal, chunk_size=n) for name, n in sizes.items()}
+        return finish(dispatch("softmax_attention over devices", impl, rings, "chunked")(q, key, value, segment_ids))
+    segments = None if segment_ids is None else (segment_ids, key_segments)
     reach = window - 1 if causal and window is not None and window - 1 + chunk_size < span else None
-    rules = dict(visible=visible, capped=capped)
     forms = {
-        "sequential": partial(sequential, **rules),
-        "parallel": partial(parallel, **rules),
-        "chunked": partial(chunked, chunk_size=min(chunk_size, length), reach=reach, **rules),
+        "sequential": partial(sequential, rules=rules),
+        "parallel": partial(parallel, rules=rules),
+        "chunked": partial(chunked, rules=rules, chunk_size=min(chunk_size, length), reach=reach),
     }
     best = "parallel" if length * span <= chunk_size * 4 * chunk_size and reach is None else "chunked"
-    o = dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments)
-    return o.reshape(batch, length, heads, -1).astype(value.dtype)
+    return finish(dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments))
+
+
+def _with_halo(x, past, reach):
+    """Of `past` keys before the sequence and a device's own ones: the `reach` keys before its own, and its own."""
+    if x is None:
+        return None
+    before = jnp.pad(x[:, :past], ((0, 0), (reach, 0)) + ((0, 0),) * (x.ndim - 2))[:, past:]
+    return jnp.concatenate([halo(x[:, past:], before), x[:, past:]], axis=1)

@@ -5,8 +5,10 @@ from functools import partial
 
 import jax.numpy as jnp
 
+from ..monoid import Affine, affine
 from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed
-from .convolution import long_convolution
+from ..sharded import across_devices, is_split
+from .convolution import fourier_convolution
 from .dispatch import dispatch
 from .selective_scan import selective_scan
 
@@ -51,13 +53,18 @@ def diagonal_kernel(
 def convolution(u, log_A, B, C, state):
     """The kernel by FFT; an initial state adds its own decay, and the final state is one sum over the inputs."""
     length = u.shape[1]
-    y = long_convolution(u, diagonal_kernel(log_A, B, C, length))
+    y = fourier_convolution(u, diagonal_kernel(log_A, B, C, length))
     to_end = _powers(log_A, jnp.arange(length - 1, -1, -1))
-    final = B[None] * jnp.einsum("ldn,bld->bdn", to_end, u.astype(to_end.dtype))
-    if state is not None:
-        y += 2 * jnp.einsum("ldn,bdn->bld", _powers(log_A, jnp.arange(1, length + 1)) * C[None], state).real
-        final += jnp.exp(length * log_A)[None] * state
-    return y, final
+    from_zero = B[None] * jnp.einsum("ldn,bld->bdn", to_end, u.astype(to_end.dtype))
+    if state is None and not is_split():
+        return y, from_zero
+    total = Affine(jnp.exp(length * log_A)[None], from_zero)
+
+    def run(state):
+        decayed = _powers(log_A, jnp.arange(1, length + 1)) * C[None]
+        return y + 2 * jnp.einsum("ldn,bdn->bld", decayed, state).real, affine.act(total, state)
+
+    return across_devices(affine, lambda: total, run, jnp.zeros_like(from_zero) if state is None else state)
 
 
 def recurrence(u, log_A, B, C, state, segment_ids, impl):

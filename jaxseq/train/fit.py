@@ -15,7 +15,7 @@ from .config import TrainConfig
 from .interrupt import Interrupted, StopSignal
 from .optimizer import make_optimizer
 from .paths import PyTree
-from .sharding import BATCH, RULES, Rules, check_mesh, device_mesh, shard_batch, shardings
+from .sharding import BATCH, RULES, Rules, check_mesh, device_mesh, over_time, shard_batch, shardings
 
 Metrics = dict[str, float]
 Loss = Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -86,9 +86,8 @@ def fit(
         create = lambda key: _initial(init, optimizer, key)
         state, layout = _restored_or_new(create, seed, mesh, rules, checkpoints)
         replicated = NamedSharding(mesh, PartitionSpec())
-        train_step = jax.jit(
-            _step(loss, optimizer, config.accumulate), out_shardings=(layout, replicated), donate_argnums=0
-        )
+        step_fn = _step(over_time(loss, mesh), optimizer, config.accumulate)
+        train_step = jax.jit(step_fn, out_shardings=(layout, replicated), donate_argnums=0)
         metrics = _LateMetrics(config, report, progress)
         first_step = step = int(state.step)
         evaluation: dict[str, Metrics] = {}

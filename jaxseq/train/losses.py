@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxseq.shapes import Array, Bool, Float, Int, typed
+from jaxseq.sharded import sum_over_time
 
 
 @typed
@@ -24,12 +25,15 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     weights = (targets >= 0 if mask is None else mask).astype(jnp.float32)
     index = jnp.maximum(targets, 0)
-    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    # A sum over the vocabulary, not a gather: it stays in place where the mesh splits the vocabulary.
+    here = index[..., None] == jax.lax.broadcasted_iota(index.dtype, logits.shape, logits.ndim - 1)
+    chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
-    total = jnp.maximum(weights.sum(), 1e-9)
-    loss = (weights * nats).sum() / total
+    total = jnp.maximum(sum_over_time(weights.sum()), 1e-9)
+    mean = lambda x: sum_over_time((weights * x).sum()) / total
+    loss = mean(nats)
     right = (logits.argmax(axis=-1) == index).astype(jnp.float32)
-    metrics = {"loss": loss, "accuracy": (weights * right).sum() / total}
+    metrics = {"loss": loss, "accuracy": mean(right)}
     if bytes_per_token is not None:
         metrics["bits_per_byte"] = loss / (math.log(2) * bytes_per_token)
     return loss, metrics

@@ -2,23 +2,28 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .. import sharded
 from .config import MeshConfig
 from .paths import PyTree, path_string
 
-AXES = ("data", "fsdp", "tensor", "sequence")
+TIME = sharded.AXIS
+AXES = ("data", "fsdp", "tensor", TIME)
 BATCH = ("data", "fsdp")
 
 Rules = tuple[tuple[str, P], ...]
 
 # The first pattern found in a parameter's path decides. A spec speaks of the trailing axes, so that it also fits
 # parameters stacked over layers. A table is split by rows alone: splitting its width too makes XLA gather it whole.
+TABLE = r"(^|/)embedding$"
 RULES: Rules = (
-    (r"(^|/)embedding$", P(("tensor", "fsdp"), None)),
+    (TABLE, P(("tensor", "fsdp"), None)),
     (r"conv/kernel$", P(None, "tensor")),
     (r"(^|/)(out|down)\w*/kernel$", P("tensor", "fsdp")),
     (r"(^|/)kernel$", P("fsdp", "tensor")),
@@ -86,14 +91,45 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Raises:
       ValueError: mesh.sequence is above 1 and divides the time axis of no array.
     """
-    split = mesh.shape["sequence"]
+    split = mesh.shape[TIME]
     times = [x.shape[1] for x in jax.tree.leaves(batch) if x.ndim > 1]
     if split > 1 and all(time % split for time in times):
         raise ValueError(f"mesh.sequence={split} divides the time axis of no array in the batch (lengths {times}).")
 
     def put(x):
-        time = "sequence" if x.ndim > 1 and split > 1 and x.shape[1] % split == 0 else None
-        sharding = NamedSharding(mesh, P(BATCH, time) if time else P(BATCH))
+        sharding = NamedSharding(mesh, P(BATCH, *_time(x, mesh)))
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, batch)
+
+
+def _time(x, mesh: Mesh) -> tuple[str, ...]:
+    """How axis 1 of an array of the batch is split."""
+    split = mesh.shape[TIME]
+    return (TIME,) if split > 1 and x.ndim > 1 and x.shape[1] % split == 0 else ()
+
+
+def over_time(loss: Callable, mesh: Mesh) -> Callable:
+    """`loss(params, batch, key) -> (scalar, metrics)` where time is split over the mesh axis sequence.
+
+    Each device computes its part of the time, with mixers that pass on states (`jaxseq.sharded`). What still differs
+    from device to device is averaged; `cross_entropy` is a mean over all tokens of all devices already.
+    """
+    if mesh.shape[TIME] == 1:
+        return loss
+
+    def mean(*args):
+        varying = lambda x: TIME in jax.typeof(x).manual_axis_type.varying
+        return jax.tree.map(lambda x: lax.pmean(x, TIME) if varying(x) else x, loss(*args))
+
+    def whole_table(path, x):
+        # Looking up, beside a manual axis, rows that are split over devices aborts XLA's partitioner (jaxlib 0.11).
+        return lax.with_sharding_constraint(x, P()) if re.search(TABLE, path_string(path)) else x
+
+    def split(params, batch, key):
+        params = jax.tree_util.tree_map_with_path(whole_table, params)
+        times = jax.tree.map(lambda x: P(None, *_time(x, mesh)), batch)
+        parts = jax.shard_map(mean, mesh=mesh, in_specs=(P(), times, P()), out_specs=P(), axis_names={TIME})
+        return parts(params, batch, key)
+
+    return split

@@ -1,0 +1,237 @@
+"""Time split over devices is time whole: the scan of any monoid, every op, every mixer, and a training run."""
+
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import (
+    FULL_MIXERS,
+    MIXERS,
+    MONOIDS,
+    OPS,
+    WIDTH,
+    assert_close,
+    cast,
+    initialised,
+    normals,
+    quick_jit,
+    segments,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxseq import GLA, S4D, Attention, LanguageModel, Mamba, monoid, ops, scan
+from jaxseq.sharded import AXIS, sharded
+from jaxseq.train import MeshConfig, TrainConfig, cross_entropy, device_mesh, fit
+
+LENGTH = 48  # two tokens in half a run of eight devices, a window of the short convolutions in a whole one
+IN_TIME = P(None, AXIS)
+
+
+def split(function, devices, times, result):
+    """The function with time split over so many devices: `times` and `result` are specs, as of `shard_map`."""
+    mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=times, out_specs=result)
+
+
+@cache
+def scanned(name, devices, reverse):
+    run = lambda form, e, s: form(MONOIDS[name].monoid, e, s, reverse=reverse)
+    apart = split(partial(run, sharded), devices, (IN_TIME, P()), (IN_TIME, P()))
+    return quick_jit(lambda e, s: (apart(e, s), run(scan.sequential, e, s)))
+
+
+@settings(deadline=None, max_examples=14, derandomize=True)
+@given(
+    name=st.sampled_from(["affine", "affine complex", "segmented matrix affine", "log-sum-exp", "segmented softmax"]),
+    devices=st.sampled_from([1, 2, 4, 8]),
+    run=st.integers(1, 3),
+    reverse=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_monoid(name, devices, run, reverse, seed):
+    member, rng = MONOIDS[name], np.random.default_rng(seed)
+    with jax.enable_x64(True):
+        drawn = jax.tree.map(jnp.asarray, (member.elements(rng, (2, devices * run)), member.state(rng, (2,))))
+        actual, expected = scanned(name, devices, reverse)(*drawn)
+        finite = lambda tree: jax.tree.map(lambda x: jnp.where(x == -jnp.inf, -1e3, x), tree)
+        assert_close(finite(actual), finite(expected), "float64")
+
+
+@pytest.mark.parametrize("name, devices", [(name, (2, 8, 4)[i % 3]) for i, name in enumerate(OPS)])
+def test_every_op_in_value_and_gradient(name, devices):
+    member = OPS[name]
+    moving = member.moving or tuple(member.inputs(np.random.default_rng(0), 1, "mild"))
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        inputs = cast(member.inputs(rng, LENGTH, "strong"), jnp.float64)
+        ids = jnp.asarray(segments(rng, 2, LENGTH)) if member.segments else None
+        call = lambda inputs, ids: member.call(inputs, ids, None)
+        cotangents = cast(normals(rng, jax.eval_shape(call, inputs, ids)), jnp.float64)
+        times = {name: IN_TIME if name in moving else P() for name in inputs}
+        apart = split(call, devices, (times, IN_TIME), (IN_TIME, P() if member.moving else ()))
+
+        def everything(form):
+            values, pull = jax.vjp(lambda inputs: form(inputs, ids), inputs)
+            return values, pull(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values))
+
+        actual, expected = quick_jit(lambda: (everything(apart), everything(call)))()
+        assert_close(actual, expected, "float64")
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_every_mixer_from_a_state(name):
+    """Prefilled from a state where it has one of fixed size, called otherwise, with packed sequences."""
+    member, rng = MIXERS[name], np.random.default_rng(0)
+    module, params = initialised(member)
+    x = jnp.asarray(rng.standard_normal((2, LENGTH, WIDTH)), jnp.float32)
+    ids = jnp.asarray(segments(rng, 2, LENGTH))
+    before = jnp.asarray(rng.standard_normal((2, 9, WIDTH)), jnp.float32)
+    state = module.apply(params, before, None, method="prefill")[1] if member.recurrent else None
+
+    def call(params, x, ids, state):
+        if state is None:
+            return module.apply(params, x, ids), ()
+        return module.apply(params, x, state, ids, method="prefill")
+
+    apart = split(call, 4, (P(), IN_TIME, IN_TIME, P()), (IN_TIME, P()))
+
+    def everything(form):
+        loss = lambda params, x: jnp.sum(jnp.sin(form(params, x, ids, state)[0]))
+        return form(params, x, ids, state), jax.grad(loss, argnums=(0, 1))(params, x)
+
+    actual, expected = quick_jit(lambda: (everything(apart), everything(call)))()
+    assert_close(actual, expected, "mixer")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_convolution_as_long_as_the_sequence(causal):
+    x, kernel = cast(normals(np.random.default_rng(0), (np.zeros((2, 16, 4)), np.zeros((16, 4)))), jnp.float32)
+    call = partial(ops.long_convolution, causal=causal)
+    apart = quick_jit(split(call, 4, (IN_TIME, P()), IN_TIME))
+    assert_close(apart(x, kernel), call(x, kernel), "float32 transform")
+
+
+STACKS = {
+    "gla": (partial(GLA, num_heads=2, conv_window=4, chunk_size=4),),
+    "mamba": (Mamba,),
+    "s4d": (S4D,),
+    "attention": (partial(Attention, num_heads=2),),
+    "hybrid": (partial(GLA, num_heads=2, chunk_size=4), partial(Attention, num_heads=2, window=4)),
+}
+
+
+def language_model(name, vocabulary=64, width=16):
+    model = LanguageModel(vocabulary, width, mixers=STACKS[name], ngrams=(2, 3), ngram_buckets=64)
+
+    def loss(params, batch, key):
+        logits = model.apply(params, batch["inputs"], batch.get("segment_ids"))
+        return cross_entropy(logits, batch["targets"])
+
+    return loss, lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def text(length, rows=4, step=0):
+    """Rows with a gap in the targets: devices do not count the same number of tokens."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 64, (rows, length + 1)).astype(np.int32)
+    targets = np.where(np.arange(length) < length // 3, -100, tokens[:, 1:])
+    return {"inputs": tokens[:, :-1], "targets": targets, "segment_ids": segments(rng, rows, length)}
+
+
+@pytest.mark.parametrize("name", ["hybrid"])
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(fsdp=2, tensor=2, sequence=2), pytest.param(MeshConfig(sequence=8), marks=pytest.mark.slow)],
+    ids=["cube", "sequence"],
+)
+def test_a_training_run_has_the_losses_of_one_device(name, mesh):
+    loss, init = language_model(name)
+    config = TrainConfig(steps=3, batch_size=4, learning_rate=1e-2, warmup_steps=1, log_every=1)
+
+    def losses(mesh):
+        rows = []
+        report = lambda step, split, metrics: rows.append([metrics["loss"], metrics["accuracy"]])
+        batches = lambda step: text(LENGTH, step=step)
+        fit(loss, init, batches, config=config, mesh=device_mesh(mesh), report=report)
+        return np.asarray(rows)
+
+    assert np.allclose(losses(mesh), losses(MeshConfig()), atol=1e-4)
+
+
+def communicated(compiled) -> int:
+    """Bytes of the results of all collectives in a compiled program, a loop's body counted once."""
+    sizes = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "c64": 8}
+    kinds = r"= (.*?) (?:all-gather|collective-permute|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
+    results = " ".join(re.findall(kinds, compiled.as_text()))
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", results)
+    return sum(sizes[kind] * int(np.prod([int(n) for n in shape.split(",") if n])) for kind, shape in shapes)
+
+
+@pytest.mark.parametrize("name", ["GLA conv grouped", "Mamba", "S4D", "Attention window grouped"])
+def test_mixers_of_fixed_state_communicate_states_alone(name):
+    """The bytes of a layer, forward and backward, do not grow with the time that is split."""
+    module, params = initialised(MIXERS[name])
+    apart = split(lambda *args: module.apply(*args), 8, (P(), IN_TIME, IN_TIME), IN_TIME)
+    gradient = quick_jit(jax.grad(lambda *args: jnp.sum(jnp.sin(apart(*args))), argnums=(0, 1)))
+    sizes = [(1, 64, WIDTH), (1, 256, WIDTH)]
+    args = [(params, jnp.zeros(size), jnp.zeros(size[:2], jnp.int32)) for size in sizes]
+    moved = [communicated(gradient.lower(*each).compile()) for each in args]
+    assert 0 < moved[0] == moved[1]
+
+
+def test_what_cannot_be_split_is_named():
+    q = jnp.zeros((1, 8, 2, 4))
+    attend = lambda q, **options: ops.softmax_attention(q, q, q, **options)
+    convolve = lambda x: ops.short_convolution(x, jnp.zeros((4, 4)))[0]
+    refused = {
+        "leaves 1 tokens a device; attention": (attend, 8, q),
+        "leaves 2 tokens a device, a window reaches 3 back; split time over at most 2": (convolve, 4, q[:, :, 0]),
+        "x has 4 channels, which mesh axis sequence=8": (lambda x: ops.long_convolution(x, x[0]), 8, q[:, :, 0]),
+    }
+    for message, (call, devices, x) in refused.items():
+        with pytest.raises(ValueError, match=message):
+            split(call, devices, (IN_TIME,), IN_TIME)(x)
+    with pytest.raises(NotImplementedError, match="'sequential' is no form of .*; choose None, 'parallel', 'chunked'"):
+        split(partial(attend, impl="sequential"), 4, (IN_TIME,), IN_TIME)(q)
+    module, params = initialised(MIXERS["Attention"])
+    cached = lambda x: module.apply(params, x, module.init_state(1, max_length=4), method="prefill")[0]
+    with pytest.raises(NotImplementedError, match="8 positions, key 12|4 positions, key 8"):
+        split(cached, 2, (IN_TIME,), IN_TIME)(jnp.zeros((1, 8, WIDTH)))
+
+
+def test_a_combine_that_returns_something_else_is_named():
+    affine = monoid.affine
+    elements, state = monoid.Affine(jnp.ones((1, 4, 2)), jnp.ones((1, 4, 2))), jnp.zeros((1, 2))
+    narrow = affine._replace(combine=lambda e, f: jax.tree.map(lambda x: x.astype(jnp.bfloat16), affine.combine(e, f)))
+    grown = affine._replace(act=lambda e, s: affine.act(e, s)[..., None])
+    for form in (scan.parallel, scan.chunked, sharded):
+        with pytest.raises(TypeError, match="combine returned bfloat16.* for float32.1, 2., float32.1, 2."):
+            form(narrow, elements, state)
+        with pytest.raises(TypeError, match="act returned float32.1, 2, 1. for float32.1, 2."):
+            form(grown, elements, state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gla", "mamba", "attention", "hybrid"])
+def test_a_long_sequence_has_the_losses_of_one_device(name):
+    """Five steps at T = 32,768, time over eight devices."""
+    loss, init = language_model(name)
+    config = TrainConfig(steps=5, batch_size=1, learning_rate=1e-2, warmup_steps=1, log_every=1)
+
+    def losses(mesh):
+        rows = []
+        report = lambda step, split, metrics: rows.append(metrics["loss"])
+        fit(loss, init, partial(_long, 2**15), config=config, mesh=device_mesh(mesh), report=report)
+        return np.asarray(rows)
+
+    assert np.allclose(losses(MeshConfig(sequence=8)), losses(MeshConfig()), atol=1e-4)
+
+
+def _long(length, step):
+    return text(length, rows=1, step=step)
