@@ -216,12 +216,12 @@ def grid_recurrence(
     variates. States have the promoted dtype of the inputs, sums at least float32.
 
     `columns` is a loop over time, `wavefront` over diagonals; `triangular`, two scans, wants a2 or a3 to be None.
-    `sweeps` repeats two scans until nothing moves, min(T, V + 1) times at most, or `sweeps` times at most: what is
-    then missing, `coupling_residual` says. All but `sequential` share one backward pass (no forward mode).
+    `sweeps` repeats two scans until nothing moves, min(T, V + 1) times at most, or `sweeps` times at most in each pass:
+    what is then missing, `coupling_residual` says. All but `sequential` share one backward pass (no forward mode).
 
     Raises:
-      ValueError: shapes disagree, T or V = 0, sweeps < 1 or for another form, NaN or infinity outside `jit`, or more
-        states than memory.
+      ValueError: shapes disagree, T or V = 0, sweeps < 1 or for another form, more states than memory, or NaN or
+        infinity where values are known.
       NotImplementedError: `impl` is none of the forms, or is "triangular" with both couplings.
     """
     boundary = dict(
@@ -281,7 +281,9 @@ def _prepared(
     operands = tuple(x if x is None else _broadcast(name, x, u1.shape) for name, x in named.items())
     dtype = promoted(*(x.dtype for x in jax.tree.leaves(operands)))
     axes = (1,) * reverse + (2,) * reverse_variates
-    a1, a2, a3, a4, u1, u2 = _flip(jax.tree.map(lambda x: x.astype(accumulator(dtype)), operands), axes)
+    # Coefficients that all devices share vary from here on: the backward pass sums their gradients outside it.
+    ready = lambda x: jnp.flip(zeros_from(u1, u1.shape, accumulator(dtype), plus=x), axes)
+    a1, a2, a3, a4, u1, u2 = jax.tree.map(ready, operands)
     if segment_ids is not None:
         starts = segment_starts(jnp.flip(segment_ids, 1) if reverse else segment_ids)[:, :, None, None]
         a1, a2 = jax.tree.map(lambda a: jnp.where(starts, 0, a), (a1, a2))
@@ -302,13 +304,18 @@ def _check(operands, initial_state) -> None:
             f"h1 and h2 of shape {shape} take {states / 2**30:.3g} GiB of the {memory / 2**30:.3g} GiB there are; feed "
             "the grid in parts along time, each from the initial_state that the one before leaves, or split the batch."
         )
-    column, found = (shape[0], *shape[2:]), [jnp.shape(s) for s in initial_state or ()]
+    before = () if initial_state is None else tuple(initial_state)
+    column, found = (shape[0], *shape[2:]), [jnp.shape(s) for s in before]
     if found not in ([], [column, column]):
         raise ValueError(f"initial_state has shapes {found}; u1 of shape {shape} takes two of {column}.")
-    for name, x in (operands | {f"initial_state[{i}]": s for i, s in enumerate(initial_state or ())}).items():
-        if not (x is None or isinstance(x, jax.core.Tracer) or jnp.isfinite(x).all()):
-            where = tuple(map(int, jnp.argwhere(~jnp.isfinite(x))[0]))
-            raise ValueError(f"{name} is {x[where]} at {where}; grid_recurrence takes finite numbers.")
+    for name, x in (operands | {f"initial_state[{i}]": s for i, s in enumerate(before)}).items():
+        if x is None or isinstance(x, jax.core.Tracer):
+            continue
+        with jax.ensure_compile_time_eval():  # a constant of a jitted function is still known
+            bad = ~jnp.isfinite(x)
+            if bad.any():
+                where = tuple(map(int, jnp.argwhere(bad)[0]))
+                raise ValueError(f"{name} is {x[where]} at {where}; grid_recurrence takes finite numbers.")
 
 
 def _broadcast(name, x, shape):
