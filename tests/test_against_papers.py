@@ -4,6 +4,7 @@ They lie beside the repository, in `../shared/reference`; without them those tes
 - fla.md: gla, simple_gla, retention, lightning, linear_attn, rwkv6, mamba2_ssd, hgrn (ops); gla_packed,
   simple_gla_packed; layer_gla, layer_gla_conv_gqa, layer_mamba; model_gla.
 - ssm.md: mamba_ops (all but rmsnorm_gated_*); s4_kernels s4d_* and hippo_legs_*; s4_layers s4d_layer_*.
+- models.md: chimera_2dssm.
 Waiting for the work that builds what they check: rmsnorm_gated_* (Mamba-2's norm); S4's own kernels, DSS and the
 bidirectional blocks (s4_*, dss_*, s4_block_*); s5_lru; hf_mamba*; every other fla_* file (its op or layer).
 """
@@ -493,6 +494,35 @@ def test_hippo(size):
     assert_near([A, B, eigenvalues], [z["A"], z["B"], z["Lambda"]], 1e-10)
     clipped = np.abs(VB.imag) >= 2
     assert_near(np.abs(VB[~clipped]) ** 2, z["absVB2"][~clipped], 1e-8)
+
+
+# ---- Chimera -------------------------------------------------------------------------------------------------------
+
+
+@recorded
+@pytest.mark.parametrize("impl", ["sequential", "columns", "wavefront", "sweeps", None])
+def test_grid_recurrence(impl):
+    """With couplings both ways, one way and the other, variates in reverse, and the impulse response."""
+    z = load("chimera_2dssm")
+    one_way = "triangular" if impl == "wavefront" else impl  # the form that takes nothing else
+    op = partial(ops.grid_recurrence, impl=impl)
+
+    @quick_jit
+    def everything(a1, a2, a3, a4, u1, u2, c1, c2, lti_a, lti_b):
+        h1, h2 = op(a1, a2, a3, a4, u1, u2)
+        impulse = jnp.zeros((1, *z["lti_kernel_h1"].shape, 1)).at[0, 0, 0, 0].set(1)
+        return {
+            "": (h1, h2),
+            "_reversed_variates": op(a1, a2, a3, a4, u1, u2, reverse_variates=True),
+            "_a2zero": op(a1, None, a3, a4, u1, u2, impl=one_way),
+            "_a3zero": op(a1, a2, None, a4, u1, u2, impl=one_way),
+            "lti": tuple(h[0, ..., 0] for h in op(*lti_a, lti_b[0] * impulse, lti_b[1] * impulse)),
+        }, jnp.sum(c1 * h1 + c2 * h2, axis=-1)
+
+    names = ("a1", "a2", "a3", "a4", "u1", "u2", "c1", "c2", "lti_a", "lti_b")
+    states, y = everything(*cast([z[n] for n in names], jnp.float32))
+    expected = {case: (z[f"h1{case}"], z[f"h2{case}"]) for case in states if case != "lti"}
+    assert_near((states, y), (expected | {"lti": (z["lti_kernel_h1"], z["lti_kernel_h2"])}, z["y"]), 1e-5)
 
 
 def test_the_index_lists_what_is_run():
