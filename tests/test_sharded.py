@@ -199,6 +199,9 @@ def test_what_cannot_be_split_is_named():
             split(call, devices, (IN_TIME,), IN_TIME)(x)
     with pytest.raises(NotImplementedError, match="'sequential' is no form of .*; choose None, 'parallel', 'chunked'"):
         split(partial(attend, impl="sequential"), 4, (IN_TIME,), IN_TIME)(q)
+    grid = lambda u: ops.grid_recurrence(u, u, u, u, u, u)[0]
+    with pytest.raises(NotImplementedError, match="grid_recurrence cannot split time"):
+        split(grid, 4, (IN_TIME,), IN_TIME)(q)
     module, params = initialised(MIXERS["Attention"])
     cached = lambda x: module.apply(params, x, module.init_state(1, max_length=4), method="prefill")[0]
     with pytest.raises(NotImplementedError, match="8 positions, key 12|4 positions, key 8"):

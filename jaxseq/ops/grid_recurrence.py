@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..monoid import segment_starts
+from ..segments import segment_starts
 from ..shapes import Array, Float, Int, accumulator, promoted, typed, zeros_from
+from ..sharded import AXIS, is_split
 from .dispatch import dispatch
-from .linear_recurrence import linear_recurrence
+from .linear_recurrence import recurrence
 
 # The forms take a1 … a4, u1, u2 `B T V N`, where a2 or a3 may be None, and return h1, h2, zero outside the grid.
 
@@ -43,7 +44,7 @@ def sequential(a1, a2, a3, a4, u1, u2):
 
 def columns(a1, a2, a3, a4, u1, u2, reverse=False):
     """A loop over time: h1 of a step is elementwise, then h2 is a scan over the variates."""
-    length = u1.shape[1]
+    length, along = u1.shape[1], recurrence(reverse=reverse)
 
     def step(i, carry):
         (above1, above2), states = carry
@@ -51,7 +52,7 @@ def columns(a1, a2, a3, a4, u1, u2, reverse=False):
         at = partial(lax.dynamic_index_in_dim, index=t, axis=1, keepdims=False)
         a1_t, a2_t, a3_t, a4_t, u1_t, u2_t = jax.tree.map(at, (a1, a2, a3, a4, u1, u2))
         h1 = _sum(u1_t, (a1_t, above1), (a2_t, above2))
-        h2, _ = linear_recurrence(a4_t, _sum(u2_t, (a3_t, _previous(h1, 1, reverse))), reverse=reverse)
+        h2, _ = along(a4_t, _sum(u2_t, (a3_t, _previous(h1, 1, reverse))), outside[:, 0])
         # Written where it stays: a scan that leads with time would copy every operand first.
         written = [lax.dynamic_update_index_in_dim(s, h, t, 1) for s, h in zip(states, (h1, h2), strict=True)]
         return (h1, h2), tuple(written)
@@ -91,7 +92,7 @@ def triangular(a1, a2, a3, a4, u1, u2, reverse=False):
     """Without a2, a scan over time gives h1 and then one over the variates h2; without a3 the other way round."""
     if a2 is not None:
         return _transposed(triangular)(a1, a2, a3, a4, u1, u2, reverse)
-    h1, _ = linear_recurrence(a1, u1, reverse=reverse)
+    h1 = _over_time(a1, u1, reverse)
     return h1, _over_variates(a4, _sum(u2, (a3, _previous(h1, 2, reverse))), reverse)
 
 
@@ -105,7 +106,7 @@ def coupling_sweeps(a1, a2, a3, a4, u1, u2, reverse=False, count=None):
 
     def sweep(carry):
         done, _, _, h2 = carry
-        h1, _ = linear_recurrence(a1, _sum(u1, (a2, _previous(h2, 1, reverse))), reverse=reverse)
+        h1 = _over_time(a1, _sum(u1, (a2, _previous(h2, 1, reverse))), reverse)
         new = _over_variates(a4, _sum(u2, (a3, _previous(h1, 2, reverse))), reverse)
         return done + 1, jnp.any(new != h2), h1, new
 
@@ -114,8 +115,11 @@ def coupling_sweeps(a1, a2, a3, a4, u1, u2, reverse=False, count=None):
 
 
 def _over_variates(decay, inputs, reverse):
-    states, _ = linear_recurrence(decay.swapaxes(1, 2), inputs.swapaxes(1, 2), reverse=reverse)
-    return states.swapaxes(1, 2)
+    return _over_time(decay.swapaxes(1, 2), inputs.swapaxes(1, 2), reverse).swapaxes(1, 2)
+
+
+def _over_time(decay, inputs, reverse):
+    return recurrence(reverse=reverse)(decay, inputs, jnp.zeros_like(inputs[:, 0]))[0]
 
 
 def _sum(u, *products):
@@ -222,7 +226,8 @@ def grid_recurrence(
     Raises:
       ValueError: shapes disagree, T or V = 0, sweeps < 1 or for another form, more states than memory, or NaN or
         infinity where values are known.
-      NotImplementedError: `impl` is none of the forms, or is "triangular" with both couplings.
+      NotImplementedError: `impl` is none of the forms, or is "triangular" with both couplings; time is split over
+        devices.
     """
     boundary = dict(
         initial_state=initial_state, segment_ids=segment_ids, reverse=reverse, reverse_variates=reverse_variates
@@ -230,6 +235,8 @@ def grid_recurrence(
     operands, dtype, axes = _prepared(a1, a2, a3, a4, u1, u2, **boundary)
     if sweeps is not None and (sweeps < 1 or impl != "sweeps"):
         raise ValueError(f"sweeps={sweeps} with impl={impl!r}; impl='sweeps' takes None, or 1 sweep or more.")
+    if is_split():  # the total of many steps is a matrix over all variates
+        raise NotImplementedError(f"grid_recurrence cannot split time over mesh axis {AXIS}; split the batch.")
     uncoupled = a2 is None or a3 is None
     if impl == "triangular" and not uncoupled:
         others = ", ".join(repr(name) for name in FORMS if name != impl)
