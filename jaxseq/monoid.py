@@ -115,8 +115,22 @@ def semiring_matrix(add: Callable, zero: float = -jnp.inf) -> Monoid:
     )
 
 
-log_sum_exp = semiring_matrix(lambda x, axis: jax.nn.logsumexp(x, axis=axis))
+def log_sum(x, axis=-1):
+    """log Σ exp x: −∞, with gradient zero, where all of x is −∞."""
+    empty = jnp.all(x == -jnp.inf, axis=axis, keepdims=True)  # log has no slope at zero
+    return jnp.where(jnp.squeeze(empty, axis), -jnp.inf, jax.nn.logsumexp(jnp.where(empty, 0, x), axis=axis))
+
+
+log_sum_exp = semiring_matrix(log_sum)
 max_plus = semiring_matrix(lambda x, axis: jnp.max(x, axis=axis))
+
+
+# A map on 0 … N−1 as the table of its values, `… N`; it acts on indices `…`.
+index_map = Monoid(
+    combine=lambda e, f: jnp.take_along_axis(f, e, axis=-1),
+    identity=lambda like: jnp.broadcast_to(jnp.arange(like.shape[-1], dtype=like.dtype), like.shape),
+    act=lambda e, i: jnp.take_along_axis(e, i[..., None], axis=-1)[..., 0],
+)
 
 
 class Segmented(NamedTuple):

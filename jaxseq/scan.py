@@ -53,6 +53,23 @@ def chunked(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, re
     return jax.tree.map(lambda s: s[:, :length], join_chunks(states)), final
 
 
+def abreast(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, reverse: bool = False) -> tuple[Any, Any]:
+    """All chunks side by side, one `combine` and then one `act` a step; sequential across. O(C + T/C) depth."""
+    if reverse:
+        return _reversed(abreast, monoid, elements, initial_state, chunk_size=chunk_size)
+    length = jax.tree.leaves(elements)[0].shape[1]
+    padded = pad_time(monoid, elements, -length % chunk_size)
+    rows = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[2:]), padded)
+    apart = lambda tree, like: jax.tree.map(lambda x, s: x.reshape(s.shape[0], -1, *x.shape[1:]), tree, like)
+    identity = monoid.identity(jax.tree.map(lambda x: x[:, 0], rows))
+    products, _ = lax.scan(lambda product, e: (monoid.combine(product, e), None), identity, _swap(rows))
+    between, _ = sequential(monoid, apart(products, elements), initial_state)
+    starts = jax.tree.map(lambda s, b: jnp.concatenate([s[:, None], b[:, :-1]], axis=1), initial_state, between)
+    states, finals = sequential(monoid, rows, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), starts))
+    states = jax.tree.map(lambda x, s: x.reshape(s.shape[0], -1, *x.shape[2:])[:, :length], states, initial_state)
+    return states, jax.tree.map(lambda s: s[:, -1], apart(finals, initial_state))
+
+
 def pad_time(monoid: Monoid, elements, count: int):
     """Append `count` identity elements: they change no state."""
     if count == 0:

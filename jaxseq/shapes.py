@@ -22,6 +22,7 @@ __all__ = [
     "Int",
     "accumulator",
     "check_width",
+    "known",
     "promoted",
     "typed",
     "zeros_from",
@@ -89,6 +90,11 @@ def _kind(array_type) -> type:
 def check_width(x: Array, d_model: int, owner: str) -> None:
     if x.shape[-1] != d_model:
         raise ValueError(f"x has width {x.shape[-1]}; {owner}(d_model={d_model}) takes inputs of width {d_model}.")
+
+
+def known(x) -> np.ndarray | None:
+    """The values of an array, for checks; None while it is traced, or where there is none."""
+    return None if x is None or isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
 def promoted(*dtypes) -> jnp.dtype:

@@ -113,6 +113,9 @@ PLAIN_MONOIDS = {
         lambda rng, s: 3 * rng.standard_normal((*s, 3, 3)),
         lambda rng, s: 3 * rng.standard_normal((*s, 3)),
     ),
+    "index map": MonoidMember(
+        monoid.index_map, lambda rng, s: rng.integers(0, 4, (*s, 4)), lambda rng, s: rng.integers(0, 4, s)
+    ),
     "max-plus": MonoidMember(
         monoid.max_plus,
         lambda rng, s: 3 * rng.standard_normal((*s, 3, 3)),
@@ -208,6 +211,17 @@ def _attention(inputs, segment_ids, impl, **options):
     return ops.softmax_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK, **options), ()
 
 
+def _log_matmul_inputs(rng, T, strength):
+    """Weights of zero among the strong ones, where no two paths weigh the same."""
+    matrices = log_decays(rng, (2, T, 3, 3), strength) + 0.1 * rng.standard_normal((2, T, 3, 3))
+    matrices[..., [0, 1], [1, 2]] -= np.inf if strength == "strong" else 0
+    return dict(log_matrices=matrices, initial_state=rng.standard_normal((2, 3)))
+
+
+def _log_matmul(inputs, segment_ids, impl, **options):
+    return ops.log_matmul(**inputs, segment_ids=segment_ids, impl=impl, **options)
+
+
 _scan_forms = ("sequential", "parallel", "chunked", "in_place")
 _recurrent = dict(moving=("decay", "inputs"), forms=_scan_forms)
 _linear = dict(call=_gla, moving=("query", "key", "value", "log_decay"))
@@ -240,6 +254,9 @@ OPS = {
         sweep=True,
         float32="float32 transform",
     ),
+    "log_matmul": OpMember(_log_matmul_inputs, _log_matmul, sweep=True, moving=("log_matrices",)),
+    "log_matmul reverse": OpMember(_log_matmul_inputs, partial(_log_matmul, reverse=True)),
+    "log_matmul max_plus": OpMember(_log_matmul_inputs, partial(_log_matmul, semiring="max_plus")),
     "softmax_attention": OpMember(_attention_inputs, _attention, sweep=True),
     "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5)),
     "softmax_attention softcap": OpMember(_attention_inputs, partial(_attention, logit_softcap=2.0, window=20)),

@@ -3,6 +3,7 @@
 They lie beside the repository, in `../shared/reference`; without them those tests are skipped. Covered:
 - fla.md: gla, simple_gla, retention, lightning, linear_attn, rwkv6, mamba2_ssd, hgrn (ops); gla_packed,
   simple_gla_packed; layer_gla, layer_gla_conv_gqa, layer_mamba; model_gla.
+- seeds-models.md: hmm_glm.
 - ssm.md: mamba_ops (all but rmsnorm_gated_*); s4_kernels s4d_* and hippo_legs_*; s4_layers s4d_layer_*.
 - models.md: chimera_2dssm.
 Waiting for the work that builds what they check: rmsnorm_gated_* (Mamba-2's norm); S4's own kernels, DSS and the
@@ -531,3 +532,32 @@ def test_the_index_lists_what_is_run():
         pytest.skip("the recorded outputs are not beside the repository")
     index = json.loads(bytes(np.load(REFERENCE / "s4_kernels.npz")["index_json"]).decode())
     assert {case["name"] for case in index if case["name"].startswith("s4d_")} == set(groups("s4_kernels", "s4d_"))
+
+
+# ---- hidden Markov models ------------------------------------------------------------------------------------------
+
+
+@recorded
+@pytest.mark.parametrize("impl", ["sequential", "parallel", "chunked"])
+def test_hidden_markov_inference(impl):
+    """log α, log p(x), γ, ξ, the path; and the gradients of the likelihood are the recorded posteriors."""
+    z = load("seeds_hmm_glm")
+    with jax.enable_x64(True):
+        arrays = np.log(z["init"]), np.log(z["transition"]), z["emission_log_prob"][None]
+        arrays = cast(arrays, jnp.float64)
+
+        def everything(*arrays):
+            filtered, evidence, _ = ops.hidden_markov_filter(*arrays, impl=impl)
+            log_alpha = filtered + jnp.cumsum(evidence, axis=1)[..., None]
+            likelihood = lambda *a: ops.hidden_markov_log_likelihood(*a, impl=impl).sum()
+            gradients = jax.grad(likelihood, argnums=(0, 1, 2))(*arrays)
+            return log_alpha, ops.hidden_markov_smoother(*arrays, impl=impl), gradients, ops.viterbi(*arrays, impl=impl)
+
+        log_alpha, posterior, gradients, (path, _) = quick_jit(everything)(*arrays)
+    expected = ops.HiddenMarkovPosterior(z["log_marginal"][None], z["gamma"][None], z["xi"][None])
+    for actual, recorded_value in zip((log_alpha[0], *posterior), (z["log_alpha"], *expected), strict=True):
+        np.testing.assert_allclose(actual, recorded_value, rtol=0, atol=1e-9)
+    expected = z["gamma"][0], z["xi"].sum(0), z["gamma"][None]
+    for actual, recorded_value in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(actual, recorded_value, rtol=0, atol=1e-9)
+    assert np.array_equal(path[0], z["viterbi"])

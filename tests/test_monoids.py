@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from jaxseq import monoid, scan
 from jaxseq.segments import segment_starts
 
-FORMS = {"parallel": scan.parallel, "chunked": partial(scan.chunked, chunk_size=4)}
+FORMS = {
+    "parallel": scan.parallel,
+    "chunked": partial(scan.chunked, chunk_size=4),
+    "abreast": partial(scan.abreast, chunk_size=4),
+}
 
 
 def drawn(draw, *args):

@@ -175,6 +175,10 @@ BAD = {
     "gla state": (partial(gla, q, q, q, initial_state=q), ValueError, "initial_state has shape"),
     "gla length": (partial(gla, q[:, :0], q[:, :0], q[:, :0]), ValueError, "at least one step"),
     "chunk size": (partial(gla, q, q, q, chunk_size=0), ValueError, "chunk_size=0"),
+    "matrices": (partial(ops.log_matmul, x), ValueError, "log_matrices has shape .2, 5, 3.*B T S S"),
+    "no matrices": (partial(ops.log_matmul, x[:, :0, :, None] + x[:, :0, None]), ValueError, "at least one step"),
+    "semiring": (partial(ops.log_matmul, q[..., :4], semiring="min"), ValueError, "semiring='min'.*'max_plus'"),
+    "vector": (partial(ops.log_matmul, q[..., :4], initial_state=h), ValueError, "initial_state has shape .2, 3."),
     "scan A": (partial(scan, x, x, jnp.zeros((4, 2)), x, x), ValueError, "A has shape"),
     "scan groups": (
         partial(scan, x, x, A.real, jnp.zeros((2, 5, 2, 2)), jnp.zeros((2, 5, 2, 2))), ValueError, "B has 2 groups",

@@ -6,7 +6,13 @@ from .gated_linear_attention import gated_linear_attention as gated_linear_atten
 from .grid_recurrence import contractive as contractive
 from .grid_recurrence import coupling_residual as coupling_residual
 from .grid_recurrence import grid_recurrence as grid_recurrence
+from .hidden_markov import HiddenMarkovPosterior as HiddenMarkovPosterior
+from .hidden_markov import hidden_markov_filter as hidden_markov_filter
+from .hidden_markov import hidden_markov_log_likelihood as hidden_markov_log_likelihood
+from .hidden_markov import hidden_markov_smoother as hidden_markov_smoother
+from .hidden_markov import viterbi as viterbi
 from .linear_recurrence import linear_recurrence as linear_recurrence
+from .log_matmul import log_matmul as log_matmul
 from .selective_scan import selective_scan as selective_scan
 from .softmax_attention import softmax_attention as softmax_attention
 from .state_space import diagonal_kernel as diagonal_kernel
