@@ -25,6 +25,7 @@ from flax import traverse_util
 from jaxseq import GLA, S4D, LanguageModel, Mamba, ops
 from jaxseq.layers import GatedMLP
 from jaxseq.layers.initialisers import hippo_legs, legs_diagonal
+from jaxseq.models import gumbel_softmax_log_density
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -561,3 +562,13 @@ def test_hidden_markov_inference(impl):
     for actual, recorded_value in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(actual, recorded_value, rtol=0, atol=1e-9)
     assert np.array_equal(path[0], z["viterbi"])
+
+
+@recorded
+@pytest.mark.parametrize("temperature, values", [(0.5, "gs_ll_tau05"), (1.0, "gs_ll_tau1")])
+def test_gumbel_softmax_density(temperature, values):
+    z = load("seeds_hmm_glm")
+    with jax.enable_x64(True):
+        log_x, log_weights = cast((np.log(z["gs_x"]), np.log(z["gs_mean"])), jnp.float64)
+        actual = gumbel_softmax_log_density(log_x, log_weights, temperature)
+    np.testing.assert_allclose(actual, z[values], rtol=0, atol=1e-9)

@@ -2,6 +2,7 @@ from .compression import baselines as baselines
 from .corpus import Corpus as Corpus
 from .corpus import Document as Document
 from .corpus import joined as joined
+from .spikes import spike_counts as spike_counts
 from .text import BEGIN as BEGIN
 from .text import VOCABULARY as VOCABULARY
 from .text import TextWindows as TextWindows

@@ -181,6 +181,6 @@ def _check_values(log_start, log_transition, log_emissions, lengths) -> None:
         at = np.argwhere(np.isnan(emissions))[0].tolist()
         raise ValueError(f"log_emissions is NaN at [batch, bin, state] = {at}; every entry is a log-probability.")
     counts, length = known(lengths), log_emissions.shape[1]
-    for row, count in enumerate(() if counts is None else counts.tolist()):
+    for sequence, count in enumerate(() if counts is None else counts.tolist()):
         if not 1 <= count <= length:
-            raise ValueError(f"lengths[{row}]={count}; a sequence of {length} bins has 1 to {length} that count.")
+            raise ValueError(f"lengths[{sequence}]={count}; a sequence of {length} bins has 1 to {length} that count.")
