@@ -1,7 +1,8 @@
 """Two ways to fit a hidden Markov model with learned emissions: expectation-maximisation, and the gradient.
 
 The model is a linen module: `apply(params, counts)` are log-emissions `B T S`, its method `log_prior` is log p(params).
-An rng "gumbel" is at hand where a step is taken, and not where the states are inferred. Both rules climb
+An rng "gumbel" is at hand where a step is taken, and not where the states are inferred. `lengths` are the bins that
+count in each sequence, all when None. Both rules climb
 
     log p(x | params, P) + log p(params),        z_1 uniform, P[i, j] = p(z_{t+1} = j | z_t = i)
 """
@@ -29,7 +30,7 @@ class HiddenMarkovState(NamedTuple):
     key: Array
 
 
-Step = Callable[[HiddenMarkovState, Array], tuple[HiddenMarkovState, Array]]
+Step = Callable[..., tuple[HiddenMarkovState, Array]]
 
 
 def hidden_markov_start(params, optimizer, num_states: int, key, stay: float = 0.98, *, transition=False):
@@ -41,14 +42,15 @@ def hidden_markov_start(params, optimizer, num_states: int, key, stay: float = 0
 
 
 def expectation_maximisation(model, optimizer: optax.GradientTransformation, inner_steps: int) -> Step:
-    """`step(state, counts) -> (state, log p(x, params) before it)`.
+    """`step(state, counts, lengths=None) -> (state, log p(x, params) before it)`.
 
     E: γ and ξ by the smoother. M: P = Σ_t ξ_t, its rows divided by their sums, is exact; the emissions' parameters take
     `inner_steps` of the optimizer up Σ_t γ_t · log p(x_t | z_t) + log p(params).
     """
 
-    def step(state: HiddenMarkovState, counts):
-        posterior = hidden_markov_smoother(_uniform(state), state.log_transition, model.apply(state.params, counts))
+    def step(state: HiddenMarkovState, counts, lengths=None):
+        emissions = model.apply(state.params, counts)
+        posterior = hidden_markov_smoother(_uniform(state), state.log_transition, emissions, lengths=lengths)
 
         def expected(params, key):
             emissions = model.apply(params, counts, rngs={"gumbel": key})
@@ -67,11 +69,12 @@ def expectation_maximisation(model, optimizer: optax.GradientTransformation, inn
 def gradient_ascent(model, optimizer: optax.GradientTransformation, inner_steps: int) -> Step:
     """The same, by `inner_steps` up the gradient of the marginal likelihood: no posterior is ever formed."""
 
-    def step(state: HiddenMarkovState, counts):
+    def step(state: HiddenMarkovState, counts, lengths=None):
         def objective(both, key=None):
             params, logits = both
             emissions = model.apply(params, counts, rngs={} if key is None else {"gumbel": key})
-            value = hidden_markov_log_likelihood(_uniform(state), jax.nn.log_softmax(logits), emissions).sum()
+            chain = _uniform(state), jax.nn.log_softmax(logits), emissions
+            value = hidden_markov_log_likelihood(*chain, lengths=lengths).sum()
             return -(value + _log_prior(model, params)) / counts.size
 
         both = state.params, state.log_transition
