@@ -76,3 +76,49 @@ def test_every_mixer_trains_on_the_main_job(mixers, texts, tmp_path):
         "--model.mixers", mixers, "--model.depth", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+SPIKES = (
+    "experiments.switching_glm",
+    "--seeds",
+    "1",
+    "--training",
+    "2",
+    "--train.steps",
+    "3",
+    "--train.inner-steps",
+    "2",
+)
+SMALL = ("--states", "2", "--data.neurons", "3", "--data.length", "40", "--data.test-sequences", "2")
+
+
+def test_the_switching_glm_reports_and_resumes_fit_by_fit(tmp_path):
+    out = tmp_path / "run"
+    first = run(*SPIKES, *SMALL, "--out", str(out))
+    assert first.returncode == 0, first.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert {"claim", "measured", "baseline", "threshold", "holds", "table", "parameters_digest"} <= set(result)
+    assert (out / "plots" / "models.png").stat().st_size > 1000
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(result["table"]) == 7 and all(row["loss"] > 0 for row in rows)
+
+    # As a kill before the last fit leaves it: the fits that are there stay, and the result is the same.
+    (out / "result.json").unlink()
+    (out / "checkpoints" / "one-hot-2-0-3.npz").unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "checkpoints").iterdir()}
+    again = run(*SPIKES, *SMALL, "--out", str(out))
+    assert again.returncode == 0, again.stderr
+    assert all((out / "checkpoints" / name).stat().st_mtime_ns == time for name, time in kept.items())
+    assert json.loads((out / "result.json").read_text())["parameters_digest"] == result["parameters_digest"]
+
+
+def test_the_switching_glm_reads_spike_times(tmp_path):
+    trials = [f"{n},{trial},{0.1 * i + 0.01 * n}" for trial in range(4) for n in (1, 2) for i in range(30)]
+    (tmp_path / "spikes.csv").write_text("\n".join(["neuron,trial,time_s", *trials]))
+    options = ("--preset", "spikes", "--data.path", str(tmp_path / "spikes.csv"), "--data.bin-seconds", "0.1")
+    out = ("--out", str(tmp_path / "run"))
+    refused = run(*SPIKES, *options, *out)
+    assert refused.returncode == 2 and "has 4 trials; training and test take 7" in refused.stderr
+    done = run(*SPIKES, *options, *out, "--data.test-sequences", "2")
+    assert done.returncode == 0, done.stderr
+    assert "constant rates" in done.stdout

@@ -12,8 +12,9 @@ import pytest
 from families import assert_close, quick_jit
 from scipy import stats
 
+from jaxseq.analysis import matched_states
 from jaxseq.data import spike_counts
-from jaxseq.learn import HiddenMarkovState, expectation_maximisation, gradient_ascent, hidden_markov_start
+from jaxseq.learn import HiddenMarkovState, best_fit, expectation_maximisation, gradient_ascent, hidden_markov_start
 from jaxseq.models import SwitchingGLM, gumbel_softmax_log_density, one_hot_parameters
 from jaxseq.models.switching_glm import BASIS, history
 from jaxseq.ops import hidden_markov_log_likelihood
@@ -166,6 +167,30 @@ def test_a_state_never_entered_keeps_its_transition(drawn):
     assert_close(jnp.exp(state.log_transition), jnp.exp(never), 1e-5)
 
 
+def test_the_best_of_several_starts_goes_on():
+    """A step that climbs by its state's slope: the steepest start wins, and every start is tried for a quarter."""
+    steps = []
+
+    def step(state, slope):
+        steps.append(state.key)
+        return state._replace(params=state.params + slope * state.key), state.params + slope * state.key
+
+    starts = [HiddenMarkovState(0.0, None, None, key) for key in (1.0, 3.0, 2.0)]
+    final = best_fit(step, starts, 1.0, 8)
+    assert final.key == 3.0 and final.params == 24.0
+    assert steps == [1.0] * 2 + [3.0] * 2 + [2.0] * 2 + [3.0] * 6
+
+
+def test_states_are_matched_up_to_their_names():
+    true = np.random.default_rng(0).integers(0, 4, (3, 50))
+    renamed = np.asarray([2, 0, 3, 1])[true]
+    found, accuracy = matched_states(true, renamed, 4)
+    assert found.tolist() == [2, 0, 3, 1] and accuracy == 1.0
+    renamed[0, :15] = (renamed[0, :15] + 1) % 4
+    assert matched_states(true, renamed, 4)[1] == 0.9
+    assert matched_states(true, np.zeros_like(true), 4)[1] == np.bincount(true.ravel()).max() / true.size
+
+
 def table(folder, text, name="spikes.csv"):
     path = folder / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
@@ -207,6 +232,8 @@ BAD = {
     ),
     "simulated": (lambda _: switching_spikes(jax.random.key(0), num_sequences=0, length=9), "num_sequences=0"),
     "stay": (lambda _: switching_spikes(jax.random.key(0), num_sequences=1, length=9, stay=1.0), "stay=1.0"),
+    "states of two": (lambda _: matched_states([0, 1], [0, 2], 2), "inferred has to hold states from 0 to 1"),
+    "bins": (lambda _: matched_states([0, 1], [0], 2), "true has shape .2,. and inferred .1,."),
     "column": (lambda f: spike_counts(table(f, "neuron,time_s\n"), bin_seconds=0.1), "has no column trial"),
     "time": (lambda f: spike_counts(table(f, "neuron,trial,time_s\n1,1,-2\n"), bin_seconds=0.1), "line 2: time_s='-2'"),
     "no spikes": (lambda f: spike_counts(table(f, "neuron,trial,time_s\n"), bin_seconds=0.1), "holds no spikes"),

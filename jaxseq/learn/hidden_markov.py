@@ -37,7 +37,7 @@ def hidden_markov_start(params, optimizer, num_states: int, key, stay: float = 0
     """A fit's first state: P stays with probability `stay`. `transition`: the optimizer moves log P too."""
     other = (1 - stay) / max(1, num_states - 1)
     P = jnp.where(jnp.eye(num_states, dtype=bool), stay if num_states > 1 else 1.0, other)
-    log_P = jnp.log(P)
+    log_P = jnp.log(P).astype(float)  # of no weak type, or the second round would be compiled anew
     return HiddenMarkovState(params, log_P, optimizer.init((params, log_P) if transition else params), key)
 
 
@@ -82,6 +82,20 @@ def gradient_ascent(model, optimizer: optax.GradientTransformation, inner_steps:
         return HiddenMarkovState(params, jax.nn.log_softmax(log_P), inner, key), -objective(both) * counts.size
 
     return step
+
+
+def best_fit(step: Step, starts: list[HiddenMarkovState], counts, steps: int) -> HiddenMarkovState:
+    """`steps` rounds from several starts: after a quarter of them only the one that stands highest goes on."""
+    awhile = steps // 4 if len(starts) > 1 else 0
+    state = max((_rounds(step, state, counts, awhile) for state in starts), key=lambda fit: fit[1])[0]
+    return _rounds(step, state, counts, steps - awhile)[0]
+
+
+def _rounds(step: Step, state: HiddenMarkovState, counts, steps: int) -> tuple[HiddenMarkovState, float]:
+    height: Any = -math.inf
+    for _ in range(steps):
+        state, height = step(state, counts)
+    return state, float(height)
 
 
 def _climb(loss, optimizer, params, state, key, steps: int):
