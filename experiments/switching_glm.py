@@ -4,7 +4,7 @@ Claim   With 2 training sequences the Gaussian prior predicts held-out spikes be
         a bin or more, with at most 0.8 of its error in the couplings (the one-hot prior 0.7), and finds more of the
         states; it also predicts and finds couplings better than the GLM. With 8 sequences it has little to add.
 Source  One-hot HMM-GLM (arXiv 2310.15263), its simulation at a smaller size; or --data.path, a table of spike times.
-Expect  0.05 nats, 0.7 and 0.6 of the error, means over 4 networks, in five minutes on 2 CPU cores; see
+Expect  0.046 nats, 0.73 and 0.52 of the error, means over 4 networks, in five minutes on 2 CPU cores; see
         experiments/README.md for every model, and for recorded spike trains.
 Run     python -m experiments.switching_glm [--preset cpu|gpu|spikes] [--data.path spikes.csv.gz]
 """

@@ -188,6 +188,7 @@ BAD = {
         {},
         r"at \[1\] sum to 0",
     ),
+    "shared start": ((start[0] - 1, transition, emissions), {}, "the probabilities of log_start sum to 0.36"),
     "start": ((start - 1, transition, emissions), {}, r"log_start at \[0\] sum to 0.36"),
     "NaN": (
         (start, transition, np.where(emissions == emissions[1, 3, 2], np.nan, emissions)),

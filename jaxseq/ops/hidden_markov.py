@@ -39,6 +39,8 @@ class HiddenMarkovPosterior(NamedTuple):
 
 
 class _Chain(NamedTuple):
+    """The arguments of every function, checked, in one dtype, with batch and time axes."""
+
     start: Float[Array, "B S"]
     transition: Float[Array, "_ _ S S"]
     emissions: Float[Array, "B T S"]  # the largest of a bin is 0, which keeps sums over long sequences small
@@ -172,7 +174,7 @@ def _check_values(log_start, log_transition, log_emissions, lengths) -> None:
         with np.errstate(over="ignore"):
             sums = np.exp(array.astype(np.float64)).sum(-1)
         wrong = np.argwhere(~(np.abs(sums - 1) < 1e-3))
-        if wrong.size:
+        if len(wrong):
             at = tuple(wrong[0].tolist())
             row = f" at {list(at)}" if at else ""
             raise ValueError(f"the probabilities of {name}{row} sum to {sums[at]:.4g}; every row has to sum to 1.")
