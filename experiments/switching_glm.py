@@ -257,9 +257,14 @@ def score(config: Config, fit: Fit, data: Data) -> Row:
 
 def draw(path: Path, table: dict[tuple[str, int], Row]) -> None:
     """Every model's means, side by side for each number of training sequences."""
-    figure = Figure(figsize=(11, 3.2), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for metric, axes in zip(("nats_per_bin", "state_accuracy", "weight_error"), panels, strict=True):
+    known = [
+        m
+        for m in ("nats_per_bin", "state_accuracy", "weight_error")
+        if not any(math.isnan(getattr(row, m)) for row in table.values())
+    ]
+    figure = Figure(figsize=(2 + 3 * len(known), 3.2), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
+    for metric, axes in zip(known, panels, strict=True):
         for sequences, marker in zip(sorted({n for _, n in table}), itertools.cycle("os^D"), strict=False):
             axes.plot(
                 [getattr(table[name, sequences], metric) for name in MODELS], list(MODELS), marker,
