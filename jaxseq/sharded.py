@@ -24,6 +24,16 @@ def is_split() -> bool:
     return AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 
+def check_whole(op: str, instead: str) -> None:
+    """Raise where an op that needs all of the time sees a part of it.
+
+    Raises:
+      NotImplementedError: time is split; the message says what to do instead.
+    """
+    if is_split():
+        raise NotImplementedError(f"{op} cannot run with time split over mesh axis {AXIS}; {instead}.")
+
+
 def devices() -> int:
     """How many devices time is split over."""
     return jax.sharding.get_abstract_mesh().shape[AXIS] if is_split() else 1

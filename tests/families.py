@@ -150,6 +150,7 @@ class OpMember(NamedTuple):
     segments: bool = True
     float32: str = "float32"  # tolerance with mild decays
     moving: tuple[str, ...] = ()  # the inputs with a time axis, for feeding a sequence in parts
+    whole: bool = False  # refuses time that is split over devices
 
 
 def _recurrence_inputs(rng, T, strength, complex_=False):
@@ -254,9 +255,9 @@ OPS = {
         sweep=True,
         float32="float32 transform",
     ),
-    "log_matmul": OpMember(_log_matmul_inputs, _log_matmul, sweep=True, moving=("log_matrices",)),
-    "log_matmul reverse": OpMember(_log_matmul_inputs, partial(_log_matmul, reverse=True)),
-    "log_matmul max_plus": OpMember(_log_matmul_inputs, partial(_log_matmul, semiring="max_plus")),
+    "log_matmul": OpMember(_log_matmul_inputs, _log_matmul, sweep=True, moving=("log_matrices",), whole=True),
+    "log_matmul reverse": OpMember(_log_matmul_inputs, partial(_log_matmul, reverse=True), whole=True),
+    "log_matmul max_plus": OpMember(_log_matmul_inputs, partial(_log_matmul, semiring="max_plus"), whole=True),
     "softmax_attention": OpMember(_attention_inputs, _attention, sweep=True),
     "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5)),
     "softmax_attention softcap": OpMember(_attention_inputs, partial(_attention, logit_softcap=2.0, window=20)),

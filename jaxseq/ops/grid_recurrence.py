@@ -17,7 +17,7 @@ from jax import lax
 
 from ..segments import segment_starts
 from ..shapes import Array, Float, Int, accumulator, promoted, typed, zeros_from
-from ..sharded import AXIS, is_split
+from ..sharded import check_whole
 from .dispatch import dispatch
 from .linear_recurrence import recurrence
 
@@ -235,8 +235,7 @@ def grid_recurrence(
     operands, dtype, axes = _prepared(a1, a2, a3, a4, u1, u2, **boundary)
     if sweeps is not None and (sweeps < 1 or impl != "sweeps"):
         raise ValueError(f"sweeps={sweeps} with impl={impl!r}; impl='sweeps' takes None, or 1 sweep or more.")
-    if is_split():  # the total of many steps is a matrix over all variates
-        raise NotImplementedError(f"grid_recurrence cannot split time over mesh axis {AXIS}; split the batch.")
+    check_whole("grid_recurrence", "split the batch")  # the total of many steps is a matrix over all variates
     uncoupled = a2 is None or a3 is None
     if impl == "triangular" and not uncoupled:
         others = ", ".join(repr(name) for name in FORMS if name != impl)

@@ -19,6 +19,7 @@ from jax import lax
 from .. import scan
 from ..monoid import index_map, log_sum, log_sum_exp
 from ..shapes import Array, Float, Int, accumulator, known, typed
+from ..sharded import check_whole
 from .dispatch import dispatch
 from .log_matmul import Semiring, log_matmul
 
@@ -70,6 +71,7 @@ class _Chain(NamedTuple):
 
 
 def _chain(log_start, log_transition, log_emissions, lengths) -> _Chain:
+    check_whole("a hidden Markov model", "split the batch")
     batch, length, size = log_emissions.shape
     if length == 0 or size == 0:
         raise ValueError(f"log_emissions has shape {log_emissions.shape}; at least one bin and one state are needed.")

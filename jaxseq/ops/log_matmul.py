@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from .. import scan
-from ..monoid import MatrixAffine, Segmented, log_sum_exp, matrix_affine, max_plus, segment_starts, segmented
+from ..monoid import MatrixAffine, Segmented, log_sum_exp, matrix_affine, max_plus, segmented
+from ..segments import segment_starts
 from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
+from ..sharded import check_whole
 from .dispatch import dispatch
 
 SEMIRINGS = {"log_sum_exp": log_sum_exp, "max_plus": max_plus}
@@ -82,8 +84,9 @@ def log_matmul(
 
     Raises:
       ValueError: shapes disagree, T = 0, or `semiring` is none of the two.
-      NotImplementedError: `impl` is none of the forms.
+      NotImplementedError: `impl` is none of the forms, or time is split over devices.
     """
+    check_whole("log_matmul", "run jaxseq.sharded.sharded with jaxseq.monoid.log_sum_exp")
     batch, length, size, _ = log_matrices.shape
     if length == 0 or size == 0:
         raise ValueError(f"log_matrices has shape {log_matrices.shape}; log_matmul takes at least one step and state.")
