@@ -202,7 +202,7 @@ def test_what_cannot_be_split_is_named():
     with pytest.raises(NotImplementedError, match="'sequential' is no form of .*; choose None, 'parallel', 'chunked'"):
         split(partial(attend, impl="sequential"), 4, (IN_TIME,), IN_TIME)(q)
     grid = lambda u: ops.grid_recurrence(u, u, u, u, u, u)[0]
-    hidden = lambda q: ops.viterbi(q[0, 0, 0], q[0, 0, :, :2], q[:, :, 0, :2])[0]
+    hidden = lambda q: ops.viterbi(q[0, 0, 0, :2], q[0, 0, :, :2], q[:, :, 0, :2])[0]
     for message, call in {"grid_recurrence": grid, "a hidden Markov model": hidden}.items():
         with pytest.raises(NotImplementedError, match=f"{message} cannot run with time split over mesh axis sequence"):
             split(call, 4, (IN_TIME,), IN_TIME)(q)
