@@ -1,20 +1,19 @@
 """The forms of each op side by side in one process: time, temporary memory, compile time.
 
 Claim   Chunked `gated_linear_attention` trains at least 5 times faster than its loop over time, in less memory than its
-        scan over states; `linear_recurrence` is at least as fast as raw `lax.scan` and `lax.associative_scan`.
+        scan over states; `linear_recurrence` is at least as fast as raw `lax.scan` and `lax.associative_scan`, its
+        gradient compiles in a third of the latter's time or less, and needs 5 activations of memory or less.
 Source  GLA (arXiv 2312.06635), section 4; the raw scans, with automatic gradients, on the same inputs in the same run.
-Expect  Ratios of about 5 and of 1.5 to 3 on 2 CPU cores, in six minutes; see experiments/README.md.
-Run     python -m experiments.bench_scan [--preset cpu|gpu] [--lengths 256 2048] [--repeats 20]
+Expect  Ratios of about 5 and of 1.5 to 3 on 2 CPU cores, in six minutes; see experiments/README.md. The scaling preset
+        fits exponents in T, from 256 to 65,536, to every form's time and memory.
+Run     python -m experiments.bench_scan [--preset cpu|scaling|gpu] [--lengths 256 2048] [--repeats 20]
 """
 
-import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from jaxseq import ops
+from jaxseq.analysis import Case, Timing, exponent, side_by_side
 from jaxseq.train import MetricsWriter, Run, main
 from jaxseq.train.files import write_json
 
@@ -36,8 +36,12 @@ class Config:
     """Seed of the inputs, drawn anew for every round, and of the order of calls in it."""
     lengths: tuple[int, ...] = (256, 2048, 16384)
     """Time steps of linear_recurrence."""
-    length: int = 2048
+    other_lengths: tuple[int, ...] = (2048,)
     """Time steps of its complex form and of the ops with heads; the state space ops take half."""
+    most_pairs: int = 2**28
+    """Longer lengths, in pairs of positions, are left out of full attention."""
+    most_mib: float = 4096.0
+    """Programs that want more temporary memory are compiled and not run."""
     batch: int = 4
     """Sequences of the elementwise ops; the ops with heads take half."""
     width: int = 256
@@ -60,45 +64,36 @@ class Config:
     """A recurrence slower than a raw scan by up to this fraction counts as equal: medians vary by as much."""
 
     def __post_init__(self):
-        for name in ("length", "batch", "width", "states", "heads", "head_width", "window", "repeats"):
+        for name in ("batch", "width", "states", "heads", "head_width", "window", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"lengths={self.lengths} must be one or more numbers of at least 1.")
+        for name in ("lengths", "other_lengths"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be one or more numbers of at least 1.")
 
 
+SCALING = (256, 1024, 4096, 16384, 65536)
 PRESETS = {
     "cpu": Config(),
-    "gpu": Config(lengths=(512, 4096, 65536), length=8192, width=1024, heads=8, window=1024, dtype="bfloat16"),
+    "scaling": Config(
+        lengths=SCALING,
+        other_lengths=SCALING,
+        batch=2,
+        width=32,
+        states=8,
+        heads=1,
+        head_width=32,
+        repeats=2,
+        seconds=0.02,
+    ),
+    "gpu": Config(
+        lengths=(512, 4096, 65536), other_lengths=(8192,), width=1024, heads=8, window=1024, dtype="bfloat16"
+    ),
 }
 
 
-class Case(NamedTuple):
-    """An op on one kind of input; the first form is what the others are compared with."""
-
-    op: str
-    length: int
-    draw: Callable[[jax.Array], tuple[jax.Array, ...]]
-    forms: dict[str, Callable]
-
-
-class Row(NamedTuple):
-    """One form: training is both passes, speeds are relative to the first form, MiB are XLA's temporary memory."""
-
-    op: str
-    form: str
-    length: int
-    forward_ms: float
-    training_ms: float
-    forward_speed: float
-    training_speed: float
-    forward_mib: float
-    training_mib: float
-    compile_seconds: float
-
-
-HEADER = f"{'':<58}  forward and training: {'ms':>4}{'speed':>16}{'MiB':>14}  compile s"
-LINE = "{:<35}{:<17}{:>6}{:>12.2f}{:>10.2f}{:>9.2f}{:>7.2f}{:>8.0f}{:>6.0f}{:>11.1f}"
+HEADER = f"{'':<58}  forward and training: {'ms':>4}{'speed':>16}{'MiB':>14}{'compile s':>13}"
+LINE = "{:<35}{:<17}{:>6}{:>12.2f}{:>10.2f}{:>9.2f}{:>7.2f}{:>8.0f}{:>6.0f}{:>8.1f}{:>6.1f}"
 
 
 def raw_scan(decay, inputs):
@@ -127,116 +122,63 @@ def normals(key, *shapes, dtype="float32"):
 
 def cases(config: Config) -> Iterator[Case]:
     """Every op, its forms, and inputs as strong as those of a layer early in training."""
-    B, T, D, N, dtype = config.batch, config.length, config.width, config.states, config.dtype
-
-    def real(length, key):
-        decay, inputs = normals(key, *[(B, length, D)] * 2)
-        return sigmoid(decay + 3), inputs
-
-    def rotating(key):
-        decay, angle, *inputs = normals(key, *[(B, T, D)] * 4)
-        return sigmoid(decay + 3) * jnp.exp(1j * angle), lax.complex(*inputs)
-
     ours = forms(ops.linear_recurrence, None, "in_place", "chunked", "parallel", "sequential")
-    for length in config.lengths:
-        yield Case("linear_recurrence", length, partial(real, length), RAW | ours)
-    yield Case("linear_recurrence/complex", T, rotating, RAW | ours)
-
-    heads = (max(1, B // 2), T, config.heads)
-    wide = (*heads, config.head_width)
-
-    def attended(gate, key):
-        q, k, v, *g = normals(key, wide, wide, wide, *gate, dtype=dtype)
-        return q, k, v, *(log_sigmoid(x + 3) for x in g)
-
+    for T in config.lengths:
+        yield Case("linear_recurrence", T, partial(real, config, T), RAW | ours)
+    for T in config.other_lengths:
+        yield Case("linear_recurrence/complex", T, partial(rotating, config, T), RAW | ours)
     gla = forms(ops.gated_linear_attention, "sequential", "parallel", "chunked", None)
-    for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
-        yield Case(f"gated_linear_attention/{name}", T, partial(attended, gate), gla)
-    for name, window in {"full": None, "window": config.window}.items():
-        attention = forms(ops.softmax_attention, "parallel", "chunked", None, window=window)
-        yield Case(f"softmax_attention/{name}", T, partial(attended, []), attention)
-
-    half = max(1, T // 2)
-
-    def selective(key):
-        x, dt, B_t, C_t = normals(key, *[(B, half, D)] * 2, *[(B, half, N)] * 2, dtype=dtype)
-        return x, softplus(dt - 4), -jnp.broadcast_to(jnp.arange(1.0, N + 1), (D, N)), B_t, C_t
-
-    def diagonal(key):
-        u, log_dt, *parts = normals(key, (B, half, D), (D, 1), *[(D, N)] * 4)
-        log_A = jnp.exp(log_dt - 4) * lax.complex(jnp.full(N, -0.5), jnp.pi * jnp.arange(N))
-        return u.astype(dtype), log_A, lax.complex(*parts[:2]), lax.complex(*parts[2:])
-
-    selective_forms = forms(ops.selective_scan, "sequential", "parallel", "chunked", None)
-    yield Case("selective_scan", half, selective, selective_forms)
-    yield Case("diagonal_state_space", half, diagonal, forms(ops.diagonal_state_space, "chunked", "convolution", None))
+    for T in config.other_lengths:
+        heads = (max(1, config.batch // 2), T, config.heads)
+        wide = (*heads, config.head_width)
+        for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
+            yield Case(f"gated_linear_attention/{name}", T, partial(attended, config, wide, gate), gla)
+        for name, window in {"full": None, "window": config.window}.items():
+            if window is not None or config.most_pairs >= T**2:
+                attention = forms(ops.softmax_attention, "parallel", "chunked", None, window=window)
+                yield Case(f"softmax_attention/{name}", T, partial(attended, config, wide, []), attention)
+    for T in (max(1, T // 2) for T in config.other_lengths):
+        selective_forms = forms(ops.selective_scan, "sequential", "parallel", "chunked", None)
+        yield Case("selective_scan", T, partial(selective, config, T), selective_forms)
+        diagonal_forms = forms(ops.diagonal_state_space, "chunked", "convolution", None)
+        yield Case("diagonal_state_space", T, partial(diagonal, config, T), diagonal_forms)
 
 
-def forward(form, cotangent, *inputs):
-    outputs = form(*inputs)
-    return outputs[0] if isinstance(outputs, tuple) else outputs  # without the final state
+def real(config: Config, T: int, key):
+    decay, inputs = normals(key, *[(config.batch, T, config.width)] * 2)
+    return sigmoid(decay + 3), inputs
 
 
-def training(form, cotangent, *inputs):
-    outputs, pull_back = jax.vjp(partial(forward, form, None), *inputs)
-    return outputs, pull_back(cotangent)
+def rotating(config: Config, T: int, key):
+    decay, angle, *inputs = normals(key, *[(config.batch, T, config.width)] * 4)
+    return sigmoid(decay + 3) * jnp.exp(1j * angle), lax.complex(*inputs)
 
 
-def timed(program: Callable, arguments, seconds: float) -> list[float]:
-    """Milliseconds of calls one after the other, for so many seconds, one at least."""
-    times: list[float] = []
-    while sum(times) <= 1e3 * seconds:
-        started = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        times.append(1e3 * (time.perf_counter() - started))
-    return times
+def attended(config: Config, wide, gate, key):
+    q, k, v, *g = normals(key, wide, wide, wide, *gate, dtype=config.dtype)
+    return q, k, v, *(log_sigmoid(x + 3) for x in g)
 
 
-def bench(case: Case, config: Config) -> list[Row]:
-    """Compile every form, forward alone and with its gradient, then call all of them in turn on fresh inputs."""
-    first, shuffled = next(iter(case.forms)), random.Random(config.seed)
-
-    @jax.jit
-    def draw(turn):
-        key = jax.random.fold_in(jax.random.key(config.seed), turn)
-        inputs = case.draw(key)
-        output = jax.eval_shape(partial(forward, case.forms[first], None), *inputs)
-        return jax.random.normal(jax.random.fold_in(key, 99), output.shape, output.dtype), *inputs
-
-    arguments = draw(0)
-    programs: dict[tuple, Any] = {}
-    compile_seconds = {}
-    for name, form in case.forms.items():
-        started = time.perf_counter()
-        for stage in (forward, training):
-            programs[name, stage] = jax.jit(partial(stage, form)).lower(*arguments).compile()
-        compile_seconds[name] = time.perf_counter() - started
-    times: dict[tuple, list[float]] = {}
-    for turn in range(1 + config.repeats):
-        arguments = jax.block_until_ready(draw(turn))
-        # What a form leaves behind, in caches or in memory to be freed, slows down the next one: so the order changes.
-        for key in shuffled.sample(list(programs), len(programs)):
-            calls = timed(programs[key], arguments, config.seconds)
-            times[key] = times.get(key, []) + calls if turn else []  # the first round warms up
-    ms = {key: median(calls) for key, calls in times.items()}
-
-    def row(name) -> Row:
-        both = (name, forward), (name, training)
-        numbers = [ms[key] for key in both]
-        numbers += [ms[first, stage] / ms[name, stage] for _, stage in both]
-        numbers += [programs[key].memory_analysis().temp_size_in_bytes / 2**20 for key in both]
-        return Row._make([case.op, name, case.length, *numbers, compile_seconds[name]])
-
-    return [row(name) for name in case.forms]
+def selective(config: Config, T: int, key):
+    B, D, N = config.batch, config.width, config.states
+    x, dt, B_t, C_t = normals(key, *[(B, T, D)] * 2, *[(B, T, N)] * 2, dtype=config.dtype)
+    return x, softplus(dt - 4), -jnp.broadcast_to(jnp.arange(1.0, N + 1), (D, N)), B_t, C_t
 
 
-def least(table: list[list[Row]], op: str, over: str, under: str, number: str) -> float:
+def diagonal(config: Config, T: int, key):
+    D, N = config.width, config.states
+    u, log_dt, *parts = normals(key, (config.batch, T, D), (D, 1), *[(D, N)] * 4)
+    log_A = jnp.exp(log_dt - 4) * lax.complex(jnp.full(N, -0.5), jnp.pi * jnp.arange(N))
+    return u.astype(config.dtype), log_A, lax.complex(*parts[:2]), lax.complex(*parts[2:])
+
+
+def least(table: list[list[Timing]], op: str, over: str, under: str, number: str) -> float:
     """The smallest ratio of two forms' numbers, over all inputs the op was measured on."""
     numbers = ({row.form: getattr(row, number) for row in rows} for rows in table if rows[0].op.startswith(op))
-    return min(of[over] / of[under] for of in numbers)
+    return min(ratio for of in numbers if (ratio := of[over] / of[under]) > 0)  # not NaN: both were run
 
 
-def draw_bars(table: list[list[Row]], path: Path) -> None:
+def draw_bars(table: list[list[Timing]], path: Path) -> None:
     """The times of every form, a panel for each op and length."""
     figure = Figure(figsize=(12, 2.2 * -(-len(table) // 3)), dpi=150, layout="constrained")
     panels = figure.subplots(-(-len(table) // 3), 3, squeeze=False).flat
@@ -257,36 +199,70 @@ def draw_bars(table: list[list[Row]], path: Path) -> None:
     figure.savefig(path)
 
 
+def exponents(table: list[list[Timing]]) -> list[dict]:
+    """How time and memory of every form grow with T, where it was measured at several lengths."""
+    runs: dict[tuple[str, str], list[Timing]] = {}
+    for row in (row for rows in table for row in rows):
+        runs.setdefault((row.op, row.form), []).append(row)
+    numbers = ("forward_ms", "forward_mib", "training_ms", "training_mib")
+    fit = lambda rows, number: exponent([row.length for row in rows], [getattr(row, number) for row in rows])
+    several = {key: rows for key, rows in runs.items() if len(rows) > 1}
+    return [
+        {"op": op, "form": form} | {number: fit(rows, number) for number in numbers}
+        for (op, form), rows in several.items()
+    ]
+
+
 def measure(run: Run[Config]) -> None:
-    table: list[list[Row]] = []
+    config = run.config
+    table: list[list[Timing]] = []
     print(HEADER)
     with MetricsWriter(run.folder, step=0) as writer:
-        for case in cases(run.config):
-            table.append(bench(case, run.config))
+        for case in cases(config):
+            limits = {"seconds": config.seconds, "most_mib": config.most_mib}
+            table.append(side_by_side(case, seed=config.seed, repeats=config.repeats, **limits))
             for row in table[-1]:
                 print(LINE.format(*row), flush=True)
-                numbers = dict(zip(row._fields[3:], row[3:], strict=True))
+                numbers = {name: float(value) for name, value in row._asdict().items() if name not in row._fields[:3]}
                 writer.write(row.length, f"{row.op}/{row.form}", numbers)
             print()
-    write_json(run.folder / "table.json", {"rows": [row._asdict() for rows in table for row in rows]})
+    growth = exponents(table)
+    print(f"{'exponents in T':<52}{'forward: ms':>12}{'MiB':>6}{'training: ms':>15}{'MiB':>6}")
+    for fit in growth:
+        print("{:<35}{:<17}{:>12.2f}{:>6.2f}{:>15.2f}{:>6.2f}".format(*fit.values()))
+    rows = [row._asdict() for rows in table for row in rows]
+    write_json(run.folder / "table.json", {"rows": rows, "exponents": growth})
     draw_bars(table, run.folder / "plots" / "times.png")
-    stages, chunked = (
-        ("forward_ms", "training_ms"),
-        partial(least, table, "gated_linear_attention/vector", under="chunked"),
-    )
-    measured = {
-        "sequential / chunked, ms": chunked(over="sequential", number="training_ms"),
-        "parallel / chunked, MiB": chunked(over="parallel", number="training_mib"),
-        "raw / None, ms": min(least(table, "linear_recurrence", raw, "None", ms) for raw in RAW for ms in stages),
+    verdict(run, table)
+
+
+def verdict(run: Run[Config], table: list[list[Timing]]) -> None:
+    config, stages = run.config, ("forward_ms", "training_ms")
+    chunked = partial(least, table, "gated_linear_attention/vector", under="chunked")
+    longest = [rows for rows in table if rows[0].op == "linear_recurrence" and rows[0].length == max(config.lengths)]
+    activation = 4 * config.batch * config.width * max(config.lengths) / 2**20
+    temporary = next(row.training_mib for row in longest[0] if row.form == "None")
+    checks = {
+        "sequential / chunked, ms": (chunked(over="sequential", number="training_ms"), 5),
+        "parallel / chunked, MiB": (chunked(over="parallel", number="training_mib"), 1),
+        "raw / None, ms": (
+            min(least(table, "linear_recurrence", raw, "None", ms) for raw in RAW for ms in stages),
+            1 - config.tolerance,
+        ),
+        "raw associative_scan / None, compile s": (
+            least(longest, "linear_recurrence", "associative_scan", "None", "training_compile_seconds"),
+            3,
+        ),
+        "5 activations / None, MiB": (5 * activation / temporary, 1),
     }
-    threshold = dict(zip(measured, (5, 1, 1 - run.config.tolerance), strict=True))
     run.finish(
         claim="chunked gated_linear_attention, gated by a vector, trains 5 times faster than sequential, in less "
-        "memory than parallel; linear_recurrence (None) is as fast as raw lax.scan and associative_scan",
-        measured=measured,
+        "memory than parallel; linear_recurrence (None) is as fast as raw lax.scan and associative_scan, compiles its "
+        "gradient in a third of the latter's time and in 5 activations of memory",
+        measured={name: value for name, (value, _) in checks.items()},
         baseline=1,
-        threshold=threshold,
-        holds=all(measured[name] >= threshold[name] for name in measured),
+        threshold={name: threshold for name, (_, threshold) in checks.items()},
+        holds=all(value >= threshold for value, threshold in checks.values()),
     )
 
 

@@ -125,3 +125,36 @@ def test_the_switching_glm_reads_spike_times(test_sequences, tmp_path):
         assert "constant rates" in done.stdout
     else:
         assert done.returncode == 2 and "has 4 trials; training and test take 7" in done.stderr
+
+
+@pytest.mark.slow
+def test_bench_scan_measures_every_op_at_two_lengths(tmp_path):
+    sizes = [
+        "--batch",
+        "1",
+        "--width",
+        "4",
+        "--states",
+        "2",
+        "--heads",
+        "1",
+        "--head-width",
+        "4",
+        "--window",
+        "4",
+        "--repeats",
+        "1",
+        "--seconds",
+        "0",
+    ]
+    lengths = ["--lengths", "8", "16", "--other-lengths", "8", "16", "--most-pairs", "100"]
+    done = run("experiments.bench_scan", *sizes, *lengths, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    rows = {(row["op"], row["form"], row["length"]): row for row in table["rows"]}
+    assert all(row["training_ms"] > 0 and row["training_compile_seconds"] > 0 for row in rows.values())
+    assert ("softmax_attention/window", "None", 16) in rows and ("softmax_attention/full", "None", 16) not in rows
+    fits = {(fit["op"], fit["form"]): fit for fit in table["exponents"]}
+    states = fits["gated_linear_attention/vector_gate", "parallel"]["training_mib"]
+    assert 0.8 < states < 1.2  # a state a step
+    assert set(json.loads((tmp_path / "run" / "result.json").read_text())["measured"]) >= {"raw / None, ms"}

@@ -1,3 +1,7 @@
 """Measures on models and what they infer."""
 
 from .matching import matched_states as matched_states
+from .timing import Case as Case
+from .timing import Timing as Timing
+from .timing import exponent as exponent
+from .timing import side_by_side as side_by_side

@@ -1,0 +1,111 @@
+"""Forms of one function side by side: time, temporary memory and compile time, forward and with the gradient."""
+
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Case(NamedTuple):
+    """A function on one kind of input; the first form is what the others are compared with."""
+
+    op: str
+    length: int
+    draw: Callable[[jax.Array], tuple[jax.Array, ...]]
+    forms: dict[str, Callable]
+
+
+class Timing(NamedTuple):
+    """One form: training is both passes, speeds are relative to the first form, MiB are XLA's temporary memory."""
+
+    op: str
+    form: str
+    length: int
+    forward_ms: float
+    training_ms: float
+    forward_speed: float
+    training_speed: float
+    forward_mib: float
+    training_mib: float
+    forward_compile_seconds: float
+    training_compile_seconds: float
+
+
+def side_by_side(
+    case: Case, *, seed: int = 0, repeats: int = 5, seconds: float = 0.1, most_mib: float | None = None
+) -> list[Timing]:
+    """Compile every form, forward alone and with its gradient, then call all of them in turn on fresh inputs.
+
+    Times are medians of `repeats` rounds, after one to warm up, in each of which a form is called for so many
+    `seconds`, once at least. A program that wants more temporary memory than `most_mib` is not run: its times are NaN.
+    """
+    first, shuffled = next(iter(case.forms)), random.Random(seed)
+
+    @jax.jit
+    def draw(turn):
+        key = jax.random.fold_in(jax.random.key(seed), turn)
+        inputs = case.draw(key)
+        output = jax.eval_shape(partial(_forward, case.forms[first], None), *inputs)
+        return jax.random.normal(jax.random.fold_in(key, 99), output.shape, output.dtype), *inputs
+
+    arguments = draw(0)
+    programs: dict[tuple, Any] = {}
+    compiling, mib = {}, {}
+    for name, form in case.forms.items():
+        for stage in (_forward, _training):
+            started = time.perf_counter()
+            program: Any = jax.jit(partial(stage, form)).lower(*arguments).compile()
+            compiling[name, stage] = time.perf_counter() - started
+            mib[name, stage] = program.memory_analysis().temp_size_in_bytes / 2**20
+            if most_mib is None or mib[name, stage] <= most_mib:
+                programs[name, stage] = program
+    times: dict[tuple, list[float]] = {}
+    for turn in range(1 + repeats):
+        arguments = jax.block_until_ready(draw(turn))
+        # What a form leaves behind, in caches or in memory to be freed, slows down the next one: so the order changes.
+        for key in shuffled.sample(list(programs), len(programs)):
+            calls = _timed(programs[key], arguments, seconds)
+            times[key] = times.get(key, []) + calls if turn else []  # the first round warms up
+    ms = {key: median(times[key]) if key in times else float("nan") for key in mib}
+
+    def row(name) -> Timing:
+        both = (name, _forward), (name, _training)
+        speeds = [ms[first, stage] / ms[name, stage] for _, stage in both]
+        numbers = [*(ms[key] for key in both), *speeds, *(mib[key] for key in both), *(compiling[key] for key in both)]
+        return Timing._make([case.op, name, case.length, *numbers])
+
+    return [row(name) for name in case.forms]
+
+
+def exponent(lengths, values) -> float:
+    """The slope of log value over log length, by least squares: 1 is linear. NaN with fewer than two values."""
+    known = [(n, v) for n, v in zip(lengths, values, strict=True) if v > 0]
+    if len({n for n, _ in known}) < 2:
+        return float("nan")
+    n, v = np.log(np.asarray(known, float).T)
+    return float(np.polyfit(n, v, 1)[0])
+
+
+def _forward(form, cotangent, *inputs):
+    outputs = form(*inputs)
+    return outputs[0] if isinstance(outputs, tuple) else outputs  # without the final state
+
+
+def _training(form, cotangent, *inputs):
+    outputs, pull_back = jax.vjp(partial(_forward, form, None), *inputs)
+    return outputs, pull_back(cotangent)
+
+
+def _timed(program: Callable, arguments, seconds: float) -> list[float]:
+    """Milliseconds of calls one after the other, for so many seconds, one at least."""
+    times: list[float] = []
+    while sum(times) <= 1e3 * seconds:
+        started = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
