@@ -1,6 +1,7 @@
 """The scripts at toy size, as a user runs them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a script in a process of its own; what one of them compiled, the next ones load."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def completed(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, timeout=500)
+
+    return completed
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +33,7 @@ def texts(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_main_job_trains_reports_resumes_and_generates(texts, tmp_path):
+def test_the_main_job_trains_reports_resumes_and_generates(run, texts, tmp_path):
     out = tmp_path / "run"
     command = ("experiments.language_model", "--preset", "debug", "--data.path", str(texts), "--out", str(out))
     first = run(*command)
@@ -62,7 +74,7 @@ def test_the_main_job_trains_reports_resumes_and_generates(texts, tmp_path):
         (("--model.heads", "3"), "num_heads=3 does not divide d_model=32"),
     ],
 )
-def test_bad_arguments_are_one_line_and_code_2(arguments, message, tmp_path):
+def test_bad_arguments_are_one_line_and_code_2(run, arguments, message, tmp_path):
     refused = run("experiments.language_model", "--preset", "debug", "--out", str(tmp_path / "run"), *arguments)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1 and message in refused.stderr
@@ -70,7 +82,7 @@ def test_bad_arguments_are_one_line_and_code_2(arguments, message, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixers", ["s4d", "mamba", "attention", "gla,attention"])
-def test_every_mixer_trains_on_the_main_job(mixers, texts, tmp_path):
+def test_every_mixer_trains_on_the_main_job(run, mixers, texts, tmp_path):
     done = run(
         "experiments.language_model", "--preset", "debug", "--data.path", str(texts), "--out", str(tmp_path / "run"),
         "--model.mixers", mixers, "--model.depth", "2",
@@ -79,20 +91,13 @@ def test_every_mixer_trains_on_the_main_job(mixers, texts, tmp_path):
 
 
 SPIKES = (
-    "experiments.switching_glm",
-    "--seeds",
-    "1",
-    "--training",
-    "2",
-    "--train.steps",
-    "3",
-    "--train.inner-steps",
-    "2",
+    *("experiments.switching_glm", "--seeds", "1", "--training", "2"),
+    *("--train.steps", "3", "--train.inner-steps", "2"),
 )
 SMALL = ("--states", "2", "--data.neurons", "3", "--data.length", "40", "--data.test-sequences", "2")
 
 
-def test_the_switching_glm_reports_and_resumes_fit_by_fit(tmp_path):
+def test_the_switching_glm_reports_and_resumes_fit_by_fit(run, tmp_path):
     out = tmp_path / "run"
     first = run(*SPIKES, *SMALL, "--out", str(out))
     assert first.returncode == 0, first.stderr
@@ -115,7 +120,7 @@ def test_the_switching_glm_reports_and_resumes_fit_by_fit(tmp_path):
 @pytest.mark.parametrize(
     "test_sequences", ["5", pytest.param("2", marks=pytest.mark.slow)], ids=["too few trials", "fitted"]
 )
-def test_the_switching_glm_reads_spike_times(test_sequences, tmp_path):
+def test_the_switching_glm_reads_spike_times(run, test_sequences, tmp_path):
     trials = [f"{n},{trial},{0.1 * i + 0.01 * n}" for trial in range(4) for n in (1, 2) for i in range(30)]
     (tmp_path / "spikes.csv").write_text("\n".join(["neuron,trial,time_s", *trials]))
     options = ("--preset", "spikes", "--data.path", str(tmp_path / "spikes.csv"), "--data.bin-seconds", "0.1")
@@ -128,27 +133,10 @@ def test_the_switching_glm_reads_spike_times(test_sequences, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_scan_measures_every_op_at_two_lengths(tmp_path):
-    sizes = [
-        "--batch",
-        "1",
-        "--width",
-        "4",
-        "--states",
-        "2",
-        "--heads",
-        "1",
-        "--head-width",
-        "4",
-        "--window",
-        "4",
-        "--repeats",
-        "1",
-        "--seconds",
-        "0",
-    ]
-    lengths = ["--lengths", "8", "16", "--other-lengths", "8", "16", "--most-pairs", "100"]
-    done = run("experiments.bench_scan", *sizes, *lengths, "--out", str(tmp_path / "run"))
+def test_bench_scan_measures_every_op_at_two_lengths(run, tmp_path):
+    sizes = "--batch 1 --width 4 --states 2 --heads 1 --head-width 4 --window 4 --repeats 1 --seconds 0"
+    lengths = "--lengths 8 16 --other-lengths 8 16 --most-pairs 100"
+    done = run("experiments.bench_scan", *sizes.split(), *lengths.split(), "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "run" / "table.json").read_text())
     rows = {(row["op"], row["form"], row["length"]): row for row in table["rows"]}
