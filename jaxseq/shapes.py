@@ -64,6 +64,7 @@ def typed(function):
                     raise _mismatch(function.__qualname__, f"result {i}", value, annotation, seen)
         return result
 
+    checked.is_typed = True  # type: ignore[attr-defined]
     return checked
 
 

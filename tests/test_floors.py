@@ -1,9 +1,14 @@
 """A file imports only from lower floors, so that each could be read, or deleted, without what stands on it."""
 
 import ast
+import importlib
+import inspect
 from pathlib import Path
 
+import flax.linen as nn
 import pytest
+
+from jaxseq.layers import Mixer
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
@@ -79,3 +84,18 @@ def test_imports_come_from_lower_floors(path):
 )
 def test_a_breach_is_seen(name, source):
     assert complaints(name, source)
+
+
+@pytest.mark.parametrize("package", ["ops", "layers", "mixers", "models", "decode", "segments"])
+def test_what_takes_arrays_checks_them(package):
+    """Exported functions and modules have their jaxtyping annotations checked; `generate` checks its prompt itself."""
+    exported = vars(importlib.import_module(f"jaxseq.{package}"))
+    public = {n: f for n, f in exported.items() if getattr(f, "__module__", "").startswith("jaxseq") and n[0] != "_"}
+    functions = {name: f for name, f in public.items() if inspect.isfunction(f)}
+    for name, kind in public.items():
+        if inspect.isclass(kind) and issubclass(kind, nn.Module):
+            body = "prefill" if issubclass(kind, Mixer) else "__call__"
+            functions |= {f"{name}.{body}": getattr(kind, body)} if kind is not Mixer else {}
+    elsewhere = {"generate", "stream", "named_language_model", "typed"}
+    assert functions
+    assert not [name for name, f in functions.items() if not hasattr(f, "is_typed") and name not in elsewhere]

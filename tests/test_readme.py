@@ -9,7 +9,7 @@ import jax
 def test_the_snippets_run():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     names: dict = {}
     with jax.numpy_rank_promotion("allow"):  # a user's own settings
         for snippet in snippets:

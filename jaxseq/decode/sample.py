@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..shapes import Array, Float, Int
+from ..shapes import Array, Float, Int, typed
 
 
 class Sampling(NamedTuple):
@@ -27,6 +27,7 @@ class Sampling(NamedTuple):
         return self
 
 
+@typed
 def sample(key: Array, logits: Float[Array, "B vocabulary"], sampling: Sampling) -> Int[Array, "B"]:
     """One token a row: among the `top_k` likeliest, and the fewest that together hold `top_p` of the probability
     (nucleus sampling, arXiv 1904.09751), from the softmax of logits / temperature."""

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ..shapes import Array, Float, typed
 from .projection import projection
 
 
@@ -20,7 +21,8 @@ class GatedMLP(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    @typed
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         hidden = self.hidden or -(-(8 * self.d_model // 3) // 64) * 64
         gate = nn.silu(projection(hidden, "gate_proj", self)(x))
         return projection(self.d_model, "down_proj", self)(gate * projection(hidden, "up_proj", self)(x))

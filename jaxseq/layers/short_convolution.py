@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
+from ..shapes import Array, Float, Int, typed
 
 
 class ShortConvolution(nn.Module):
@@ -17,7 +18,13 @@ class ShortConvolution(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, state, segment_ids=None):
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: Float[Array, "B _ D"] | None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B _ D"]]:
         width = x.shape[-1]
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
         kernel = self.param("kernel", uniform, (self.window, width), self.param_dtype)

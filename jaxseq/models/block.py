@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
+from ..shapes import Array, Float, Int, typed
 
 #: A slot: a callable that takes `d_model` and returns a module. Not a module, because one linen instance placed
 #: twice silently shares its parameters.
@@ -26,7 +27,8 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x, state, segment_ids=None):
+    @typed
+    def __call__(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         norm = partial(nn.RMSNorm, self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
         # The residual stream keeps its own dtype: sums over depth are the last place for bfloat16.
         if self.mixer is not None:
@@ -79,7 +81,10 @@ class Stack(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, states=None, segment_ids=None):
+    @typed
+    def __call__(
+        self, x: Float[Array, "B T D"], states: Any = None, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
         pattern, repeats = self._pattern()
         period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if self.remat else Pattern
         scanned = nn.scan(

@@ -88,7 +88,8 @@ class SwitchingGLM(nn.Module):
         return gumbel_softmax_log_density(log_a, log_shares[None], self.temperature).sum()
 
 
-def one_hot_parameters(weights, bias, threshold: float = 0.3) -> dict:
+@typed
+def one_hot_parameters(weights: Float[Array, "S N N"], bias: Float[Array, "N"], threshold: float = 0.3) -> dict:
     """Parameters of a `one_hot` SwitchingGLM that begins at given weights, those below `threshold` set to zero."""
     weights = jnp.asarray(weights)
     adjacency = jnp.stack([-weights, jnp.full_like(weights, threshold), weights], axis=-1) / threshold
@@ -116,7 +117,10 @@ def _check_counts(counts, window: int) -> None:
         raise ValueError(f"{found}; counts are whole numbers of at least 0.")
 
 
-def gumbel_softmax_log_density(log_x, log_weights, temperature: float) -> Float[Array, "..."]:
+@typed
+def gumbel_softmax_log_density(
+    log_x: Float[Array, "... k"], log_weights: Float[Array, "... k"], temperature: float
+) -> Float[Array, "..."]:
     """The log-density of a ~ GumbelSoftmax(ω, τ) on the simplex of k corners, at log x; infinite at a corner.
 
         log Γ(k) + (k − 1) log τ − k log Σ_i ω_i x_i^{−τ} + Σ_i (log ω_i − (τ + 1) log x_i)

@@ -249,7 +249,10 @@ def grid_recurrence(
     return h1.astype(dtype), h2.astype(dtype)
 
 
-def coupling_residual(h1, h2, *operands, **boundary) -> Float[Array, ""]:
+@typed
+def coupling_residual(
+    h1: Float[Array, "B T V N"], h2: Float[Array, "B T V N"], *operands, **boundary
+) -> Float[Array, ""]:
     """The largest error of any cell in either equation, given states and what `grid_recurrence` was given for them.
 
     Rounding where the states are exact; after too few sweeps, the last sweep's change of h2 as h1 would see it.
@@ -261,7 +264,10 @@ def coupling_residual(h1, h2, *operands, **boundary) -> Float[Array, ""]:
     return jnp.maximum(jnp.abs(e1).max(), jnp.abs(e2).max())
 
 
-def contractive(z1, z2, z3, z4, rho: float = 0.9):
+@typed
+def contractive(
+    z1: Float[Array, "..."], z2: Float[Array, "..."], z3: Float[Array, "..."], z4: Float[Array, "..."], rho: float = 0.9
+):
     """Coefficients a1 … a4 from any real numbers, under which no state outgrows max |u| / (min(1 − a) (1 − rho)).
 
         a1 = exp(−softplus z1)   a2 = (1 − a1) rho tanh z2   a3 = (1 − a4) rho tanh z3   a4 = exp(−softplus z4)

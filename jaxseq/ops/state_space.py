@@ -13,7 +13,10 @@ from .dispatch import dispatch
 from .selective_scan import selective_scan
 
 
-def zero_order_hold(A, B, dt):
+@typed
+def zero_order_hold(
+    A: Complex[Array, "..."], B: Complex[Array, "..."], dt: Complex[Array, "..."]
+) -> tuple[Complex[Array, "..."], Complex[Array, "..."]]:
     """Ā = exp(dt A), B̄ = (exp(dt A) − 1)/A · B: exact for an input that is constant over a step."""
     z = dt * A
     small = jnp.abs(z) < 1e-3  # where (e^z − 1)/z loses its digits, its series has them all
@@ -22,7 +25,10 @@ def zero_order_hold(A, B, dt):
     return z, dt * ratio * B
 
 
-def bilinear(A, B, dt):
+@typed
+def bilinear(
+    A: Complex[Array, "..."], B: Complex[Array, "..."], dt: Complex[Array, "..."]
+) -> tuple[Complex[Array, "..."], Complex[Array, "..."]]:
     """Ā = (1 + dt A/2)/(1 − dt A/2), B̄ = dt B/(1 − dt A/2)."""
     z = dt * A / 2
     return jnp.log1p(z) - jnp.log1p(-z), dt * B / (1 - z)
