@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+from families import assert_close
 
 
 def test_the_snippets_run():
@@ -17,3 +18,5 @@ def test_the_snippets_run():
     assert names["logits"].shape == (1, 16, 256)
     assert names["logits_t"].shape == (1, 256)
     assert names["y"].shape == (2, 10, 64)
+    whole = names["layer"].apply(names["params"], names["x"])
+    assert_close(names["in_parts"], whole, "mixer")
