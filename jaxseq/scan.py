@@ -5,6 +5,7 @@ Elements lead with batch and time (`B T …`, every leaf), states with batch (`B
 All are differentiable and equal up to rounding; `sequential` is the definition.
 """
 
+from math import log2
 from typing import Any
 
 import jax
@@ -35,13 +36,13 @@ def parallel(monoid: Monoid, elements, initial_state, *, reverse: bool = False) 
     return states, jax.tree.map(lambda s: s[:, -1], states)
 
 
-def chunked(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, reverse: bool = False) -> tuple[Any, Any]:
+def chunked(
+    monoid: Monoid, elements, initial_state, *, chunk_size: int | None = None, reverse: bool = False
+) -> tuple[Any, Any]:
     """Parallel inside chunks, sequential across them; the backward pass keeps one state a chunk and recomputes."""
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}; chunked takes 1 or more.")
+    length, chunk_size = _sizes(elements, chunk_size)
     if reverse:
         return _reversed(chunked, monoid, elements, initial_state, chunk_size=chunk_size)
-    length = jax.tree.leaves(elements)[0].shape[1]
 
     @jax.checkpoint
     def step(state, chunk):
@@ -53,11 +54,13 @@ def chunked(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, re
     return jax.tree.map(lambda s: s[:, :length], join_chunks(states)), final
 
 
-def abreast(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, reverse: bool = False) -> tuple[Any, Any]:
+def abreast(
+    monoid: Monoid, elements, initial_state, *, chunk_size: int | None = None, reverse: bool = False
+) -> tuple[Any, Any]:
     """All chunks side by side, one `combine` and then one `act` a step; sequential across. O(C + T/C) depth."""
+    length, chunk_size = _sizes(elements, chunk_size)
     if reverse:
         return _reversed(abreast, monoid, elements, initial_state, chunk_size=chunk_size)
-    length = jax.tree.leaves(elements)[0].shape[1]
     padded = pad_time(monoid, elements, -length % chunk_size)
     rows = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[2:]), padded)
     apart = lambda tree, like: jax.tree.map(lambda x, s: x.reshape(s.shape[0], -1, *x.shape[1:]), tree, like)
@@ -68,6 +71,17 @@ def abreast(monoid: Monoid, elements, initial_state, *, chunk_size: int = 64, re
     states, finals = sequential(monoid, rows, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), starts))
     states = jax.tree.map(lambda x, s: x.reshape(s.shape[0], -1, *x.shape[2:])[:, :length], states, initial_state)
     return states, jax.tree.map(lambda s: s[:, -1], apart(finals, initial_state))
+
+
+def _sizes(elements, chunk_size: int | None) -> tuple[int, int]:
+    """T, and the length of a chunk: where none is given the power of two next to √T, for as many chunks as that.
+
+    So depth, the states kept between chunks and the elements kept inside one all grow as √T.
+    """
+    length = jax.tree.leaves(elements)[0].shape[1]
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}; it takes 1 or more, or None.")
+    return length, chunk_size or 1 << round(log2(max(1, length)) / 2)
 
 
 def pad_time(monoid: Monoid, elements, count: int):

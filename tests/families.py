@@ -162,7 +162,8 @@ def _recurrence_inputs(rng, T, strength, complex_=False):
 
 def _recurrence(inputs, segment_ids, impl, **options):
     decay, x, initial = (inputs[name] for name in ("decay", "inputs", "initial_state"))
-    return ops.linear_recurrence(decay, x, initial_state=initial, segment_ids=segment_ids, impl=impl, **options)
+    options |= {"initial_state": initial, "segment_ids": segment_ids, "impl": impl, "chunk_size": CHUNK}
+    return ops.linear_recurrence(decay, x, **options)
 
 
 def _gla_inputs(rng, T, strength, decay="B T H K", bonus=False, key_heads=2):

@@ -1,7 +1,6 @@
 """The scripts at toy size, as a user runs them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Runs a script in a process of its own; what one of them compiled, the next ones load."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def run():
+    """Runs a script in a process of its own."""
 
     def completed(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, timeout=500)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
 
     return completed
 

@@ -166,6 +166,7 @@ BAD = {
     "recurrence state": (partial(ops.linear_recurrence, x, x, initial_state=h[:1]), ValueError, "initial_state"),
     "recurrence rank": (partial(ops.linear_recurrence, x, x[0, 0]), ValueError, "inputs has shape .3,."),
     "recurrence length": (partial(ops.linear_recurrence, x[:, :0], x[:, :0]), ValueError, "at least one step"),
+    "recurrence chunks": (partial(ops.linear_recurrence, x, x, chunk_size=0), ValueError, "chunk_size=0"),
     "integers": (partial(ops.linear_recurrence, x, ids[..., None]), TypeError, "inputs has shape"),
     "no array": (partial(ops.linear_recurrence, x, "text"), TypeError, "inputs='text' is no array"),
     "segment ids": (partial(ops.linear_recurrence, x, x, segment_ids=ids[:, :4]), ValueError, "segment_ids has shape"),

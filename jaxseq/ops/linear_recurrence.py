@@ -19,30 +19,33 @@ def sequential(decay, inputs, initial_state, reverse):
 
 
 def parallel(decay, inputs, initial_state, reverse):
-    return scan.parallel(affine, Affine(decay, inputs), initial_state, reverse=reverse)
+    """The first input takes the initial state in: prefixes then start from zero, and need no decays of their own."""
+    first = -1 if reverse else 0
+    inputs = inputs.at[:, first].add(decay[:, first] * initial_state)
+    states = lax.associative_scan(affine.combine, Affine(decay, inputs), axis=1, reverse=reverse).inputs
+    return states, states[:, -1 - first]
 
 
-def chunked(decay, inputs, initial_state, reverse):
-    return scan.chunked(affine, Affine(decay, inputs), initial_state, chunk_size=128, reverse=reverse)
-
-
-def in_place(decay, inputs, initial_state, reverse):
-    """One pass over memory: each step reads its slices and writes its state where it stays."""
+def blocked(decay, inputs, initial_state, reverse, size):
+    """`parallel` on one block of time after the other: each reads its slices and writes its states where they stay."""
     length = inputs.shape[1]
 
     def step(i, carry):
         state, states = carry
-        t = length - 1 - i if reverse else i
-        a, x = (lax.dynamic_index_in_dim(array, t, 1, keepdims=False) for array in (decay, inputs))
-        state = a * state + x
-        return state, lax.dynamic_update_index_in_dim(states, state, t, 1)
+        start, following = (jnp.minimum(n * size, length - size) for n in (i, i + 1))  # the last block is a whole one
+        place = length - size - start if reverse else start
+        a, x = (lax.dynamic_slice_in_dim(array, place, size, 1) for array in (decay, inputs))
+        block, _ = parallel(a, x, state, reverse)
+        passed = following - start
+        state = lax.dynamic_index_in_dim(block, size - passed if reverse else passed - 1, 1, keepdims=False)
+        return state, lax.dynamic_update_slice_in_dim(states, block, place, 1)
 
-    final, states = lax.fori_loop(0, length, step, (initial_state, jnp.zeros_like(inputs)))
-    return states, final
+    _, states = lax.fori_loop(0, -(-length // size), step, (initial_state, jnp.zeros_like(inputs)))
+    return states, states[:, 0 if reverse else -1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def _solve(form, decay, inputs, initial_state, reverse):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _solve(form, reverse, decay, inputs, initial_state):
     """A form with the derivative every form shares: the adjoint is the same recurrence in the other direction.
 
         λ_t = ∂L/∂h_t + decay_{t+1} λ_{t+1}        ∂L/∂inputs_t = λ_t        ∂L/∂decay_t = λ_t h_{t-1}
@@ -52,8 +55,8 @@ def _solve(form, decay, inputs, initial_state, reverse):
     return form(decay, inputs, initial_state, reverse)
 
 
-def _solve_forward(form, decay, inputs, initial_state, reverse):
-    states, final = _solve(form, decay, inputs, initial_state, reverse)
+def _solve_forward(form, reverse, decay, inputs, initial_state):
+    states, final = _solve(form, reverse, decay, inputs, initial_state)
     return (states, final), (decay, states, initial_state)
 
 
@@ -63,7 +66,7 @@ def _solve_backward(form, reverse, residuals, cotangents):
     first, last = (-1, 0) if reverse else (0, -1)
     # The cotangent of the final state enters as the adjoint's initial state, undecayed.
     next_decay = _shift(decay, jnp.ones_like(decay[:, last]), earlier=not reverse)
-    adjoint, _ = _solve(form, next_decay, d_states, d_final, not reverse)
+    adjoint, _ = _solve(form, not reverse, next_decay, d_states, d_final)
     previous = _shift(states, initial_state, earlier=reverse)
     return adjoint * previous, adjoint, decay[:, first] * adjoint[:, first]
 
@@ -76,13 +79,6 @@ def _shift(array, edge, *, earlier):
 
 _solve.defvjp(_solve_forward, _solve_backward)
 
-FORMS = {
-    "sequential": sequential,
-    "parallel": partial(_solve, parallel),
-    "chunked": partial(_solve, chunked),
-    "in_place": partial(_solve, in_place),
-}
-
 
 @typed
 def linear_recurrence(
@@ -92,6 +88,7 @@ def linear_recurrence(
     initial_state: Inexact[Array, "B ..."] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     reverse: bool = False,
+    chunk_size: int | None = None,
     impl: str | None = None,
 ) -> tuple[Inexact[Array, "B T ..."], Inexact[Array, "B ..."]]:
     """All states of an elementwise linear recurrence, and the last one.
@@ -101,13 +98,16 @@ def linear_recurrence(
     `decay` broadcasts against `inputs`. `initial_state` is h_0, zeros when None. At a change of `segment_ids` the
     state restarts from zero. States have the promoted dtype of the inputs; sums and the final state are kept in at
     least float32. All forms but `sequential` share one backward pass, the reversed recurrence (no forward mode).
+    `in_place` passes over memory once, a step at a time; `chunked` a block of `chunk_size` steps at a time.
 
     Raises:
-      ValueError: shapes disagree, or T = 0.
+      ValueError: shapes disagree, T = 0, or chunk_size < 1.
       NotImplementedError: `impl` is none of the forms.
     """
     if inputs.shape[1] == 0:
         raise ValueError(f"inputs has shape {inputs.shape}; linear_recurrence takes at least one step of time.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}; linear_recurrence takes 1 or more.")
     try:
         decay = jnp.broadcast_to(decay, inputs.shape)
     except ValueError:
@@ -123,14 +123,26 @@ def linear_recurrence(
         )
     state = zeros_from(inputs, inputs[:, 0].shape, inputs.dtype, plus=initial_state)
     decay, inputs, state = own((decay, inputs, state))
-    run = partial(recurrence(impl, reverse), decay, inputs)
+    run = partial(recurrence(impl, reverse, chunk_size), decay, inputs)
     total = lambda: Affine(jnp.prod(decay, axis=1), run(jnp.zeros_like(state))[1])
     states, final = across_devices(affine, total, run, state, reverse=reverse)
     return states.astype(dtype), final
 
 
-def recurrence(impl: str | None = None, reverse: bool = False):
+def recurrence(impl: str | None = None, reverse: bool = False, chunk_size: int | None = None):
     """`(decay, inputs, initial_state) -> (states, final_state)` on time that is whole, as inside other ops."""
-    in_direction = lambda form: lambda decay, inputs, state: form(decay, inputs, state, reverse)
-    forms = {name: in_direction(form) for name, form in FORMS.items()}
-    return dispatch("linear_recurrence", impl, forms, {"cpu": "in_place", "default": "parallel"})
+
+    def run(decay, inputs, initial_state):
+        length = inputs.shape[1]
+        # Eight blocks: a block needs an eighth of the memory of `parallel`, and is wide enough for many processors.
+        size = min(length, chunk_size or max(128, -(-length // 8)))
+        forms = {
+            "sequential": partial(sequential, reverse=reverse),
+            "parallel": partial(_solve, parallel, reverse),
+            "chunked": partial(_solve, partial(blocked, size=size), reverse),
+            "in_place": partial(_solve, partial(blocked, size=1), reverse),
+        }
+        form = dispatch("linear_recurrence", impl, forms, {"cpu": "in_place", "default": "chunked"})
+        return form(decay, inputs, initial_state)
+
+    return run
