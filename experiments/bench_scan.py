@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.nn import log_sigmoid, sigmoid, softplus
+from jax.nn import log_sigmoid, log_softmax, sigmoid, softplus
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -48,6 +48,10 @@ class Config:
     """Channels of the elementwise ops."""
     states: int = 16
     """States a channel in the state space ops."""
+    hidden: int = 5
+    """States of the chain in log_matmul."""
+    variates: int = 8
+    """Rows of the grid in grid_recurrence."""
     heads: int = 4
     """Heads of gated_linear_attention and softmax_attention."""
     head_width: int = 64
@@ -64,7 +68,7 @@ class Config:
     """A recurrence slower than a raw scan by up to this fraction counts as equal: medians vary by as much."""
 
     def __post_init__(self):
-        for name in ("batch", "width", "states", "heads", "head_width", "window", "repeats"):
+        for name in ("batch", "width", "states", "hidden", "variates", "heads", "head_width", "window", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("lengths", "other_lengths"):
@@ -142,6 +146,12 @@ def cases(config: Config) -> Iterator[Case]:
         yield Case("selective_scan", T, partial(selective, config, T), selective_forms)
         diagonal_forms = forms(ops.diagonal_state_space, "chunked", "convolution", None)
         yield Case("diagonal_state_space", T, partial(diagonal, config, T), diagonal_forms)
+        matrix_forms = forms(ops.log_matmul, "sequential", "parallel", "chunked", None)
+        yield Case("log_matmul", T, partial(transitions, config, T), matrix_forms)
+        grid_forms = forms(ops.grid_recurrence, "sequential", "columns", "wavefront", "sweeps", None)
+        yield Case("grid_recurrence", T, partial(grid, config, T), grid_forms)
+        one_way_forms = forms(one_way, "columns", "triangular", None)
+        yield Case("grid_recurrence/one_way", T, partial(grid, config, T), one_way_forms)
 
 
 def real(config: Config, T: int, key):
@@ -170,6 +180,22 @@ def diagonal(config: Config, T: int, key):
     u, log_dt, *parts = normals(key, (config.batch, T, D), (D, 1), *[(D, N)] * 4)
     log_A = jnp.exp(log_dt - 4) * lax.complex(jnp.full(N, -0.5), jnp.pi * jnp.arange(N))
     return u.astype(config.dtype), log_A, lax.complex(*parts[:2]), lax.complex(*parts[2:])
+
+
+def transitions(config: Config, T: int, key):
+    return tuple(log_softmax(x) for x in normals(key, (config.batch, T, config.hidden, config.hidden)))
+
+
+def grid(config: Config, T: int, key):
+    """Contractive coefficients, and a width that makes the grid as large as the inputs of the other ops."""
+    shape = (config.batch, T, config.variates, max(1, config.width // config.variates))
+    *coefficients, u1, u2 = normals(key, *[shape] * 6)
+    return *ops.contractive(*coefficients), u1, u2
+
+
+def one_way(a1, a2, a3, a4, u1, u2, impl):
+    """The second state drives the first one no more."""
+    return ops.grid_recurrence(a1, None, a3, a4, u1, u2, impl=impl)
 
 
 def least(table: list[list[Timing]], op: str, over: str, under: str, number: str) -> float:
