@@ -49,6 +49,20 @@ matrix_affine = Monoid(
 )
 
 
+class MatrixMap(NamedTuple):
+    """The map S ↦ matrix · S + update on matrix states."""
+
+    matrix: Inexact[Array, "... K K"]
+    update: Inexact[Array, "... K V"]
+
+
+matrix_map = Monoid(
+    combine=lambda e, f: MatrixMap(f.matrix @ e.matrix, f.matrix @ e.update + f.update),
+    identity=lambda like: MatrixMap(_eye_like(like.matrix, 1, 0), jnp.zeros_like(like.update)),
+    act=lambda e, S: e.matrix @ S + e.update,
+)
+
+
 class OuterProduct(NamedTuple):
     """The map S ↦ diag(exp log_decay) S + update on matrix states; one token's update is the rank-one k vᵀ."""
 

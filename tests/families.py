@@ -108,6 +108,11 @@ PLAIN_MONOIDS = {
         lambda rng, s: rng.standard_normal((*s, 3, 2)),
     ),
     "softmax": MonoidMember(monoid.softmax, _softmax, _softmax),
+    "matrix map": MonoidMember(
+        monoid.matrix_map,
+        lambda rng, s: monoid.MatrixMap(rng.uniform(-0.5, 0.5, (*s, 3, 3)), rng.standard_normal((*s, 3, 2))),
+        lambda rng, s: rng.standard_normal((*s, 3, 2)),
+    ),
     "log-sum-exp": MonoidMember(
         monoid.log_sum_exp,
         lambda rng, s: 3 * rng.standard_normal((*s, 3, 3)),
@@ -175,8 +180,24 @@ def _gla_inputs(rng, T, strength, decay="B T H K", bonus=False, key_heads=2):
     return inputs | ({"bonus": rng.standard_normal((H, K))} if bonus else {})
 
 
-def _gla(inputs, segment_ids, impl):
-    return ops.gated_linear_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK)
+def _unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _delta_inputs(rng, T, strength, decay=None, key_heads=2):
+    inputs = _gla_inputs(rng, T, strength, decay, key_heads=key_heads)
+    return inputs | {"key": _unit(inputs["key"]), "beta": rng.uniform(0, 2, inputs["value"].shape[:3])}
+
+
+def _dplr_inputs(rng, T, strength, decay="B T H K"):
+    """A transition that grows nothing: unit a, and b against it."""
+    inputs = _gla_inputs(rng, T, strength, decay)
+    a = _unit(rng.standard_normal(inputs["key"].shape))
+    return inputs | {"a": a, "b": -rng.uniform(0, 1, a.shape) * a}
+
+
+def _matrix_state(op, inputs, segment_ids, impl):
+    return op(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK)
 
 
 def _selective_inputs(rng, T, strength, shape=("B", "T", "N"), complex_=False):
@@ -226,7 +247,11 @@ def _log_matmul(inputs, segment_ids, impl, **options):
 
 _scan_forms = ("sequential", "parallel", "chunked", "in_place")
 _recurrent = dict(moving=("decay", "inputs"), forms=_scan_forms)
-_linear = dict(call=_gla, moving=("query", "key", "value", "log_decay"))
+_tokens = ("query", "key", "value", "log_decay", "beta", "a", "b")
+_linear, _delta, _dplr = (
+    dict(call=partial(_matrix_state, op), moving=_tokens)
+    for op in (ops.gated_linear_attention, ops.delta_rule, ops.dplr_recurrence)
+)
 
 OPS = {
     "linear_recurrence": OpMember(_recurrence_inputs, _recurrence, sweep=True, **_recurrent),
@@ -238,6 +263,12 @@ OPS = {
     "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear),
     "gla bonus": OpMember(partial(_gla_inputs, bonus=True), **_linear),
     "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear),
+    "delta_rule": OpMember(_delta_inputs, sweep=True, **_delta),
+    "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), **_delta),
+    "delta_rule per channel": OpMember(partial(_delta_inputs, decay="B T H K"), sweep=True, **_delta),
+    "delta_rule grouped keys": OpMember(partial(_delta_inputs, decay="B T H", key_heads=1), **_delta),
+    "dplr_recurrence": OpMember(_dplr_inputs, sweep=True, **_dplr),
+    "dplr_recurrence per head": OpMember(partial(_dplr_inputs, decay="B T H"), **_dplr),
     "selective_scan": OpMember(_selective_inputs, _selective, sweep=True, moving=("x", "dt", "B", "C")),
     "selective_scan groups": OpMember(
         partial(_selective_inputs, shape=("B", "T", "G", "N")), _selective, moving=("x", "dt", "B", "C")

@@ -2,6 +2,8 @@
 
 from .convolution import long_convolution as long_convolution
 from .convolution import short_convolution as short_convolution
+from .delta_rule import delta_rule as delta_rule
+from .dplr_recurrence import dplr_recurrence as dplr_recurrence
 from .gated_linear_attention import gated_linear_attention as gated_linear_attention
 from .grid_recurrence import contractive as contractive
 from .grid_recurrence import coupling_residual as coupling_residual

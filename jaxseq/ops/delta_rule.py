@@ -1,0 +1,105 @@
+"""S ← diag(exp g_t) S_{t-1}, S_t = S + β_t k_t (v_t − Sᵀ k_t)ᵀ, o_t = scale · S_tᵀ q_t: the delta rule, with decay."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import scan
+from ..monoid import MatrixMap, matrix_map
+from ..shapes import Array, Float, Int, promoted, typed
+from ..sharded import across_devices, own
+from .chunkwise import CHUNK, Roles, chunkwise, inverse, product, scores
+from .dispatch import dispatch
+from .matrix_state import in_accumulator, prepared, total_map
+
+# The forms take queries and keys `B T H K`, values `B T H V`, β `B T H 1`, log decays `B T H K` or `B T H 1`, and a
+# float32 state `B H K V`.
+
+
+def sequential(q, k, v, beta, g, S):
+    def step(S, token):
+        q, k, v, beta, g = token
+        S = jnp.exp(g)[..., None] * S
+        error = v - jnp.einsum("bhkv,bhk->bhv", S, k)
+        S = S + (beta * k)[..., None] * error[..., None, :]
+        return S, jnp.einsum("bhkv,bhk->bhv", S, q)
+
+    S, o = lax.scan(step, S, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, beta, g)))
+    return o.swapaxes(0, 1), S
+
+
+def parallel(q, k, v, beta, g, S):
+    """The scan of the monoid itself: it keeps every transition, T·K·(K + V) numbers a head."""
+    erase = jnp.eye(k.shape[-1], dtype=S.dtype)[None, None, None] - (beta * k)[..., None] * k[..., None, :]
+    update = (beta * k)[..., None] * v[..., None, :]
+    states, final = scan.parallel(matrix_map, MatrixMap(erase * jnp.exp(g)[..., None, :], update), S)
+    return jnp.einsum("bthkv,bthk->bthv", states, q), final
+
+
+ROLES = Roles(reads=("q", "a"), writes=("k",))
+
+
+def chunked(q, k, v, beta, g, S, chunk_size):
+    dtype = promoted(q.dtype, k.dtype, v.dtype)
+    strength = lambda x: (beta.astype(S.dtype) * x.astype(S.dtype)).astype(dtype)
+    tokens = {"q": q, "k": k, "v": strength(v), "a": strength(k)}
+    return chunkwise(partial(_chunk, dtype), ROLES, chunk_size, tokens, g, S)
+
+
+def _chunk(dtype, tokens, decays, S):
+    """All corrections u = β (v − Sᵀ k) at once, each less by what the ones before it have written (WY form):
+
+    u = (I + A_ak)⁻¹ (β V − (a ⊙ e^G) S)        a = β k        (Gated DeltaNet, arXiv 2412.06464, section 3.3)
+    """
+    q, k, v, a = (tokens[name] for name in "qkva")
+    reads = decays.reads
+    known = product("bhik,bhkv->bhiv", reads.from_start * a, S, dtype)
+    u = product("bhij,bhjv->bhiv", inverse(scores(a, k, reads, dtype)), v - known, dtype)
+    o = product("bhij,bhjv->bhiv", scores(q, k, reads, dtype, jnp.sum(q * k, axis=-1)), u, dtype)
+    o += product("bhik,bhkv->bhiv", reads.from_start * q, S, dtype)
+    return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, u, dtype)
+
+
+@typed
+def delta_rule(
+    query: Float[Array, "B T Hk K"],
+    key: Float[Array, "B T Hk K"],
+    value: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T _ K"] | Float[Array, "B T _"] | Float[Array, "H"] | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """A matrix state in which every key overwrites the value it finds, after a decay if there is one.
+
+        S_t = (I − β_t k_t k_tᵀ) diag(exp g_t) S_{t-1} + β_t k_t v_tᵀ        o_t = scale · S_tᵀ q_t
+
+    `log_decay` g is None (DeltaNet, arXiv 2406.06484, eq. 2), per head `B T H` (Gated DeltaNet, arXiv 2412.06464, eq.
+    10) or per channel `B T H K` (KDA, arXiv 2510.26692). Keys are used as given: states are bounded where β |k|² is
+    between 0 and 2, as with unit keys. Log decays, heads, `scale`, states and segments are those of
+    `gated_linear_attention`. `chunked` solves for the corrections of a chunk by one inverse of a unit triangular
+    matrix, made of matrix products.
+
+    Raises:
+      ValueError: shapes disagree, T = 0, or chunk_size < 1.
+      NotImplementedError: `impl` is none of the forms.
+    """
+    length = value.shape[1]
+    q, k, g, S = prepared("delta_rule", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size)
+    forms = {
+        "sequential": in_accumulator(sequential, S),
+        "parallel": in_accumulator(parallel, S),
+        "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
+    }
+    best = "chunked" if length > 1 else "sequential"
+    form = dispatch("delta_rule", impl, forms, best)
+    v, beta = own((value, beta[..., None]))
+    run = lambda v, S: form(q, k, v, beta, g, S)
+    o, final = across_devices(matrix_map, lambda: total_map(run, v, S), partial(run, v), S)
+    return o.astype(value.dtype), final

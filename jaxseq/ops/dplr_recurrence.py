@@ -1,0 +1,115 @@
+"""S_t = (diag(exp g_t) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ, o_t = scale · S_tᵀ q_t: diagonal plus rank one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import scan
+from ..monoid import MatrixMap, matrix_map
+from ..shapes import Array, Float, Int, promoted, typed
+from ..sharded import across_devices, own
+from .chunkwise import CHUNK, Roles, chunkwise, inverse, product, scores
+from .dispatch import dispatch
+from .matrix_state import in_accumulator, per_head, prepared, total_map
+
+# The forms take queries, keys, a and b `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32
+# state `B H K V`.
+
+
+def sequential(q, k, v, a, b, g, S):
+    def step(S, token):
+        q, k, v, a, b, g = token
+        read = jnp.einsum("bhkv,bhk->bhv", _unless_restart(S, g), a)
+        S = jnp.exp(g)[..., None] * S + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
+        return S, jnp.einsum("bhkv,bhk->bhv", S, q)
+
+    S, o = lax.scan(step, S, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, a, b, g)))
+    return o.swapaxes(0, 1), S
+
+
+def _unless_restart(S, g):
+    """What a reads before the decay: nothing, where that decay of zero is a restart."""
+    return jnp.where(jnp.isneginf(g)[..., None], 0, S)
+
+
+def parallel(q, k, v, a, b, g, S):
+    """The scan of the monoid itself: it keeps every transition, T·K·(K + V) numbers a head."""
+    a = jnp.where(jnp.isneginf(g), 0, a)
+    unit = jnp.eye(k.shape[-1], dtype=S.dtype)[None, None, None]
+    transition = jnp.exp(g)[..., None] * unit + b[..., None] * a[..., None, :]
+    states, final = scan.parallel(matrix_map, MatrixMap(transition, k[..., None] * v[..., None, :]), S)
+    return jnp.einsum("bthkv,bthk->bthv", states, q), final
+
+
+ROLES = Roles(reads=("q",), early_reads=("a",), writes=("k", "b"))
+
+
+def chunked(q, k, v, a, b, g, S, chunk_size):
+    tokens = {"q": q, "k": k, "v": v, "a": a, "b": b}
+    dtype = promoted(*(x.dtype for x in tokens.values()))
+    return chunkwise(partial(_chunk, dtype), ROLES, chunk_size, tokens, g, S)
+
+
+def _chunk(dtype, tokens, decays, S):
+    """All reads u of a at once, from the state before the chunk and from one another:
+
+    u = (I − A_ab)⁻¹ (A_ak V + (a ⊙ e^E) S)
+    """
+    q, k, v, a, b = (tokens[name] for name in "qkvab")
+    reads, early = decays.reads, decays.early_reads
+    read = product("bhik,bhkv->bhiv", early.from_start * a, S, dtype)
+    read += product("bhij,bhjv->bhiv", scores(a, k, early, dtype), v, dtype)
+    u = product("bhij,bhjv->bhiv", inverse(-scores(a, b, early, dtype)), read, dtype)
+    o = product("bhik,bhkv->bhiv", reads.from_start * q, S, dtype)
+    S = decays.total * S
+    for write, written in ((k, v), (b, u)):
+        seen = scores(q, write, reads, dtype, jnp.sum(q * write, axis=-1))
+        o += product("bhij,bhjv->bhiv", seen, written, dtype)
+        S += product("bhik,bhiv->bhkv", decays.to_end * write, written, dtype)
+    return o, S
+
+
+@typed
+def dplr_recurrence(
+    query: Float[Array, "B T Hk K"],
+    key: Float[Array, "B T Hk K"],
+    value: Float[Array, "B T H V"],
+    a: Float[Array, "B T Hk K"],
+    b: Float[Array, "B T Hk K"],
+    log_decay: Float[Array, "B T _ K"] | Float[Array, "B T _"] | Float[Array, "H"] | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    impl: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """A matrix state whose transition is diagonal plus rank one: a reads the state, b writes what was read.
+
+        S_t = (diag(exp g_t) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ        o_t = scale · S_tᵀ q_t        (RWKV-7, 2503.14456)
+
+    a reads the state before its decay. With b = −a ⊙ λ and 0 ≤ λ ≤ 1 for unit a and log decays from 0 to −½, as in
+    RWKV-7, states stay bounded; with other signs they may grow without bound. Log decays, heads, `scale`, states and
+    segments are those of `gated_linear_attention`.
+
+    Raises:
+      ValueError: shapes disagree, T = 0, or chunk_size < 1.
+      NotImplementedError: `impl` is none of the forms.
+    """
+    length, heads = value.shape[1:3]
+    q, k, g, S = prepared(
+        "dplr_recurrence", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size
+    )
+    forms = {
+        "sequential": in_accumulator(sequential, S),
+        "parallel": in_accumulator(parallel, S),
+        "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
+    }
+    best = "chunked" if length > 1 else "sequential"
+    form = dispatch("dplr_recurrence", impl, forms, best)
+    v, a, b = own((value, per_head(a, heads), per_head(b, heads)))
+    run = lambda v, S: form(q, k, v, a, b, g, S)
+    o, final = across_devices(matrix_map, lambda: total_map(run, v, S), partial(run, v), S)
+    return o.astype(value.dtype), final

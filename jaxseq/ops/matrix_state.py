@@ -1,0 +1,71 @@
+"""What the ops with a matrix state `B H K V` share: their arguments in one form, and all tokens as one element."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..monoid import MatrixMap
+from ..segments import segment_starts
+from ..shapes import accumulator, zeros_from
+from ..sharded import own
+
+
+class Prepared(NamedTuple):
+    """Arguments with one head a value head: queries scaled, log decays `B T H K|1`, a state of at least float32."""
+
+    q: jax.Array
+    k: jax.Array
+    g: jax.Array
+    S: jax.Array
+
+
+def prepared(op, query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size) -> Prepared:
+    """Raise on what shapes alone do not tell; a change of segment is a decay of zero, without any special case."""
+    (batch, length, heads, V), (groups, K) = value.shape, key.shape[2:]
+    if length == 0:
+        raise ValueError(f"query has shape {query.shape}; {op} takes at least one step of time.")
+    if heads % groups:
+        raise ValueError(f"key has {groups} heads, which do not divide the {heads} of value.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}; {op} takes 1 or more.")
+    dtype = accumulator(value.dtype)
+    g = _per_channel(log_decay, value, groups, dtype)
+    if segment_ids is not None:
+        g = jnp.where(segment_starts(segment_ids)[:, :, None, None], -jnp.inf, g)
+    q, k = per_head(query, heads), per_head(key, heads)
+    q = q * jnp.asarray(K**-0.5 if scale is None else scale, q.dtype)
+    S = zeros_from(value, (batch, heads, K, V), dtype, plus=initial_state)
+    return Prepared(*own((q, k, zeros_from(value, g.shape, dtype, plus=g), S)))
+
+
+def per_head(x, heads: int):
+    """Each of the heads `B T G …` for a run of consecutive value heads: `B T H …`."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def _per_channel(log_decay, value, groups, dtype):
+    batch, length, heads, _ = value.shape
+    if log_decay is None:
+        return jnp.zeros((batch, length, heads, 1), dtype)
+    g = log_decay.astype(dtype)
+    if g.ndim == 1:
+        return jnp.broadcast_to(g[None, None, :, None], (batch, length, heads, 1))
+    g = g if g.ndim == 4 else g[..., None]
+    if g.shape[2] not in (heads, groups):
+        raise ValueError(f"log_decay has {g.shape[2]} heads; value has {heads} and key has {groups}.")
+    return per_head(g, heads)
+
+
+def in_accumulator(form, S):
+    """The form on tokens in the precision of the state."""
+    return lambda *tokens_and_state: form(*(None if x is None else x.astype(S.dtype) for x in tokens_and_state))
+
+
+def total_map(run, v, S) -> MatrixMap:
+    """All tokens as one element, from one `run(v, S)`: of values and, in columns beside them, of the unit state."""
+    K, V = S.shape[-2:]
+    unit = jnp.broadcast_to(jnp.eye(K, dtype=S.dtype), (*S.shape[:-1], K))
+    columns = jnp.concatenate([v, jnp.zeros((*v.shape[:-1], K), v.dtype)], axis=-1)
+    _, final = run(columns, jnp.concatenate([jnp.zeros_like(S), unit], axis=-1))
+    return MatrixMap(final[..., V:], final[..., :V])
