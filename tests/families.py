@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
+from jaxseq.mixers import KDA, DeltaNet, GatedDeltaNet
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 #: Relative Frobenius error of each array, ‖a − b‖ / ‖b‖. Ops are measured against `sequential` in float64.
@@ -22,6 +23,7 @@ TOLERANCE = {
     "bfloat16": 1e-2,  # inputs and outputs rounded, sums in float32
     "bfloat16 gradient": 2e-2,
     "mixer": 1e-5,  # float32 forms of one mixer or model, values and gradients
+    "mixer strong": 5e-5,  # gradients of decays so strong that little is left of them
     "mixer bfloat16": 3e-2,  # against the same parameters in float32
 }
 
@@ -313,6 +315,7 @@ class MixerMember(NamedTuple):
     extreme: dict[str, float] = {}  # parameters set so: gates that forget everything at once
     cheap: bool = False  # one more setting of a mixer that runs every law: values only
     reach: int = 1000  # tokens a query can see
+    gradient: str = "mixer"  # tolerance of gradients
     exact: dict[str, Any] = {}  # fields under which causality holds to the bit: a transform mixes all of time
 
 
@@ -323,6 +326,25 @@ MIXERS = {
     "GLA conv grouped": MixerMember(
         partial(GLA, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK, expand_k=1.0),
         extreme=_gla_gate,
+    ),
+    "DeltaNet": MixerMember(partial(DeltaNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"beta_proj/kernel": 1e3}),
+    "GatedDeltaNet": MixerMember(
+        partial(
+            GatedDeltaNet,
+            WIDTH,
+            num_heads=1,
+            num_value_heads=2,
+            expand_k=0.5,
+            expand_v=1.0,
+            chunk_size=CHUNK,
+            negative_eigenvalues=True,
+        ),
+        extreme={"A_log": 20.0},
+        gradient="mixer strong",
+    ),
+    "KDA": MixerMember(partial(KDA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"A_log": 20.0}),
+    "KDA bounded": MixerMember(
+        partial(KDA, WIDTH, num_heads=1, num_value_heads=2, min_log_decay=-5.0, chunk_size=CHUNK), cheap=True
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(

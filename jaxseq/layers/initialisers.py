@@ -56,3 +56,21 @@ def log_uniform(low: float, high: float):
 
 def inverse_softplus(x):
     return x + jnp.log(-jnp.expm1(-x))
+
+
+def step_size_bias(low: float, high: float):
+    """An initialiser: what softplus takes to step sizes log-uniform between `low` and `high`, 1e-4 at least."""
+
+    def initialise(key, shape, dtype=jnp.float32):
+        return inverse_softplus(jnp.maximum(jnp.exp(log_uniform(low, high)(key, shape, dtype)), 1e-4))
+
+    return initialise
+
+
+def log_of_uniform(low: float, high: float):
+    """An initialiser: log of a number drawn uniform between `low` and `high`, above 0."""
+
+    def initialise(key, shape, dtype=jnp.float32):
+        return jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, low, high), 1e-4))
+
+    return initialise

@@ -44,3 +44,21 @@ class Mixer(nn.Module):
             if number < 1 or self.d_model % number:
                 divisors = ", ".join(str(n) for n in range(1, self.d_model + 1) if self.d_model % n == 0)
                 raise ValueError(f"{name}={number} does not divide d_model={self.d_model}; choose one of {divisors}.")
+
+    def head_widths(self, num_heads: int, **expansions: float) -> tuple[int, ...]:
+        """Channels a head, where all heads together have this multiple of `d_model`; raise unless they are whole."""
+        self.checked_heads(num_heads=num_heads)
+        widths = [expansion * self.d_model / num_heads for expansion in expansions.values()]
+        for (name, expansion), width in zip(expansions.items(), widths, strict=True):
+            if width < 1 or width != int(width):
+                raise ValueError(f"{name}={expansion} gives {width:g} channels a head; choose a whole number.")
+        return tuple(int(width) for width in widths)
+
+    def value_heads(self, num_heads: int, num_value_heads: int | None, expand_k: float, expand_v: float):
+        """Value heads, and channels of a key and of a value head, where key heads serve runs of value heads."""
+        (key_width,) = self.head_widths(num_heads, expand_k=expand_k)
+        count = num_heads if num_value_heads is None else num_value_heads
+        if count % num_heads:
+            raise ValueError(f"num_value_heads={count} is no multiple of num_heads={num_heads}.")
+        (value_width,) = self.head_widths(count, expand_v=expand_v)
+        return count, key_width, value_width

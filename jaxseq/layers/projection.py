@@ -1,6 +1,7 @@
 """Linear maps as the language models initialise them."""
 
 import flax.linen as nn
+import jax
 
 
 def projection(features: int, name: str, module: nn.Module, use_bias: bool = False) -> nn.Dense:
@@ -13,3 +14,8 @@ def projection(features: int, name: str, module: nn.Module, use_bias: bool = Fal
         kernel_init=nn.initializers.normal(0.02),
         name=name,
     )
+
+
+def split_heads(x: jax.Array, width: int) -> jax.Array:
+    """`B T D` → `B T H width`."""
+    return x.reshape(*x.shape[:2], -1, width)

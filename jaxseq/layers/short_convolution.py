@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..shapes import Array, Float, Int, typed
+from .projection import projection
 
 
 class ShortConvolution(nn.Module):
@@ -32,3 +33,29 @@ class ShortConvolution(nn.Module):
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, final = ops.short_convolution(x, kernel, bias, initial_state=state, segment_ids=segment_ids)
         return nn.silu(y), final if state is None else final.astype(state.dtype)
+
+
+def convolved(module: nn.Module, x: Array, widths: dict[str, int], states: tuple, segment_ids) -> tuple[list, tuple]:
+    """A projection `name_proj` of x for every width and, where the module has a `conv_window`, its convolution."""
+    projected = [projection(width, f"{name}_proj", module)(x) for name, width in widths.items()]
+    if not module.conv_window:
+        return projected, ()
+    convolve = lambda name, x, before: ShortConvolution(
+        module.conv_window, dtype=module.dtype, param_dtype=module.param_dtype, name=f"{name}_conv"
+    )(x, before, segment_ids)
+    outputs, states = zip(*map(convolve, widths, projected, states), strict=True)
+    return list(outputs), states
+
+
+def empty_convolutions(module: nn.Module, batch_size: int, widths: tuple[int, ...], dtype) -> tuple:
+    """The states of `convolved` at the start of a sequence.
+
+    Raises:
+      ValueError: the module has a `conv_window` below 1.
+    """
+    window = module.conv_window
+    if window is None:
+        return ()
+    if window < 1:
+        raise ValueError(f"conv_window={window}; {type(module).__name__} takes 1 or more.")
+    return tuple(jnp.zeros((batch_size, window - 1, width), dtype) for width in widths)

@@ -1,6 +1,9 @@
 """One file per paper; every class a Flax linen module of `layers.mixer.Mixer`'s contract."""
 
 from .attention import Attention as Attention
+from .delta_net import DeltaNet as DeltaNet
+from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
+from .kda import KDA as KDA
 from .mamba import Mamba as Mamba
 from .s4d import S4D as S4D

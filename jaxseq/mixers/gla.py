@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .. import ops
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
-from ..layers.short_convolution import ShortConvolution
+from ..layers.short_convolution import convolved, empty_convolutions
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -50,16 +50,8 @@ class GLA(Mixer):
         check_width(x, self.d_model, "GLA")
         heads, kv_heads, K, V = self._sizes()
         state = self.start(x) if state is None else state
-        q = projection(heads * K, "q_proj", self)(x)
-        k = projection(kv_heads * K, "k_proj", self)(x)
-        v = projection(kv_heads * V, "v_proj", self)(x)
-        conv = ()
-        if self.conv_window:
-            convolve = lambda name, x, before: ShortConvolution(
-                self.conv_window, dtype=self.dtype, param_dtype=self.param_dtype, name=name
-            )(x, before, segment_ids)
-            inputs = zip(("q_conv", "k_conv", "v_conv"), (q, k, v), state.conv, strict=True)
-            (q, k, v), conv = zip(*(convolve(*each) for each in inputs), strict=True)
+        widths = {"q": heads * K, "k": kv_heads * K, "v": kv_heads * V}
+        (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
         z = projection(kv_heads * K, "decay_up", self, use_bias=True)(projection(self.gate_rank, "decay_down", self)(x))
         g = jax.nn.log_sigmoid(z.astype(accumulator(z.dtype))) / self.gate_temperature
         g = g if self.min_log_decay is None else jnp.maximum(g, self.min_log_decay)
@@ -75,26 +67,14 @@ class GLA(Mixer):
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GLAState:
         heads, kv_heads, K, V = self._sizes()
-        widths = (heads * K, kv_heads * K, kv_heads * V) if self.conv_window else ()
-        conv = tuple(jnp.zeros((batch_size, (self.conv_window or 1) - 1, width), dtype) for width in widths)
+        conv = empty_convolutions(self, batch_size, (heads * K, kv_heads * K, kv_heads * V), dtype)
         return GLAState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int, int]:
         """Heads, key-value heads, key width and value width per head."""
         kv_heads = self.num_kv_heads or self.num_heads
-        self.checked_heads(num_heads=self.num_heads)
-        if (self.conv_window or 0) < 0:
-            raise ValueError(f"conv_window={self.conv_window}; GLA takes 1 or more, or None.")
+        K, V = self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
         if kv_heads < 1 or self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}.")
-        widths = []
-        for name in ("expand_k", "expand_v"):
-            width = getattr(self, name) * self.d_model / self.num_heads
-            if width < 1 or width != int(width):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} gives {width:g} channels a head; choose a whole number."
-                )
-            widths.append(int(width))
-        K, V = widths
         return self.num_heads, kv_heads, K, V

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.initialisers import inverse_softplus, log_uniform
+from ..layers.initialisers import step_size_bias
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
@@ -59,7 +59,7 @@ class Mamba(Mixer):
         wide = accumulator(u.dtype)
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)
         dt_kernel = self.param("dt_kernel", uniform, (rank, width), self.param_dtype)
-        dt_bias = self.param("dt_bias", self._initial_dt_bias, (width,), self.param_dtype)
+        dt_bias = self.param("dt_bias", step_size_bias(self.dt_min, self.dt_max), (width,), self.param_dtype)
         dt = nn.softplus(r.astype(wide) @ dt_kernel.astype(wide) + dt_bias.astype(wide)[None, None])
         initial_A_log = lambda _, shape, dtype: jnp.broadcast_to(
             jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], shape
@@ -81,8 +81,3 @@ class Mamba(Mixer):
         width = self.expand * self.d_model
         ssm = jnp.zeros((batch_size, width, self.state_size), accumulator(dtype))
         return MambaState(ssm, jnp.zeros((batch_size, self.conv_window - 1, width), dtype))
-
-    @nn.nowrap
-    def _initial_dt_bias(self, key, shape, dtype):
-        dt = jnp.exp(log_uniform(self.dt_min, self.dt_max)(key, shape, dtype))
-        return inverse_softplus(jnp.maximum(dt, 1e-4))

@@ -215,9 +215,8 @@ def inverse(L):
 
 def _on_diagonal(L, block):
     """The square blocks on the diagonal: `… C C` → `… C/b b b`."""
-    count = L.shape[-1] // block
-    rows = L.reshape(*L.shape[:-2], count, block, count, block)
-    return jnp.moveaxis(jnp.diagonal(rows, axis1=-4, axis2=-2), -1, -3)
+    starts = range(0, L.shape[-1], block)
+    return jnp.stack([L[..., i : i + block, i : i + block] for i in starts], axis=-3)
 
 
 def _inverse_backward(X, d_X):

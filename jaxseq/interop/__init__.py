@@ -1,0 +1,3 @@
+"""Weights of other libraries as parameters of ours."""
+
+from .fla import fla_layer as fla_layer

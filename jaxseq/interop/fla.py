@@ -1,0 +1,111 @@
+"""Layers of flash-linear-attention: their state dicts as parameters of our mixers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from .. import mixers
+from ..layers import Mixer
+
+
+class Layer(NamedTuple):
+    """Our mixer for one of their classes, and our path of each of their names."""
+
+    mixer: Callable[..., Mixer]
+    names: dict[str, str]
+
+
+QKV = {f"{x}_proj.weight": f"{x}_proj/kernel" for x in "qkv"}
+CONVOLVED = QKV | {f"{x}_conv1d.weight": f"{x}_conv/kernel" for x in "qkv"}
+OUT = {"o_proj.weight": "out_proj/kernel"}
+GATE = {"g_proj.weight": "gate_proj/kernel"}
+NORM = {"o_norm.weight": "norm/scale"}
+DT = {"A_log": "A_log", "dt_bias": "dt_bias"}
+
+LAYERS = {
+    "GatedLinearAttention": Layer(
+        mixers.GLA,
+        CONVOLVED | GATE | OUT
+        | {
+            "gk_proj.0.weight": "decay_down/kernel",
+            "gk_proj.1.weight": "decay_up/kernel",
+            "gk_proj.1.bias": "decay_up/bias",
+            "g_norm_swish_gate.weight": "norm/scale",
+        },
+    ),
+    "Mamba": Layer(
+        mixers.Mamba,
+        {
+            "in_proj.weight": "in_proj/kernel",
+            "conv1d.weight": "conv/kernel",
+            "conv1d.bias": "conv/bias",
+            "x_proj.weight": "x_proj/kernel",
+            "dt_proj.weight": "dt_kernel",
+            "dt_proj.bias": "dt_bias",
+            "A_log": "A_log",
+            "D": "D",
+            "out_proj.weight": "out_proj/kernel",
+        },
+    ),
+    "DeltaNet": Layer(mixers.DeltaNet, CONVOLVED | NORM | OUT | {"b_proj.weight": "beta_proj/kernel"}),
+    "GatedDeltaNet": Layer(
+        mixers.GatedDeltaNet,
+        CONVOLVED | GATE | NORM | OUT | DT | {"b_proj.weight": "beta_proj/kernel", "a_proj.weight": "dt_proj/kernel"},
+    ),
+    "KimiDeltaAttention": Layer(
+        mixers.KDA,
+        CONVOLVED | NORM | OUT | DT
+        | {
+            "b_proj.weight": "beta_proj/kernel",
+            "f_proj.0.weight": "decay_down/kernel",
+            "f_proj.1.weight": "decay_up/kernel",
+            "g_proj.0.weight": "gate_down/kernel",
+            "g_proj.1.weight": "gate_up/kernel",
+            "g_proj.1.bias": "gate_up/bias",
+        },
+    ),
+}  # fmt: skip
+
+
+def fla_layer(layer: str, weights: Mapping[str, Any], **fields) -> tuple[Mixer, dict]:
+    """A layer's state dict, linear weights as [out, in], as one of our mixers and its parameters.
+
+    `layer` is their class name. `fields` are the mixer's: the sizes that weights do not tell; `d_model` is the width
+    of the output projection.
+
+    Raises:
+      NotImplementedError: there is no mixer for this class; the message lists those there are.
+      ValueError: names are missing, unknown or of another shape; all of them in one message.
+    """
+    if layer not in LAYERS:
+        raise NotImplementedError(f"layer={layer!r} has no mixer here; choose one of {', '.join(LAYERS)}.")
+    kind, names = LAYERS[layer]
+    arrays = {name: np.asarray(array) for name, array in weights.items()}
+    out = next((name for name, ours in names.items() if ours == "out_proj/kernel"), "")
+    if out not in arrays:
+        raise ValueError(f"{layer} misses {out}.")
+    mixer = kind(d_model=arrays[out].shape[0], **fields)
+    shapes = jax.eval_shape(mixer.init, jax.random.key(0), jnp.zeros((1, 1, mixer.d_model)))
+    wanted = {path: x.shape for path, x in traverse_util.flatten_dict(shapes["params"], sep="/").items()}
+    given = {names[name]: _as_ours(name, array) for name, array in arrays.items() if name in names}
+    theirs = {ours: name for name, ours in names.items()}
+    faults = [f"{name} is unknown" for name in arrays if names.get(name) not in wanted]
+    faults += [f"{theirs.get(path, path)} is missing" for path in wanted if path not in given]
+    faults += [
+        f"{theirs[path]} is {given[path].shape} and should be {shape}"
+        for path, shape in wanted.items()
+        if path in given and given[path].shape != shape
+    ]
+    if faults:
+        raise ValueError(f"These are no weights of {mixer.__class__.__name__}: {'; '.join(faults)}.")
+    return mixer, {"params": traverse_util.unflatten_dict(given, sep="/")}
+
+
+def _as_ours(name: str, array: np.ndarray) -> jax.Array:
+    """[out, in] → [in, out]; a depthwise filter [D, 1, W] → [W, D]."""
+    array = array[:, 0] if array.ndim == 3 else array
+    return jnp.asarray(array.T if name.endswith("weight") else array)

@@ -1,0 +1,83 @@
+"""Gated DeltaNet: the delta rule with a decay per head."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.initialisers import log_of_uniform, step_size_bias
+from ..layers.mixer import Mixer
+from ..layers.normalised import unit
+from ..layers.projection import projection, split_heads
+from ..layers.short_convolution import convolved, empty_convolutions
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class GatedDeltaNetState(NamedTuple):
+    matrix: Float[Array, "B H K V"]
+    conv: tuple[Float[Array, "B W-1 _"], ...]
+
+
+class GatedDeltaNet(Mixer):
+    """The delta rule with a data-dependent decay per head (arXiv 2412.06464, section 3).
+
+        g_t = −exp(A_log) softplus(x_t W_a + b_a)        β_t = σ(x_t W_b)
+        S_t = (I − β_t k_t k_tᵀ) exp(g_t) S_{t-1} + β_t k_t v_tᵀ        o_t = K^-½ S_tᵀ q_t
+        y_t = (RMSNorm(o_t) ⊙ silu(x_t W_g)) W_o
+
+    Queries, keys and values go through a causal convolution and SiLU; queries and keys are unit vectors. exp(A_log)
+    starts uniform in (0, 16), softplus(b_a) log-uniform in [0.001, 0.1]. `num_heads` heads of query and key each
+    serve a run of the `num_value_heads`, as many when None. β_t is twice that with `negative_eigenvalues`.
+    """
+
+    d_model: int
+    num_heads: int = 4
+    num_value_heads: int | None = None
+    expand_k: float = 0.75
+    expand_v: float = 1.5
+    conv_window: int = 4
+    negative_eigenvalues: bool = False
+    norm_eps: float = 1e-5
+    chunk_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "GatedDeltaNet")
+        heads, K, V = self._sizes()
+        state = self.start(x) if state is None else state
+        widths = {"q": self.num_heads * K, "k": self.num_heads * K, "v": heads * V}
+        (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
+        q, k, v = unit(split_heads(q, K)), unit(split_heads(k, K)), split_heads(v, V)
+        wide = accumulator(x.dtype)
+        beta = nn.sigmoid(projection(heads, "beta_proj", self)(x).astype(wide))
+        beta = 2 * beta if self.negative_eigenvalues else beta
+        A_log = self.param("A_log", log_of_uniform(0, 16), (heads,), self.param_dtype)
+        dt_bias = self.param("dt_bias", step_size_bias(1e-3, 0.1), (heads,), self.param_dtype)
+        z = projection(heads, "dt_proj", self)(x).astype(wide) + dt_bias.astype(wide)[None, None]
+        g = -jnp.exp(A_log.astype(wide))[None, None] * jax.nn.softplus(z)
+        o, matrix = ops.delta_rule(
+            q, k, v, beta, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size,
+            impl=self.impl,
+        )  # fmt: skip
+        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
+        o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
+        return projection(self.d_model, "out_proj", self)(o), GatedDeltaNetState(
+            matrix.astype(state.matrix.dtype), conv
+        )
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GatedDeltaNetState:
+        heads, K, V = self._sizes()
+        conv = empty_convolutions(self, batch_size, (self.num_heads * K, self.num_heads * K, heads * V), dtype)
+        return GatedDeltaNetState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
+
+    @nn.nowrap
+    def _sizes(self) -> tuple[int, int, int]:
+        """Value heads, key width and value width per head."""
+        return self.value_heads(self.num_heads, self.num_value_heads, self.expand_k, self.expand_v)

@@ -1,0 +1,86 @@
+"""Kimi delta attention: the delta rule with a decay per key channel."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.initialisers import log_of_uniform, step_size_bias
+from ..layers.mixer import Mixer
+from ..layers.normalised import unit
+from ..layers.projection import projection, split_heads
+from ..layers.short_convolution import convolved, empty_convolutions
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class KDAState(NamedTuple):
+    matrix: Float[Array, "B H K V"]
+    conv: tuple[Float[Array, "B W-1 _"], ...]
+
+
+class KDA(Mixer):
+    """Kimi delta attention: the delta rule with a data-dependent decay per key channel (arXiv 2510.26692).
+
+        g_t = −exp(A_log) softplus(x_t W_f1 W_f2 + b_f)        β_t = σ(x_t W_b)
+        S_t = (I − β_t k_t k_tᵀ) diag(exp g_t) S_{t-1} + β_t k_t v_tᵀ        o_t = K^-½ S_tᵀ q_t
+        y_t = (RMSNorm(o_t) ⊙ σ(x_t W_g1 W_g2 + b_g)) W_o
+
+    Queries, keys and values go through a causal convolution and SiLU; queries and keys are unit vectors. A_log is per
+    head, exp(A_log) starts uniform in (1, 16), softplus(b_f) log-uniform in [0.001, 0.1]. The low ranks are the value
+    width of a head. With `min_log_decay`, −5 say, g_t = min_log_decay · σ(exp(A_log) (x_t W_f1 W_f2 + b_f)) instead.
+    `num_heads` heads of query and key each serve a run of the `num_value_heads`, as many when None.
+    """
+
+    d_model: int
+    num_heads: int = 4
+    num_value_heads: int | None = None
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    min_log_decay: float | None = None
+    conv_window: int = 4
+    norm_eps: float = 1e-5
+    chunk_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "KDA")
+        heads, K, V = self._sizes()
+        state = self.start(x) if state is None else state
+        widths = {"q": self.num_heads * K, "k": self.num_heads * K, "v": heads * V}
+        (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
+        q, k, v = unit(split_heads(q, K)), unit(split_heads(k, K)), split_heads(v, V)
+        beta = nn.sigmoid(projection(heads, "beta_proj", self)(x).astype(accumulator(x.dtype)))
+        o, matrix = ops.delta_rule(
+            q, k, v, beta, self._log_decay(x, heads, K, V), initial_state=state.matrix, segment_ids=segment_ids,
+            chunk_size=self.chunk_size, impl=self.impl,
+        )  # fmt: skip
+        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
+        gate = projection(heads * V, "gate_up", self, use_bias=True)(projection(V, "gate_down", self)(x))
+        o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(gate)
+        return projection(self.d_model, "out_proj", self)(o), KDAState(matrix.astype(state.matrix.dtype), conv)
+
+    def _log_decay(self, x, heads, K, V):
+        wide = accumulator(x.dtype)
+        A_log = self.param("A_log", log_of_uniform(1, 16), (heads,), self.param_dtype)
+        dt_bias = self.param("dt_bias", step_size_bias(1e-3, 0.1), (heads * K,), self.param_dtype)
+        z = projection(heads * K, "decay_up", self)(projection(V, "decay_down", self)(x))
+        z = split_heads(z.astype(wide) + dt_bias.astype(wide)[None, None], K)
+        A = jnp.exp(A_log.astype(wide))[None, None, :, None]
+        return -A * jax.nn.softplus(z) if self.min_log_decay is None else self.min_log_decay * nn.sigmoid(A * z)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> KDAState:
+        heads, K, V = self._sizes()
+        conv = empty_convolutions(self, batch_size, (self.num_heads * K, self.num_heads * K, heads * V), dtype)
+        return KDAState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
+
+    @nn.nowrap
+    def _sizes(self) -> tuple[int, int, int]:
+        """Value heads, key width and value width per head."""
+        return self.value_heads(self.num_heads, self.num_value_heads, self.expand_k, self.expand_v)

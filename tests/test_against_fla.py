@@ -1,0 +1,288 @@
+"""Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
+
+Waiting for the work that builds what they check: fla_abc, fla_based, fla_rebased, fla_gsa, fla_log_linear_attn,
+fla_mesa_net, fla_forgetting_attn, fla_path_attn, fla_ttt_linear; and the layers that LAYERS below leaves out.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import assert_close, cast, quick_jit
+from recorded import load, recorded, with_gradients
+
+from jaxseq import GLA, LanguageModel, ops
+from jaxseq.interop import fla_layer
+from jaxseq.layers import GatedMLP
+
+# ---- ops: each takes the recorded inputs by their recorded names, and returns what was recorded ---------------------
+
+FORMS = ("sequential", "parallel", "chunked")
+
+
+class Recorded(NamedTuple):
+    op: Callable[..., tuple]
+    final: tuple[str, ...] = ("ht",)
+    forms: tuple[str, ...] = FORMS
+
+
+def attention(i, log_decay=None, **options):
+    query = i["q"] if "q" in i else i["r"]
+    log_decay = i.get("g", log_decay)
+    scale = options.pop("scale", i["const_scale"])
+    return ops.gated_linear_attention(query, i["k"], i["v"], log_decay, scale=scale, initial_state=i["h0"], **options)
+
+
+def normalised(i, impl):
+    """The normaliser is one more value, of ones."""
+    v = jnp.concatenate([i["v"], jnp.ones_like(i["v"][..., :1])], axis=-1)
+    start = jnp.concatenate([i["h0"], i["z0"][:, 0, ..., None]], axis=-1)
+    o, S = ops.gated_linear_attention(i["q"], i["k"], v, scale=i["const_scale"], initial_state=start, impl=impl)
+    return o[..., :-1] / (o[..., -1:] + i["const_eps"]), S[..., :-1], S[..., -1][:, None]
+
+
+def state_space_duality(i, impl):
+    """Mamba-2's SSD is gated linear attention: query C, key B, value dt x, log decay dt A."""
+    dt = jax.nn.softplus(i["dt"] + i["dt_bias"][None, None])
+    g, v = -jnp.exp(i["A_log"])[None, None] * dt, dt[..., None] * i["x"]
+    o, h = ops.gated_linear_attention(i["C"], i["Bm"], v, g, scale=1.0, initial_state=i["h0"], impl=impl)
+    return o + i["D"][None, None, :, None] * i["x"], h
+
+
+def delta(i, **options):
+    options |= {"scale": i["const_scale"], "initial_state": i["h0"]}
+    return ops.delta_rule(i["q"], i["k"], i["v"], i["beta"], i.get("g"), **options)
+
+
+def product(i, impl):
+    """Two corrections a token are a sequence twice as long: decay before the first, read after the last."""
+    spread = lambda x, at: jnp.stack([x if n == at else jnp.zeros_like(x) for n in (0, 1)], axis=2)
+    long = lambda x, at: spread(x, at).reshape(x.shape[0], -1, *x.shape[2:])
+    twice = i | {"q": long(i["q"], 1), "g": long(i["g"], 0)}
+    o, h = delta(twice, impl=impl)
+    return o[:, 1::2], h
+
+
+def general(i, a, b, **options):
+    options |= {"scale": i["const_scale"], "initial_state": i["h0"]}
+    decay = next(i[name] for name in ("gk", "w", "g") if (name in i and i[name].shape == a.shape) or name == "g")
+    return ops.dplr_recurrence(i["q"] if "q" in i else i["r"], i["k"], i["v"], a, b, decay, **options)
+
+
+def comba(i, impl):
+    scaled = i | {"v": i["beta"][..., None] * i["v"]}
+    return general(scaled, i["beta"][..., None] * i["p"], -i["k"], impl=impl)
+
+
+def gdn2(i, impl):
+    """A decayed read: what a reads, decayed."""
+    erased = jnp.exp(i["g"]) * i["b"] * i["k"]
+    return ops.dplr_recurrence(
+        i["q"],
+        i["k"],
+        i["w"] * i["v"],
+        erased,
+        -i["k"],
+        i["g"],
+        scale=i["const_scale"],
+        initial_state=i["h0"],
+        impl=impl,
+    )
+
+
+def elementwise(i, impl):
+    return ops.linear_recurrence(jnp.exp(i["g"]), i["x"], initial_state=i["h0"], impl=impl)
+
+
+OPS = {
+    "fla_gla": Recorded(attention),
+    "fla_simple_gla": Recorded(attention),
+    "fla_retention": Recorded(lambda i, impl: attention(i, i["const_log_gamma"], impl=impl)),
+    "fla_lightning": Recorded(lambda i, impl: attention(i, i["const_log_gamma"], impl=impl)),
+    "fla_linear_attn": Recorded(attention),
+    "fla_linear_attn_norm": Recorded(normalised, ("ht", "zt")),
+    "fla_rwkv6": Recorded(lambda i, impl: attention(i, i["w"], bonus=i["u"], impl=impl)),
+    "fla_mamba2_ssd": Recorded(state_space_duality),
+    "fla_hgrn": Recorded(elementwise, forms=(*FORMS, "in_place")),
+    "fla_delta_rule": Recorded(delta),
+    "fla_gated_delta_rule": Recorded(delta),
+    "fla_kda": Recorded(delta),
+    "fla_gated_delta_product": Recorded(product),
+    "fla_gdn2": Recorded(gdn2),
+    "fla_comba": Recorded(comba),
+    "fla_rwkv7": Recorded(lambda i, impl: general(i, -i["kk"], i["kk"] * i["a"], impl=impl)),
+    "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
+}
+#: The widest of each family: in float32 too.
+IN_FLOAT32 = ("fla_gla", "fla_kda", "fla_dplr")
+
+
+@recorded
+@pytest.mark.parametrize("file, impl", [(file, form) for file, case in OPS.items() for form in case.forms])
+def test_op(file, impl):
+    """Values, final states, and the gradient of every input."""
+    z, case = load(file), OPS[file]
+    constant = {name: a for name, a in z.items() if name.startswith("const_")}
+    inputs = {name: a for name, a in z.items() if f"grad_{name}" in z}
+    names = ("o", *case.final)
+    expected = tuple(z[name] for name in names), {name: z[f"grad_{name}"] for name in inputs}
+    precisions = [("float64", jnp.float64, 1e-12)] + [("float32", jnp.float32, 2e-6)] * (file in IN_FLOAT32)
+    for precision, dtype, bound in precisions:
+        with jax.enable_x64(precision == "float64"):
+            numbers = {name: float(a) if a.ndim == 0 else cast(a, dtype) for name, a in constant.items()}
+            op = lambda i, numbers=numbers: case.op(i | numbers, impl=impl)
+            cotangents = cast(tuple(z[f"d{name}"] for name in names), dtype)
+            assert_close(with_gradients(op, cast(inputs, dtype), cotangents), expected, bound)
+
+
+PACKED = {
+    "fla_gla_packed": ops.gated_linear_attention,
+    "fla_simple_gla_packed": ops.gated_linear_attention,
+    "fla_gated_delta_rule_packed": ops.delta_rule,
+}
+
+
+@recorded
+@pytest.mark.parametrize("file", PACKED)
+def test_packed(file):
+    """One by one, each from its own state; and in one call with segment ids, from zero after the first."""
+    z = load(file)
+    names = dict(query="q", key="k", value="v", log_decay="g") | ({"beta": "beta"} if "beta" in z else {})
+    cuts = list(zip(z["cu_seqlens"][:-1].tolist(), z["cu_seqlens"][1:].tolist(), strict=True))
+    ids = jnp.asarray(np.repeat(np.arange(len(cuts)), np.diff(z["cu_seqlens"])))[None]
+    op = partial(PACKED[file], scale=float(z["const_scale"]), chunk_size=16)
+
+    def one_by_one(inputs):
+        part = lambda a, b: {ours: inputs[theirs][:, a:b] for ours, theirs in names.items()}
+        runs = [op(**part(a, b), initial_state=inputs["h0"][i : i + 1]) for i, (a, b) in enumerate(cuts)]
+        outputs, states = zip(*runs, strict=True)
+        return jnp.concatenate(outputs, axis=1), jnp.concatenate(states)
+
+    with jax.enable_x64(True):
+        inputs, cotangents = cast(({n: z[n] for n in (*names.values(), "h0")}, (z["do"], z["dht"])), jnp.float64)
+        expected = (z["o"], z["ht"]), {n: z[f"grad_{n}"] for n in inputs}
+        assert_close(with_gradients(one_by_one, inputs, cotangents), expected, 1e-12)
+        together = lambda i: op(**{a: i[b] for a, b in names.items()}, initial_state=i["h0"][:1], segment_ids=ids)
+        first_only = lambda i: one_by_one(i | {"h0": i["h0"].at[1:].set(0)})
+        outputs, final = with_gradients(together, inputs, (cotangents[0], cotangents[1][3:]))
+        alone, alone_final = with_gradients(first_only, inputs, (cotangents[0], cotangents[1].at[:3].set(0)))
+        assert_close((outputs[0], outputs[1], final), (alone[0], alone[1][3:], alone_final), 1e-12)
+
+
+# ---- layers and the model ------------------------------------------------------------------------------------------
+
+#: file → their class, the fields that weights do not tell
+LAYERS = {
+    "fla_layer_gla": ("GatedLinearAttention", dict(num_heads=2)),
+    "fla_layer_gla_conv_gqa": (
+        "GatedLinearAttention", dict(num_heads=4, num_kv_heads=2, expand_k=1.0, expand_v=2.0, conv_window=4),
+    ),
+    "fla_layer_mamba": ("Mamba", dict(state_size=8)),
+    "fla_layer_delta_net": ("DeltaNet", dict(num_heads=2)),
+    "fla_layer_gated_deltanet": ("GatedDeltaNet", dict(num_heads=2, expand_k=1.0, expand_v=2.0)),
+    "fla_layer_kda": ("KimiDeltaAttention", dict(num_heads=2)),
+}  # fmt: skip
+
+
+def under(z, prefix):
+    return {name.removeprefix(prefix): a for name, a in z.items() if name.startswith(prefix)}
+
+
+@recorded
+@pytest.mark.parametrize("file", LAYERS)
+def test_layer(file):
+    """Their module's output and gradients, whole and as prefill and steps. The bounds are theirs against float64."""
+    (layer, fields), z = LAYERS[file], load(file)
+    (module, params), x = fla_layer(layer, under(z, "w."), **fields), jnp.asarray(z["x"])
+    y, (d_params, d_x) = with_gradients(lambda p: module.apply(*p), (params, x), jnp.asarray(z["dy"]))
+    assert_close(y, z["y"], 2e-6)
+    assert_close(d_x, z["grad_x"], 4e-6)
+    assert_close(d_params, fla_layer(layer, under(z, "grad_w."), **fields)[1], 5e-5)
+    length = x.shape[1]
+
+    def decode(params, x):
+        first, state = module.apply(params, x[:, : length - 6], module.init_state(2), method="prefill")
+        step = lambda state, x: module.apply(params, x, state, method="step")[::-1]
+        rest = jax.lax.scan(step, state, x[:, length - 6 :].swapaxes(0, 1))[1].swapaxes(0, 1)
+        return jnp.concatenate([first, rest], axis=1)
+
+    assert_close(quick_jit(decode)(params, x), z["y"], 2e-6)
+
+
+@recorded
+def test_weights_that_do_not_fit_are_named():
+    weights = under(load("fla_layer_gla"), "w.")
+    fit = lambda weights, **fields: fla_layer("GatedLinearAttention", weights, **{"num_heads": 2} | fields)
+    without = {name: a for name, a in weights.items() if name != "k_proj.weight"}
+    with pytest.raises(ValueError, match="no weights of GLA: rotary is unknown; k_proj.weight is missing"):
+        fit(without | {"rotary": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"k_proj.weight is \(32, 16\) and should be \(32, 32\); q_proj.weight is"):
+        fit(weights, expand_k=1.0)
+    with pytest.raises(ValueError, match="GatedLinearAttention misses o_proj.weight"):
+        fit({})
+    with pytest.raises(NotImplementedError, match="layer='GLA' has no mixer here; choose one of GatedLinear"):
+        fla_layer("GLA", weights)
+
+
+def model_params(z, prefix):
+    def layer(i):
+        named = under(z, f"{prefix}model.layers.{i}.")
+        _, mixer = fla_layer("GatedLinearAttention", under(named, "attn."), num_heads=2)
+        return {
+            "mixer": mixer["params"],
+            "mlp": {
+                f"{n}_proj": {"kernel": jnp.asarray(named[f"mlp.{n}_proj.weight"].T)} for n in ("gate", "up", "down")
+            },
+        } | {
+            f"{n}_norm": {"scale": jnp.asarray(named[f"{theirs}_norm.weight"])}
+            for n, theirs in (("mixer", "attn"), ("mlp", "mlp"))
+        }
+
+    layers = [layer(i) for i in range(2)]
+    return {
+        "params": {
+            "Embed_0": {"embedding": jnp.asarray(z[f"{prefix}model.embeddings.weight"])},
+            "stack": {
+                "layers": {"block_0": jax.tree.map(lambda *x: jnp.stack(x), *layers)},
+                "norm": {"scale": jnp.asarray(z[f"{prefix}model.norm.weight"])},
+            },
+            "head": {"kernel": jnp.asarray(z[f"{prefix}lm_head.weight"].T)},
+        }
+    }
+
+
+@recorded
+def test_language_model():
+    """Logits, loss, all gradients, and the tokens that greedy decoding picks from prefill and steps."""
+    z = load("fla_model_gla")
+    mixer = partial(GLA, num_heads=2, norm_eps=1e-6)
+    model = LanguageModel(64, 32, (mixer,) * 2, mlp=partial(GatedMLP, hidden=64))
+    params, tokens = model_params(z, "w."), jnp.asarray(z["input_ids"])
+
+    def loss(params):
+        logits = model.apply(params, tokens)
+        log_probability = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(log_probability, tokens[:, 1:, None], axis=-1).mean(), logits
+
+    (value, logits), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert_close(logits, z["logits"], 2e-6)
+    assert_close(value, z["loss"], 1e-6)
+    assert_close(gradients, model_params(z, "grad_w."), 5e-5)
+
+    @quick_jit
+    def greedy(params, prompt):
+        logits, state = model.apply(params, prompt, model.init_state(2), method="prefill")
+        pick = lambda logits: jnp.argmax(logits, -1).astype(jnp.int32)
+
+        def step(carry, _):
+            token, state = carry
+            logits, state = model.apply(params, token, state, method="step")
+            return (pick(logits), state), token
+
+        return jax.lax.scan(step, (pick(logits[:, -1]), state), length=12)[1].T
+
+    np.testing.assert_array_equal(greedy(params, tokens[:, : int(z["greedy_prompt_len"])]), z["greedy_tokens"])
