@@ -37,7 +37,7 @@ class Config:
     lengths: tuple[int, ...] = (256, 2048, 16384)
     """Time steps of linear_recurrence."""
     other_lengths: tuple[int, ...] = (2048,)
-    """Time steps of its complex form and of the ops with heads; the state space ops take half."""
+    """Time steps of its complex form and of the other ops."""
     most_pairs: int = 2**28
     """Longer lengths, in pairs of positions, are left out of full attention."""
     most_mib: float = 4096.0
@@ -141,7 +141,7 @@ def cases(config: Config) -> Iterator[Case]:
             if window is not None or config.most_pairs >= T**2:
                 attention = forms(ops.softmax_attention, "parallel", "chunked", None, window=window)
                 yield Case(f"softmax_attention/{name}", T, partial(attended, config, wide, []), attention)
-    for T in (max(1, T // 2) for T in config.other_lengths):
+    for T in config.other_lengths:
         selective_forms = forms(ops.selective_scan, "sequential", "parallel", "chunked", None)
         yield Case("selective_scan", T, partial(selective, config, T), selective_forms)
         diagonal_forms = forms(ops.diagonal_state_space, "chunked", "convolution", None)

@@ -19,11 +19,23 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxseq.data import VOCABULARY, Corpus, TextWindows, baselines, decode, encode, evaluation_windows, with_begin
 from jaxseq.decode import generate
 from jaxseq.models import ModelConfig, named_language_model
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
+from jaxseq.train import (
+    CheckpointConfig,
+    MeshConfig,
+    Run,
+    TrainConfig,
+    cross_entropy,
+    device_mesh,
+    digest,
+    main,
+    over_time,
+    shard_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,8 @@ def measure(run: Run[Config]) -> None:
         return cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
 
     every = max(1, len(held_out["validation"]) // config.data.evaluation_windows)
-    score = Score(model, max(16, config.train.batch_size))
+    at_once = config.train.batch_size * -(-16 // config.train.batch_size)  # the same devices divide it
+    score = Score(model, at_once, device_mesh(config.mesh))
     result = run.fit(
         loss,
         init,
@@ -163,20 +176,22 @@ def measure(run: Run[Config]) -> None:
 
 
 class Score:
-    """Nats and bits per byte over windows that each start from nothing, `batch_size` at a time."""
+    """Nats and bits per byte over windows that each start from nothing, `batch_size` at a time, on the mesh."""
 
-    def __init__(self, model, batch_size: int):
-        def nats(params, inputs, targets):
-            return jax.vmap(lambda *row: cross_entropy(*row)[0])(model.apply(params, inputs), targets)
+    def __init__(self, model, batch_size: int, mesh: Mesh):
+        def nats(params, rows, key):
+            logits = model.apply(params, rows["inputs"])
+            return jax.vmap(lambda *row: cross_entropy(*row)[0])(logits, rows["targets"]), {}
 
-        self._nats, self._batch_size = jax.jit(nats), batch_size
+        self._nats, self._batch_size, self._mesh = jax.jit(over_time(nats, mesh)), batch_size, mesh
 
     def __call__(self, params, targets) -> dict[str, float]:
         nats: list[float] = []
         for start in range(0, len(targets), self._batch_size):
             # The last batch is filled up with rows from its start, so that one program serves all.
             rows = np.resize(targets[start : start + self._batch_size], (self._batch_size, targets.shape[1]))
-            nats += self._nats(params, with_begin(rows), rows.astype(np.int32)).tolist()
+            batch = shard_batch({"inputs": with_begin(rows), "targets": rows.astype(np.int32)}, self._mesh)
+            nats += self._nats(params, batch, None)[0].tolist()
         mean = float(np.mean(nats[: len(targets)]))
         return {"loss": mean, "bits_per_byte": mean / math.log(2)}
 

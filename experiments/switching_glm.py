@@ -29,6 +29,7 @@ from jaxseq.analysis import matched_states
 from jaxseq.data import spike_counts
 from jaxseq.learn import best_fit, expectation_maximisation, gradient_ascent, hidden_markov_start
 from jaxseq.models import SwitchingGLM, one_hot_parameters
+from jaxseq.models.switching_glm import THRESHOLD
 from jaxseq.ops import hidden_markov_filter, hidden_markov_smoother
 from jaxseq.tasks import switching_spikes
 from jaxseq.train import MetricsWriter, Run, digest, main
@@ -146,7 +147,8 @@ class Row(NamedTuple):
         return f"{self.nats_per_bin:10.4f}" + "".join(f"{v:8.3f}" for v in self[1:] if not math.isnan(v))
 
 
-simulated: Any = jax.jit(switching_spikes, static_argnames=("num_sequences", "length", "num_states", "num_neurons"))
+SIZES = ("num_sequences", "length", "num_states", "num_neurons")
+simulated: Any = jax.jit(switching_spikes, static_argnames=(*SIZES, "link"))
 
 
 @lru_cache(maxsize=1)
@@ -154,7 +156,7 @@ def dataset(config: Config, seed: int) -> Data:
     data, count = config.data, max(config.training) + config.data.test_sequences
     if data.path is None:
         sizes = dict(num_sequences=count, length=data.length, num_states=config.states, num_neurons=data.neurons)
-        drawn = jax.device_get(simulated(jax.random.key(seed), **sizes))
+        drawn = jax.device_get(simulated(jax.random.key(seed), **sizes, link=config.link))
         held_out = data.test_sequences
         return Data(drawn.counts[held_out:], drawn.counts[:held_out], drawn.states[:held_out], drawn.weights)
     counts, trials, _ = spike_counts(data.path, bin_seconds=data.bin_seconds, seconds=data.seconds)
@@ -190,9 +192,8 @@ def fitted(config: Config, counts, seed: int, earlier: dict[str, Fit], *, states
 
 def rounded(config: Config, counts, seed: int, earlier: dict[str, Fit]) -> Fit:
     """Where the one-hot prior's fit begins: the Gaussian's couplings, the small ones set to zero. Nothing is fitted."""
-    gaussian = earlier["gaussian"]
-    model = SwitchingGLM(config.states, counts.shape[2], prior="one_hot")
-    return gaussian._replace(weights=np.asarray(_weights(model, one_hot_parameters(*gaussian[:2]))))
+    weights = earlier["gaussian"].weights
+    return earlier["gaussian"]._replace(weights=np.where(np.abs(weights) > THRESHOLD, weights, 0))
 
 
 def constant(config: Config, counts, seed: int, earlier: dict[str, Fit]) -> Fit:

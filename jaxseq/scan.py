@@ -17,6 +17,7 @@ from .monoid import Monoid
 
 def sequential(monoid: Monoid, elements, initial_state, *, reverse: bool = False) -> tuple[Any, Any]:
     """One `act` a step. O(T) depth, O(1) extra state."""
+    check_monoid(monoid, elements, initial_state)
 
     def step(state, element):
         state = monoid.act(element, state)
@@ -28,9 +29,9 @@ def sequential(monoid: Monoid, elements, initial_state, *, reverse: bool = False
 
 def parallel(monoid: Monoid, elements, initial_state, *, reverse: bool = False) -> tuple[Any, Any]:
     """`lax.associative_scan` of `combine`, then `act` on the initial state. O(log T) depth; keeps T elements."""
+    check_monoid(monoid, elements, initial_state)
     if reverse:
         return _reversed(parallel, monoid, elements, initial_state)
-    check_monoid(monoid, elements, initial_state)
     prefixes = lax.associative_scan(monoid.combine, elements, axis=1)
     states = monoid.act(prefixes, jax.tree.map(lambda s: s[:, None], initial_state))
     return states, jax.tree.map(lambda s: s[:, -1], states)
@@ -59,6 +60,7 @@ def abreast(
 ) -> tuple[Any, Any]:
     """All chunks side by side, one `combine` and then one `act` a step; sequential across. O(C + T/C) depth."""
     length, chunk_size = _sizes(elements, chunk_size)
+    check_monoid(monoid, elements, initial_state)
     if reverse:
         return _reversed(abreast, monoid, elements, initial_state, chunk_size=chunk_size)
     padded = pad_time(monoid, elements, -length % chunk_size)
@@ -74,7 +76,7 @@ def abreast(
 
 
 def _sizes(elements, chunk_size: int | None) -> tuple[int, int]:
-    """T, and the length of a chunk: where none is given the power of two next to √T, for as many chunks as that.
+    """T, and the length of a chunk: where none is given the power of two nearest √T, so that there are as many chunks.
 
     So depth, the states kept between chunks and the elements kept inside one all grow as √T.
     """
@@ -115,8 +117,10 @@ def check_monoid(monoid: Monoid, elements, initial_state) -> None:
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), elements)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), initial_state)
     for name, taken, args in (("combine", first, (first, first)), ("act", state, (first, state))):
-        given, returned = _described(taken), _described(jax.eval_shape(getattr(monoid, name), *args))
-        if given != returned:
+        result = jax.eval_shape(getattr(monoid, name), *args)
+        given, returned = _described(taken), _described(result)
+        same_tree = str(jax.tree.structure(taken)) == str(jax.tree.structure(result))
+        if given != returned or not same_tree:
             raise TypeError(f"{name} returned {returned} for {given}; a monoid's {name} keeps shapes and dtypes.")
 
 

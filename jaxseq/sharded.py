@@ -53,7 +53,7 @@ def first_position(length: int) -> jax.Array:
 
 
 def sharded(monoid: Monoid, elements, initial_state, *, reverse: bool = False) -> tuple[Any, Any]:
-    """A fourth way to run any monoid, beside those of `scan`: scan alone, exchange totals, let the prefixes act.
+    """The form of `scan` for a part of the time: scan alone, exchange totals, let the prefixes act.
 
     Takes and returns what they do, of this device's tokens; the states are those of the whole sequence.
     """

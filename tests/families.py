@@ -22,6 +22,7 @@ TOLERANCE = {
     "float32 strong": 1e-5,  # log decays of −20, 0 and between
     "bfloat16": 1e-2,  # inputs and outputs rounded, sums in float32
     "bfloat16 gradient": 2e-2,
+    "bfloat16 exchanged": 5e-4,  # bfloat16 inputs, on one device or many: what passes between devices is float32
     "mixer": 1e-5,  # float32 forms of one mixer or model, values and gradients
     "mixer strong": 5e-5,  # gradients of decays so strong that little is left of them
     "mixer bfloat16": 3e-2,  # against the same parameters in float32

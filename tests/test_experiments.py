@@ -54,6 +54,11 @@ def test_the_main_job_trains_reports_resumes_and_generates(run, texts, tmp_path)
     again = run(*command)
     assert again.returncode == 0 and "is finished" in again.stdout
 
+    over_time = run(*command[:-1], str(tmp_path / "split"), "--mesh.sequence", "2")
+    assert over_time.returncode == 0, over_time.stderr
+    apart = json.loads((tmp_path / "split" / "result.json").read_text())
+    assert abs(apart["measured"] - result["measured"]) < 1e-3
+
     text = run("experiments.generate", "--run", str(out), "--prompt", "the ", "--max-tokens", "20")
     assert text.returncode == 0 and text.stdout.startswith("the "), text.stderr
 

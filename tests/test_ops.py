@@ -178,6 +178,7 @@ BAD = {
     "chunk size": (partial(gla, q, q, q, chunk_size=0), ValueError, "chunk_size=0"),
     "matrices": (partial(ops.log_matmul, x), ValueError, "log_matrices has shape .2, 5, 3.*B T S S"),
     "no matrices": (partial(ops.log_matmul, x[:, :0, :, None] + x[:, :0, None]), ValueError, "at least one step"),
+    "NaN": (partial(ops.log_matmul, q[..., :4].at[1, 2, 3, 0].set(jnp.nan)), ValueError, "NaN at .1, 2, 3, 0."),
     "semiring": (partial(ops.log_matmul, q[..., :4], semiring="min"), ValueError, "semiring='min'.*'max_plus'"),
     "vector": (partial(ops.log_matmul, q[..., :4], initial_state=h), ValueError, "initial_state has shape .2, 3."),
     "scan A": (partial(scan, x, x, jnp.zeros((4, 2)), x, x), ValueError, "A has shape"),

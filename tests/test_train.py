@@ -27,6 +27,7 @@ from jaxseq.train import (
     fit,
     make_optimizer,
     restore_parameters,
+    shard_batch,
     shardings,
 )
 from jaxseq.train.optimizer import DECAYED, HIDDEN, STATE_SPACE, learning_rate
@@ -295,8 +296,10 @@ def test_config_mesh_and_batch_must_agree():
         device_mesh(MeshConfig(data=4, tensor=4))
     with pytest.raises(ValueError, match=r"build it with device_mesh"):
         train(mesh=jax.make_mesh((1, 1, 1, 1), ("data", "fsdp", "tensor", "sequence")))
-    with pytest.raises(ValueError, match=r"mesh.sequence=2 divides the time axis of no array .* \[5\]"):
+    with pytest.raises(ValueError, match=r"mesh.sequence=2 does not divide axis 1 of all arrays .* \[5\]"):
         train(mesh=device_mesh(MeshConfig(sequence=2)))
+    with pytest.raises(ValueError, match=r"alike \(lengths \[50, 8\]\); it is their time"):
+        shard_batch({"x": np.zeros((8, 50, 2)), "y": np.zeros((8, 8))}, device_mesh(MeshConfig(sequence=2)))
     with pytest.raises(ValueError, match=r"^train.learning_rate=-1 must be above 0.$"):
         TrainConfig(learning_rate=-1)
 

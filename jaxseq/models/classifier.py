@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ..layers.gated_mlp import GatedMLP
 from ..mixers.s4d import S4D
 from ..shapes import Array, Float, Int, typed
+from ..sharded import devices, first_position, sum_over_time
 from .block import Slot, Stack
 
 
@@ -47,8 +48,10 @@ class Classifier(nn.Module):
         names = ("d_model", "mixers", "mlp", "norm_eps", "remat", "dtype", "param_dtype")
         x, _ = Stack(**{name: getattr(self, name) for name in names}, name="stack")(x)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-        position = jnp.arange(x.shape[1])[None]
-        lengths = jnp.full(x.shape[:1], x.shape[1]) if lengths is None else lengths
+        position = (first_position(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32))[None]
+        lengths = jnp.full(x.shape[:1], x.shape[1] * devices()) if lengths is None else lengths
         counted = position < lengths[:, None] if self.pool == "mean" else position == lengths[:, None] - 1
-        weights = counted.astype(x.dtype) / jnp.maximum(counted.sum(-1, keepdims=True), 1).astype(x.dtype)
-        return nn.Dense(self.num_classes, name="head")(jnp.einsum("btd,bt->bd", x, weights))
+        counted = counted.astype(x.dtype)
+        count = jnp.maximum(sum_over_time(counted.sum(-1, keepdims=True)), 1)
+        pooled = sum_over_time(jnp.einsum("btd,bt->bd", x, counted)) / count
+        return nn.Dense(self.num_classes, name="head")(pooled)

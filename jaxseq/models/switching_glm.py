@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln
 
+from ..ops import short_convolution
 from ..shapes import Array, Float, Int, known, typed
 
 LINKS = {"sigmoid": jax.nn.sigmoid, "softplus": jax.nn.softplus}
 # φ_k ∝ exp(−k): what a spike k bins ago still weighs.
+#: Couplings below are none to `one_hot_parameters`.
+THRESHOLD = 0.3
 BASIS = tuple((np.exp(-np.arange(1, 6)) / np.exp(-np.arange(1, 6)).sum()).tolist())
 
 
@@ -89,7 +92,7 @@ class SwitchingGLM(nn.Module):
 
 
 @typed
-def one_hot_parameters(weights: Float[Array, "S N N"], bias: Float[Array, "N"], threshold: float = 0.3) -> dict:
+def one_hot_parameters(weights: Float[Array, "S N N"], bias: Float[Array, "N"], threshold: float = THRESHOLD) -> dict:
     """Parameters of a `one_hot` SwitchingGLM that begins at given weights, those below `threshold` set to zero."""
     weights = jnp.asarray(weights)
     adjacency = jnp.stack([-weights, jnp.full_like(weights, threshold), weights], axis=-1) / threshold
@@ -100,10 +103,8 @@ def one_hot_parameters(weights: Float[Array, "S N N"], bias: Float[Array, "N"], 
 
 def history(x: Float[Array, "B T N"], basis: tuple[float, ...] = BASIS) -> Float[Array, "B T N"]:
     """c_t = Σ_k φ_k x_{t-k}, k = 1 … K; nothing comes before the first bin."""
-    length, window = x.shape[1], len(basis)
-    padded = jnp.pad(x, ((0, 0), (window, 0), (0, 0)))
-    past = jnp.stack([padded[:, window - k : window - k + length] for k in range(1, window + 1)])
-    return jnp.einsum("kbtn,k->btn", past, jnp.asarray(basis, x.dtype))
+    weight = jnp.asarray([*reversed(basis), 0], x.dtype)[:, None]
+    return short_convolution(x, jnp.broadcast_to(weight, (len(basis) + 1, x.shape[2])))[0]
 
 
 def _check_counts(counts, window: int) -> None:

@@ -310,11 +310,13 @@ def _check(operands, initial_state) -> None:
     shape, dtype = operands["u1"].shape, operands["u1"].dtype
     if 0 in shape:
         raise ValueError(f"u1 has shape {shape}; grid_recurrence takes one or more of each of B, T, V and N.")
-    states, memory = 2 * math.prod(shape) * accumulator(dtype).itemsize, _memory()
-    if states > memory:
+    arrays = 2 + sum(x is not None for x in operands.values())
+    needed, memory = arrays * math.prod(shape) * accumulator(dtype).itemsize, _memory()
+    if needed > memory:
         raise ValueError(
-            f"h1 and h2 of shape {shape} take {states / 2**30:.3g} GiB of the {memory / 2**30:.3g} GiB there are; feed "
-            "the grid in parts along time, each from the initial_state that the one before leaves, or split the batch."
+            f"States, coefficients and inputs of shape {shape} take {needed / 2**30:.3g} GiB of the "
+            f"{memory / 2**30:.3g} GiB there are; feed the grid in parts along time, each from the initial_state that "
+            "the one before leaves, or split the batch."
         )
     before = () if initial_state is None else tuple(initial_state)
     column, found = (shape[0], *shape[2:]), [jnp.shape(s) for s in before]

@@ -175,7 +175,8 @@ def _check_values(log_start, log_transition, log_emissions, lengths) -> None:
             continue
         with np.errstate(over="ignore"):
             sums = np.exp(array.astype(np.float64)).sum(-1)
-        wrong = np.argwhere(~(np.abs(sums - 1) < 1e-3))
+        # A logarithm rounded to bfloat16 is off by a half per cent of itself.
+        wrong = np.argwhere(~(np.abs(sums - 1) < (1e-3 if array.dtype.itemsize >= 4 else 3e-2)))
         if len(wrong):
             at = tuple(wrong[0].tolist())
             row = f" at {list(at)}" if at else ""

@@ -5,11 +5,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import scan
 from ..monoid import MatrixAffine, Segmented, log_sum_exp, matrix_affine, max_plus, segmented
 from ..segments import segment_starts
-from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
+from ..shapes import Array, Float, Int, accumulator, known, typed, zeros_from
 from ..sharded import check_whole
 from .dispatch import dispatch
 
@@ -83,7 +84,7 @@ def log_matmul(
     backward pass (no forward mode).
 
     Raises:
-      ValueError: shapes disagree, T = 0, or `semiring` is none of the two.
+      ValueError: shapes disagree, T = 0, a NaN where values are known, or `semiring` is none of the two.
       NotImplementedError: `impl` is none of the forms, or time is split over devices.
     """
     check_whole("log_matmul", "run jaxseq.sharded.sharded with jaxseq.monoid.log_sum_exp")
@@ -92,6 +93,9 @@ def log_matmul(
         raise ValueError(f"log_matrices has shape {log_matrices.shape}; log_matmul takes at least one step and state.")
     if semiring not in SEMIRINGS:
         raise ValueError(f"semiring={semiring!r}; log_matmul takes {' or '.join(map(repr, SEMIRINGS))}.")
+    values = known(log_matrices)
+    if values is not None and (wrong := np.argwhere(np.isnan(values))).size:
+        raise ValueError(f"log_matrices is NaN at {wrong[0].tolist()}; log_matmul takes numbers, and −∞ for no weight.")
     matrices = log_matrices.astype(accumulator(log_matrices.dtype))
     state = zeros_from(matrices, (batch, size), matrices.dtype, plus=initial_state)
     ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids

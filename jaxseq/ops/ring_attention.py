@@ -2,7 +2,7 @@
 
 A causal query of the last device sees all keys, one of the first device next to none. So each of n devices trades its
 run of tokens for two half runs, number i from the front and number i from the back: then all have the same two blocks
-of pairs to compute for the keys of every other device, and no block is computed that is masked away whole.
+of pairs to compute for the keys of every other device, and no block that causality masks away whole is computed.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ..scan import join_chunks, split_chunks
 from ..shapes import accumulator
 from ..sharded import AXIS, devices
 
-# Inside the ring halves lead: queries `2 B T/2 G R K`, keys and values `2 B T/2 G …`, segments `2 B T/2` or None.
+# Inside the ring halves lead: queries `2 B T/2 G R K`, keys and values `2 B T/2 G …`, both segments `2 B T/2` or None.
 
 
 class Rules(NamedTuple):
@@ -29,10 +29,11 @@ class Rules(NamedTuple):
 
 
 def ring_attention(q, k, v, segments, rules: Rules, causal: bool, chunk_size: int):
-    """The read-out `B T G R V` of queries `B T G R K`, keys and values `B T G …`, segments `B T` or None."""
+    """The read-out `B T G R V` of queries `B T G R K`, keys and values `B T G …`, both segments `B T` or None."""
     if q.shape[1] % 2:
         raise ValueError(
-            f"mesh axis {AXIS}={devices()} leaves {q.shape[1]} tokens a device; attention takes even runs."
+            f"mesh axis {AXIS}={devices()} leaves {q.shape[1]} tokens a device; attention takes even runs: pad the "
+            f"sequence to a multiple of {2 * devices()}."
         )
     ends = jax.tree.map(_to_both_ends, (q, k, v, segments))
     return _from_both_ends(_ring(rules, causal, chunk_size, *ends))
@@ -46,13 +47,13 @@ def _ring(rules, causal, chunk_size, q, k, v, segments):
 def _ring_forward(rules, causal, chunk_size, q, k, v, segments):
     def meet(averages, message, device, a, b):
         at = _positions(device, q.shape[2], a, b)
-        seen = _block(rules, chunk_size, at, *_half((q, segments), a), *_half(message, b))
+        seen = _block(rules, chunk_size, at, *_half((q, segments and segments[0]), a), *_half(message, b))
         return _update(averages, a, softmax.combine(_half(averages, a), seen)), message
 
     logits = jnp.zeros_like(q[..., 0], accumulator(q.dtype))
     values = jnp.broadcast_to(logits[..., None], (*logits.shape, v.shape[-1]))
     start = softmax.identity(Softmax(logits, logits, values))
-    averages, _ = _around(causal, meet, start, (k, v, segments))
+    averages, _ = _around(causal, meet, start, (k, v, segments and segments[1]))
     o = averages.average()
     total = jnp.where(averages.normaliser > 0, averages.maximum + jnp.log(averages.normaliser), 0)
     return o, (q, k, v, segments, o, total)
@@ -67,7 +68,7 @@ def _ring_backward(rules, causal, chunk_size, residuals, d_o):
         keys, d_keys = message
         at = _positions(device, q.shape[2], a, b)
         (q_here, q_ids, maximum, *adjoints), (k, v, k_ids) = (
-            _half((q, segments, total, d_total, d_o), a),
+            _half((q, segments and segments[0], total, d_total, d_o), a),
             _half(keys, b),
         )
 
@@ -80,7 +81,7 @@ def _ring_backward(rules, causal, chunk_size, residuals, d_o):
         return _add(d_q, a, d_here), (keys, _add(d_keys, b, tuple(d_keys_here)))
 
     wide = lambda x: jnp.zeros_like(x, accumulator(x.dtype))
-    d_q, (_, (d_k, d_v)) = _around(causal, meet, wide(q), ((k, v, segments), (wide(k), wide(v))))
+    d_q, (_, (d_k, d_v)) = _around(causal, meet, wide(q), ((k, v, segments and segments[1]), (wide(k), wide(v))))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 

@@ -137,12 +137,15 @@ def softmax_attention(
     rules = Rules(partial(_visible, causal, window), capped)
     finish = lambda o: o.reshape(batch, length, heads, -1).astype(value.dtype)
     positions = jnp.arange(span - length, span, dtype=jnp.int32), jnp.arange(span, dtype=jnp.int32)
-    if is_split() and causal and window is not None and window <= length + 1:
-        past, keys = span - length, jnp.arange(1 - window, length, dtype=jnp.int32)
-        key, value, key_segments = (_with_halo(x, past, window - 1) for x in (key, value, key_segments))
-        positions = keys[window - 1 :], jnp.where(first_position(length) + keys < -past, NOWHERE, keys)
+    # What a window reaches back, where the device before has it all.
+    behind = window - 1 if causal and window is not None and window <= length + 1 else None
+    if is_split() and behind is not None:
+        past, keys = span - length, jnp.arange(-behind, length, dtype=jnp.int32)
+        key, value, key_segments = (_with_halo(x, past, behind) for x in (key, value, key_segments))
+        positions = keys[behind:], jnp.where(first_position(length) + keys < -past, NOWHERE, keys)
         span = key.shape[1]
-    elif is_split():
+    segments = None if segment_ids is None else (segment_ids, key_segments)
+    if is_split() and behind is None:
         if length != span:
             raise NotImplementedError(
                 f"query has {length} positions, key {span}; with time split over devices they are the same, but for a "
@@ -150,8 +153,7 @@ def softmax_attention(
             )
         sizes = {"parallel": length, "chunked": min(chunk_size, length)}
         rings = {name: partial(ring_attention, rules=rules, causal=causal, chunk_size=n) for name, n in sizes.items()}
-        return finish(dispatch("softmax_attention over devices", impl, rings, "chunked")(q, key, value, segment_ids))
-    segments = None if segment_ids is None else (segment_ids, key_segments)
+        return finish(dispatch("softmax_attention over devices", impl, rings, "chunked")(q, key, value, segments))
     reach = window - 1 if causal and window is not None and window - 1 + chunk_size < span else None
     forms = {
         "sequential": partial(sequential, rules=rules),

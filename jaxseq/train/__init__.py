@@ -24,4 +24,6 @@ from .run import open_run as open_run
 from .run import read_config as read_config
 from .sharding import RULES as RULES
 from .sharding import device_mesh as device_mesh
+from .sharding import over_time as over_time
+from .sharding import shard_batch as shard_batch
 from .sharding import shardings as shardings

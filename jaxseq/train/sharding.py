@@ -89,12 +89,15 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Every process is given the whole batch and puts its own part on its own devices.
 
     Raises:
-      ValueError: mesh.sequence is above 1 and divides the time axis of no array.
+      ValueError: mesh.sequence is above 1, and arrays have other time axes than one another or one it does not divide.
     """
     split = mesh.shape[TIME]
     times = [x.shape[1] for x in jax.tree.leaves(batch) if x.ndim > 1]
-    if split > 1 and all(time % split for time in times):
-        raise ValueError(f"mesh.sequence={split} divides the time axis of no array in the batch (lengths {times}).")
+    if split > 1 and (len(set(times)) != 1 or times[0] % split):
+        raise ValueError(
+            f"mesh.sequence={split} does not divide axis 1 of all arrays in the batch alike (lengths {times}); it is "
+            "their time: give arrays without time one axis, and pad the others."
+        )
 
     def put(x):
         sharding = NamedSharding(mesh, P(BATCH, *_time(x, mesh)))
@@ -105,8 +108,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 def _time(x, mesh: Mesh) -> tuple[str, ...]:
     """How axis 1 of an array of the batch is split."""
-    split = mesh.shape[TIME]
-    return (TIME,) if split > 1 and x.ndim > 1 and x.shape[1] % split == 0 else ()
+    return (TIME,) if mesh.shape[TIME] > 1 and x.ndim > 1 else ()
 
 
 def over_time(loss: Callable, mesh: Mesh) -> Callable:
