@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import log_sigmoid, log_softmax, sigmoid, softplus
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from jaxseq import ops
 from jaxseq.analysis import Case, Timing, exponent, side_by_side
+from jaxseq.layers.normalised import unit
 from jaxseq.train import MetricsWriter, Run, main
 from jaxseq.train.files import write_json
 
@@ -137,6 +137,11 @@ def cases(config: Config) -> Iterator[Case]:
         wide = (*heads, config.head_width)
         for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
             yield Case(f"gated_linear_attention/{name}", T, partial(attended, config, wide, gate), gla)
+        corrected = forms(ops.delta_rule, "sequential", "chunked", None)
+        for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
+            yield Case(f"delta_rule/{name}", T, partial(keyed, config, wide, gate), corrected)
+        general = forms(ops.dplr_recurrence, "sequential", "chunked", None)
+        yield Case("dplr_recurrence", T, partial(erased, config, wide), general)
         for name, window in {"full": None, "window": config.window}.items():
             if window is not None or config.most_pairs >= T**2:
                 attention = forms(ops.softmax_attention, "parallel", "chunked", None, window=window)
@@ -167,6 +172,20 @@ def rotating(config: Config, T: int, key):
 def attended(config: Config, wide, gate, key):
     q, k, v, *g = normals(key, wide, wide, wide, *gate, dtype=config.dtype)
     return q, k, v, *(log_sigmoid(x + 3) for x in g)
+
+
+def keyed(config: Config, wide, gate, key):
+    """Unit keys, and β as a logit of about zero gives it."""
+    beta = sigmoid(jax.random.normal(jax.random.fold_in(key, 9), wide[:3]))
+    q, k, v, *g = attended(config, wide, gate, key)
+    return q, unit(k), v, beta, *g
+
+
+def erased(config: Config, wide, key):
+    """RWKV-7's transition: what a unit vector reads is taken away in part."""
+    q, k, v, g = attended(config, wide, [wide], key)
+    a, part = normals(jax.random.fold_in(key, 9), wide, wide, dtype=config.dtype)
+    return q, k, v, unit(a), -sigmoid(part) * unit(a), g
 
 
 def selective(config: Config, T: int, key):
@@ -204,21 +223,27 @@ def least(table: list[list[Timing]], op: str, over: str, under: str, number: str
     return min(ratio for of in numbers if (ratio := of[over] / of[under]) > 0)  # not NaN: both were run
 
 
-def draw_bars(table: list[list[Timing]], path: Path) -> None:
-    """The times of every form, a panel for each op and length."""
-    figure = Figure(figsize=(12, 2.2 * -(-len(table) // 3)), dpi=150, layout="constrained")
-    panels = figure.subplots(-(-len(table) // 3), 3, squeeze=False).flat
-    for rows, axes in zip(table, panels, strict=False):
-        names = [row.form for row in rows]
-        axes.barh(names, [row.training_ms for row in rows], 0.8, color="#b9cfe8", label="forward and backward")
-        axes.barh(names, [row.forward_ms for row in rows], 0.4, color="#3b6fb6", label="forward")
-        axes.set(xscale="log", xlabel="ms")
-        axes.set_title(f"{rows[0].op}, T = {rows[0].length}", fontsize="small")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.invert_yaxis()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+def draw(table: list[list[Timing]], path: Path) -> None:
+    """A panel an op: time over T where it was measured at several lengths, else a bar a form."""
+    ops_rows: dict[str, list[Timing]] = {}
+    for row in (row for rows in table for row in rows):
+        ops_rows.setdefault(row.op, []).append(row)
+    height = -(-len(ops_rows) // 3)
+    figure = Figure(figsize=(12, 3 * height), dpi=150, layout="constrained")
+    panels = figure.subplots(height, 3, squeeze=False).flat
+    for axes, (op, rows) in zip(panels, ops_rows.items(), strict=False):
+        names, lengths = dict.fromkeys(row.form for row in rows), {row.length for row in rows}
+        if len(lengths) == 1:
+            axes.barh([*names], [row.training_ms for row in rows], 0.8, color="#b9cfe8", label="forward and backward")
+            axes.barh([*names], [row.forward_ms for row in rows], 0.4, color="#3b6fb6", label="forward")
+            axes.set(xscale="log", xlabel=f"ms at T = {lengths.pop()}")
+            axes.invert_yaxis()
+        for name in names if len(lengths) > 1 else ():
+            of = [row for row in rows if row.form == name]
+            axes.plot([row.length for row in of], [row.training_ms for row in of], "o-", label=name, markersize=3)
+            axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
+        axes.set_title(op, fontsize="small")
+        axes.legend(fontsize="x-small", frameon=False)
     for axes in panels:
         axes.axis("off")
     path.parent.mkdir(exist_ok=True)
@@ -258,7 +283,7 @@ def measure(run: Run[Config]) -> None:
         print("{:<35}{:<17}{:>12.2f}{:>6.2f}{:>15.2f}{:>6.2f}".format(*fit.values()))
     rows = [row._asdict() for rows in table for row in rows]
     write_json(run.folder / "table.json", {"rows": rows, "exponents": growth})
-    draw_bars(table, run.folder / "plots" / "times.png")
+    draw(table, run.folder / "plots" / "times.png")
     verdict(run, table)
 
 

@@ -129,6 +129,27 @@ def test_a_decay_to_nothing_is_finite(impl):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(form(gone, cotangents, None)))
 
 
+@pytest.mark.parametrize("keys, strength", [("norm 10", 0.02), ("norm 10", 0.002), ("one key", 1.0), ("one key", 1.9)])
+def test_the_delta_rule_solves_for_any_keys(keys, strength):
+    """Long keys up to β |k|² = 2, and one key over and over, where a series for the inverse would overflow."""
+    rng, T = np.random.default_rng(0), 131
+    shapes = [np.zeros((2, T, 2, 16))] * 3
+    q, k, v = normals(rng, shapes)
+    k = 10 * k / np.linalg.norm(k, axis=-1, keepdims=True) if keys == "norm 10" else np.ones_like(k) / 4
+    inputs = dict(query=q, key=k, value=v, beta=np.full(k.shape[:3], strength))
+
+    def everything(impl, dtype):
+        call = lambda inputs: ops.delta_rule(**inputs, chunk_size=64, impl=impl)
+        values, pull = jax.vjp(call, cast(inputs, dtype))
+        return values, pull(jax.tree.map(jnp.ones_like, values))[0]
+
+    with jax.enable_x64(True):
+        expected = quick_jit(partial(everything, "sequential", jnp.float64))()
+        assert_close(quick_jit(partial(everything, "chunked", jnp.float64))(), expected, 1e-10)
+    actual = jax.jit(partial(everything, "chunked", jnp.float32))()
+    assert_close(actual, expected, "float32 repeated keys" if keys == "one key" else "float32 strong")
+
+
 @pytest.mark.parametrize("name", SWEPT)
 def test_vmap_and_numpy(name):
     """A leading axis is a batch; NumPy arrays are arrays."""

@@ -241,10 +241,10 @@ def grid_recurrence(
         others = ", ".join(repr(name) for name in FORMS if name != impl)
         raise NotImplementedError(f"impl='triangular' takes a2=None or a3=None; with both choose None, {others}.")
     forms = FORMS if sweeps is None else FORMS | {"sweeps": partial(_solve, partial(coupling_sweeps, count=sweeps))}
-    # Few lanes: one pass over memory. Many: the fewest steps that wait for one another, 2 log V of them in a scan.
+    # A processor: one pass over memory. Else the fewest steps that wait for one another, 2 log V of them in a scan.
     length, variates = u1.shape[1:3]
-    few = "columns" if 2 * length * variates.bit_length() < length + variates else "wavefront"
-    best = {"cpu": "columns", "default": "triangular" if uncoupled else few}
+    fewest = "columns" if 2 * length * variates.bit_length() < length + variates else "wavefront"
+    best = "triangular" if uncoupled else {"cpu": "columns", "default": fewest}
     h1, h2 = _flip(dispatch("grid_recurrence", impl, forms, best)(*operands), axes)
     return h1.astype(dtype), h2.astype(dtype)
 
