@@ -282,11 +282,14 @@ def test_a_long_sequence_has_the_losses_of_one_device(name, monkeypatch):
         return np.asarray(rows)
 
     expected = losses(MeshConfig())
-    assert np.abs(losses(MeshConfig(sequence=8)) - expected).max() < 1e-4
+    difference = lambda: np.abs(losses(MeshConfig(sequence=8)) - expected).max()
+    apart = difference()
+    print(f"{name}: the losses differ by {apart:.1e}")
+    assert apart < 1e-4
     if name in ("gla", "mamba"):  # without the exchange they would be others
         nothing = lambda monoid, total, reverse: monoid.identity(total)
         monkeypatch.setattr("jaxseq.sharded._before", nothing)
-        assert np.abs(losses(MeshConfig(sequence=8)) - expected).max() > 1e-3
+        assert difference() > max(5e-5, 10 * apart)
 
 
 def _long(length, step):
