@@ -12,7 +12,7 @@ from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
 from .chunkwise import CHUNK, Roles, chunkwise, inverse, product, scores
 from .dispatch import dispatch
-from .matrix_state import in_accumulator, prepared, total_map
+from .matrix_state import best, in_accumulator, prepared, total_map
 
 # The forms take queries and keys `B T H K`, values `B T H V`, β `B T H 1`, log decays `B T H K` or `B T H 1`, and a
 # float32 state `B H K V`.
@@ -97,8 +97,7 @@ def delta_rule(
         "parallel": in_accumulator(parallel, S),
         "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
     }
-    best = "chunked" if length > 1 else "sequential"
-    form = dispatch("delta_rule", impl, forms, best)
+    form = dispatch("delta_rule", impl, forms, *best(length))
     v, beta = own((value, beta[..., None]))
     run = lambda v, S: form(q, k, v, beta, g, S)
     o, final = across_devices(matrix_map, lambda: total_map(run, v, S), partial(run, v), S)

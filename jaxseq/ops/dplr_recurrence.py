@@ -12,7 +12,7 @@ from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
 from .chunkwise import CHUNK, Roles, chunkwise, inverse, product, scores
 from .dispatch import dispatch
-from .matrix_state import in_accumulator, per_head, prepared, total_map
+from .matrix_state import best, in_accumulator, per_head, prepared, total_map
 
 # The forms take queries, keys, a and b `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32
 # state `B H K V`.
@@ -107,8 +107,7 @@ def dplr_recurrence(
         "parallel": in_accumulator(parallel, S),
         "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
     }
-    best = "chunked" if length > 1 else "sequential"
-    form = dispatch("dplr_recurrence", impl, forms, best)
+    form = dispatch("dplr_recurrence", impl, forms, *best(length))
     v, a, b = own((value, per_head(a, heads), per_head(b, heads)))
     run = lambda v, S: form(q, k, v, a, b, g, S)
     o, final = across_devices(matrix_map, lambda: total_map(run, v, S), partial(run, v), S)

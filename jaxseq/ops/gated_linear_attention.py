@@ -12,7 +12,7 @@ from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
 from .chunkwise import CHUNK, Roles, chunkwise, product, scores
 from .dispatch import dispatch
-from .matrix_state import in_accumulator, prepared
+from .matrix_state import best, in_accumulator, prepared
 
 # The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, a bonus `1 1 H K`
 # or None, and a float32 state `B H K V`.
@@ -103,10 +103,8 @@ def gated_linear_attention(
         "parallel": in_accumulator(parallel, S),
         "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
     }
-    # A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
-    best = {"cpu": "sequential", "default": "chunked" if length > 1 else "sequential"}
     v, bonus = own((value, bonus))
-    run = partial(dispatch("gated_linear_attention", impl, forms, best, "chunked"), q, k, v, g, bonus)
+    run = partial(dispatch("gated_linear_attention", impl, forms, *best(length)), q, k, v, g, bonus)
     o, final = across_devices(outer_product, partial(_total, k, v, g), run, S)
     return o.astype(value.dtype), final
 

@@ -57,6 +57,14 @@ def _per_channel(log_decay, value, groups, dtype):
     return per_head(g, heads)
 
 
+def best(length: int) -> tuple[dict[str, str], str]:
+    """The form for each platform, and the one where a gradient is taken, as `dispatch` takes them.
+
+    A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
+    """
+    return {"cpu": "sequential", "default": "chunked" if length > 1 else "sequential"}, "chunked"
+
+
 def in_accumulator(form, S):
     """The form on tokens in the precision of the state."""
     return lambda *tokens_and_state: form(*(None if x is None else x.astype(S.dtype) for x in tokens_and_state))
