@@ -12,7 +12,7 @@ import pytest
 
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
-from jaxseq.mixers import KDA, DeltaNet, GatedDeltaNet
+from jaxseq.mixers import KDA, DeltaNet, GatedDeltaNet, RetNet
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 #: Relative Frobenius error of each array, ‖a − b‖ / ‖b‖. Ops are measured against `sequential` in float64.
@@ -350,6 +350,9 @@ MIXERS = {
     "KDA": MixerMember(partial(KDA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"A_log": 20.0}, slow=True),
     "KDA bounded": MixerMember(
         partial(KDA, WIDTH, num_heads=1, num_value_heads=2, min_log_decay=-5.0, chunk_size=CHUNK), cheap=True
+    ),
+    "RetNet": MixerMember(
+        partial(RetNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(

@@ -185,6 +185,7 @@ LAYERS = {
     "fla_layer_delta_net": ("DeltaNet", dict(num_heads=2)),
     "fla_layer_gated_deltanet": ("GatedDeltaNet", dict(num_heads=2, expand_k=1.0, expand_v=2.0)),
     "fla_layer_kda": ("KimiDeltaAttention", dict(num_heads=2)),
+    "fla_layer_retnet": ("MultiScaleRetention", dict(num_heads=2)),
 }  # fmt: skip
 
 

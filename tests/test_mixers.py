@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 from jaxseq import GLA, S4D, Attention, Mamba
+from jaxseq.mixers import RetNet
 
 CHEAP = [name for name, member in MIXERS.items() if member.cheap or member.slow]
 
@@ -231,6 +232,8 @@ WRONG = {
     "no rate": (S4D(WIDTH, rate=0.0), "rate=0.0"),
     "gla window": (GLA(WIDTH, conv_window=-1), "conv_window=-1; GLA takes 1 or more"),
     "gla no kv heads": (GLA(WIDTH, num_kv_heads=-1), "num_kv_heads=-1 does not divide"),
+    "retnet base": (RetNet(WIDTH, rotary_base=0.0), "rotary_base=0.0; RetNet takes a number above 0"),
+    "retnet odd width": (RetNet(WIDTH, num_heads=8), "head width 1; rotary takes an even one"),
     "mamba window": (Mamba(WIDTH, conv_window=0), "conv_window=0; Mamba takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
 }

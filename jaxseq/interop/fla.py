@@ -68,6 +68,7 @@ LAYERS = {
             "g_proj.1.bias": "gate_up/bias",
         },
     ),
+    "MultiScaleRetention": Layer(mixers.RetNet, QKV | GATE | OUT | {"g_norm_swish_gate.weight": "norm/scale"}),
 }  # fmt: skip
 
 

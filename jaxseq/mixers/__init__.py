@@ -6,4 +6,5 @@ from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
 from .kda import KDA as KDA
 from .mamba import Mamba as Mamba
+from .retnet import RetNet as RetNet
 from .s4d import S4D as S4D

@@ -1,0 +1,78 @@
+"""RetNet's multi-scale retention."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.decays import retention_log_decays
+from ..layers.mixer import Mixer
+from ..layers.projection import projection, split_heads
+from ..layers.rotary import rotary
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..sharded import devices, first_position
+
+
+class RetNetState(NamedTuple):
+    matrix: Float[Array, "B H K V"]  # keys rotated as the next token, at position 0, sees them
+
+
+class RetNet(Mixer):
+    """Linear attention with a fixed decay per head and rotary positions (arXiv 2307.08621, section 2).
+
+        S_t = γ_h e^{iθ} S_{t-1} + k_t v_tᵀ        o_t = K^-½ S_tᵀ q_t        y_t = (RMSNorm(o_t) ⊙ silu(x_t W_g)) W_o
+        γ_h = 1 − 2^(−5−h), h = 0 … H − 1        θ_i = base^(−2i/K)
+
+    e^{iθ} turns pairs of channels. Inside a call queries and keys are turned by their positions instead, and the
+    state by all of them at the end, so that it counts no tokens. The norm is per head with one weight vector for all
+    heads (the paper: a group norm, and divisions that a norm undoes).
+    """
+
+    d_model: int
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    rotary_base: float = 10000.0
+    norm_eps: float = 1e-5
+    chunk_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "RetNet")
+        K, V = self._sizes()
+        state = self.start(x) if state is None else state
+        length, value_width = x.shape[1], self.num_heads * V
+        q, k = (split_heads(projection(self.num_heads * K, f"{name}_proj", self)(x), K) for name in "qk")
+        v = split_heads(projection(value_width, "v_proj", self)(x), V)
+        positions = first_position(length) + jnp.arange(length, dtype=jnp.int32)
+        q, k = (rotary(a, positions, self.rotary_base) for a in (q, k))
+        o, matrix = ops.gated_linear_attention(
+            q, k, v, retention_log_decays(self.num_heads), initial_state=state.matrix, segment_ids=segment_ids,
+            chunk_size=self.chunk_size, impl=self.impl,
+        )  # fmt: skip
+        matrix = self._turned(matrix, -length * devices())
+        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
+        o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(value_width, "gate_proj", self)(x))
+        return projection(self.d_model, "out_proj", self)(o), RetNetState(matrix.astype(state.matrix.dtype))
+
+    def _turned(self, matrix, by: int):
+        """Every key in the matrix turned by so many positions."""
+        columns = jnp.moveaxis(matrix, 3, 1)
+        return jnp.moveaxis(rotary(columns, jnp.full(columns.shape[1], by, jnp.int32), self.rotary_base), 1, 3)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> RetNetState:
+        K, V = self._sizes()
+        return RetNetState(jnp.zeros((batch_size, self.num_heads, K, V), accumulator(dtype)))
+
+    @nn.nowrap
+    def _sizes(self) -> tuple[int, ...]:
+        """Key width and value width per head."""
+        if self.rotary_base <= 0:
+            raise ValueError(f"rotary_base={self.rotary_base}; RetNet takes a number above 0.")
+        return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
