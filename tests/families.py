@@ -12,7 +12,7 @@ import pytest
 
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
-from jaxseq.mixers import KDA, DeltaNet, GatedDeltaNet, RetNet
+from jaxseq.mixers import HGRN, HGRN2, KDA, DeltaNet, GatedDeltaNet, RetNet
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 #: Relative Frobenius error of each array, ‖a − b‖ / ‖b‖. Ops are measured against `sequential` in float64.
@@ -353,6 +353,12 @@ MIXERS = {
     ),
     "RetNet": MixerMember(
         partial(RetNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
+    ),
+    "HGRN": MixerMember(partial(HGRN, WIDTH, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}),
+    "HGRN bounded": MixerMember(partial(HGRN, WIDTH, lower_bound=0.3), cheap=True),
+    "HGRN2": MixerMember(partial(HGRN2, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}),
+    "HGRN2 bounded": MixerMember(
+        partial(HGRN2, WIDTH, num_heads=2, lower_bound=tuple(n / 8 for n in range(WIDTH))), cheap=True
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(

@@ -185,8 +185,13 @@ LAYERS = {
     "fla_layer_delta_net": ("DeltaNet", dict(num_heads=2)),
     "fla_layer_gated_deltanet": ("GatedDeltaNet", dict(num_heads=2, expand_k=1.0, expand_v=2.0)),
     "fla_layer_kda": ("KimiDeltaAttention", dict(num_heads=2)),
+    "fla_layer_hgrn": ("HGRNAttention", {}),
+    "fla_layer_hgrn2": ("HGRN2Attention", dict(num_heads=2)),
     "fla_layer_retnet": ("MultiScaleRetention", dict(num_heads=2)),
 }  # fmt: skip
+
+#: Fields that are recorded beside the weights.
+GIVEN = ("lower_bound",)
 
 
 def under(z, prefix):
@@ -198,6 +203,7 @@ def under(z, prefix):
 def test_layer(file):
     """Their module's output and gradients, whole and as prefill and steps. The bounds are theirs against float64."""
     (layer, fields), z = LAYERS[file], load(file)
+    fields = fields | {name: tuple(z[name].tolist()) for name in GIVEN if name in z}
     (module, params), x = fla_layer(layer, under(z, "w."), **fields), jnp.asarray(z["x"])
     y, (d_params, d_x) = with_gradients(lambda p: module.apply(*p), (params, x), jnp.asarray(z["dy"]))
     assert_close(y, z["y"], 2e-6)

@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 from jaxseq import GLA, S4D, Attention, Mamba
-from jaxseq.mixers import RetNet
+from jaxseq.mixers import HGRN, HGRN2, RetNet
 
 CHEAP = [name for name, member in MIXERS.items() if member.cheap or member.slow]
 
@@ -234,6 +234,12 @@ WRONG = {
     "gla no kv heads": (GLA(WIDTH, num_kv_heads=-1), "num_kv_heads=-1 does not divide"),
     "retnet base": (RetNet(WIDTH, rotary_base=0.0), "rotary_base=0.0; RetNet takes a number above 0"),
     "retnet odd width": (RetNet(WIDTH, num_heads=8), "head width 1; rotary takes an even one"),
+    "hgrn bound": (
+        HGRN(WIDTH, lower_bound=1.0),
+        "lower_bound=1.0; take one number or 8 of them, 0 or more and below 1",
+    ),
+    "hgrn2 bounds": (HGRN2(WIDTH, lower_bound=(0.5, 0.1)), r"lower_bound=\(0.5, 0.1\); take one number or 8"),
+    "hgrn2 heads": (HGRN2(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
     "mamba window": (Mamba(WIDTH, conv_window=0), "conv_window=0; Mamba takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
 }

@@ -69,6 +69,25 @@ LAYERS = {
         },
     ),
     "MultiScaleRetention": Layer(mixers.RetNet, QKV | GATE | OUT | {"g_norm_swish_gate.weight": "norm/scale"}),
+    "HGRNAttention": Layer(
+        mixers.HGRN,
+        GATE | OUT
+        | {
+            "i_proj.weight": "input_proj/kernel",
+            "f_proj.weight": "decay_proj/kernel",
+            "g_norm.weight": "norm/scale",
+        },
+    ),
+    "HGRN2Attention": Layer(
+        mixers.HGRN2,
+        OUT
+        | {
+            "q_proj.weight": "q_proj/kernel",
+            "f_proj.weight": "decay_proj/kernel",
+            "i_proj.weight": "v_proj/kernel",
+            "g_norm.weight": "norm/scale",
+        },
+    ),
 }  # fmt: skip
 
 

@@ -1,10 +1,30 @@
 """Log decays that more than one mixer has."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ..shapes import known
 
 
 def retention_log_decays(num_heads: int) -> jax.Array:
     """log γ_h, γ_h = 1 − 2^(−5−h) for h = 0 … H − 1: memories of 32, 64, … tokens (RetNet, arXiv 2307.08621, eq. 8)."""
     return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(num_heads)))))
+
+
+def bounded_decay(z: jax.Array, lower_bound: Any) -> tuple[jax.Array, jax.Array]:
+    """(log a, 1 − a) of a = b + (1 − b) σ(z), z `B T D` and the lower bound b one number or D of them.
+
+    In logs throughout: where b is zero and z far below, a itself rounds to zero, and log a would be −∞.
+
+    Raises:
+      ValueError: a bound lies outside [0, 1), or there is another number of them.
+    """
+    values, width = known(lower_bound), z.shape[-1]
+    if np.shape(lower_bound) not in ((), (width,)) or (values is not None and not ((values >= 0) & (values < 1)).all()):
+        raise ValueError(f"lower_bound={lower_bound}; take one number or {width} of them, 0 or more and below 1.")
+    b = jnp.broadcast_to(jnp.asarray(lower_bound, z.dtype), width)[None, None]
+    log_a = jnp.logaddexp(jnp.broadcast_to(jnp.log(b), z.shape), jnp.log1p(-b) + jax.nn.log_sigmoid(z))
+    return log_a, (1 - b) * jax.nn.sigmoid(-z)

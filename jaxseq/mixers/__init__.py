@@ -4,6 +4,8 @@ from .attention import Attention as Attention
 from .delta_net import DeltaNet as DeltaNet
 from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
+from .hgrn import HGRN as HGRN
+from .hgrn2 import HGRN2 as HGRN2
 from .kda import KDA as KDA
 from .mamba import Mamba as Mamba
 from .retnet import RetNet as RetNet
