@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
+from jaxseq.layers.feature_maps import FEATURE_MAPS
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
-from jaxseq.mixers import HGRN, HGRN2, KDA, DeltaNet, GatedDeltaNet, RetNet
+from jaxseq.mixers import HGRN, HGRN2, KDA, DeltaNet, GatedDeltaNet, LinearAttention, RetNet
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 #: Relative Frobenius error of each array, ‖a − b‖ / ‖b‖. Ops are measured against `sequential` in float64.
@@ -360,6 +361,10 @@ MIXERS = {
     "HGRN2 bounded": MixerMember(
         partial(HGRN2, WIDTH, num_heads=2, lower_bound=tuple(n / 8 for n in range(WIDTH))), cheap=True
     ),
+    "LinearAttention": MixerMember(
+        partial(LinearAttention, WIDTH, num_heads=2, expand_v=2.0, norm_eps=1e-5, chunk_size=CHUNK),
+        extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
+    ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(
         partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK, impl="chunked"), extreme={"dt_bias": 100.0}
@@ -376,6 +381,12 @@ MIXERS = {
     )
     for init in (*S4D_INITIALISATIONS, ("inv", "lin"))
     for disc in DISCRETISATIONS
+}
+MIXERS |= {
+    f"LinearAttention {name}": MixerMember(
+        partial(LinearAttention, WIDTH, num_heads=2, feature_map=name, normalise=False, chunk_size=CHUNK), cheap=True
+    )
+    for name in FEATURE_MAPS
 }
 #: Names of those that run every law.
 FULL_MIXERS = [

@@ -18,6 +18,7 @@ from recorded import load, recorded, with_gradients
 from jaxseq import GLA, LanguageModel, ops
 from jaxseq.interop import fla_layer
 from jaxseq.layers import GatedMLP
+from jaxseq.layers.normalised import normalised_attention
 
 # ---- ops: each takes the recorded inputs by their recorded names, and returns what was recorded ---------------------
 
@@ -38,11 +39,10 @@ def attention(i, log_decay=None, **options):
 
 
 def normalised(i, impl):
-    """The normaliser is one more value, of ones."""
-    v = jnp.concatenate([i["v"], jnp.ones_like(i["v"][..., :1])], axis=-1)
     start = jnp.concatenate([i["h0"], i["z0"][:, 0, ..., None]], axis=-1)
-    o, S = ops.gated_linear_attention(i["q"], i["k"], v, scale=i["const_scale"], initial_state=start, impl=impl)
-    return o[..., :-1] / (o[..., -1:] + i["const_eps"]), S[..., :-1], S[..., -1][:, None]
+    options = dict(scale=i["const_scale"], epsilon=i["const_eps"], initial_state=start, impl=impl)
+    o, S = normalised_attention(i["q"], i["k"], i["v"], **options)
+    return o, S[..., :-1], S[..., -1][:, None]
 
 
 def state_space_duality(i, impl):
@@ -185,6 +185,7 @@ LAYERS = {
     "fla_layer_delta_net": ("DeltaNet", dict(num_heads=2)),
     "fla_layer_gated_deltanet": ("GatedDeltaNet", dict(num_heads=2, expand_k=1.0, expand_v=2.0)),
     "fla_layer_kda": ("KimiDeltaAttention", dict(num_heads=2)),
+    "fla_layer_linear_attn": ("LinearAttention", dict(num_heads=2, norm_eps=1e-5)),
     "fla_layer_hgrn": ("HGRNAttention", {}),
     "fla_layer_hgrn2": ("HGRN2Attention", dict(num_heads=2)),
     "fla_layer_retnet": ("MultiScaleRetention", dict(num_heads=2)),

@@ -9,7 +9,9 @@ import pytest
 from families import assert_close, quick_jit
 
 from jaxseq import ops
+from jaxseq.layers.feature_maps import FEATURE_MAPS, Hedgehog, dpfp, quadratic, taylor
 from jaxseq.layers.initialisers import hippo_legs, legs_diagonal
+from jaxseq.mixers import LinearAttention
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 
@@ -145,3 +147,26 @@ def test_convolutions_against_numpy():
         assert_close(ops.long_convolution(x, kernel), long, 1e-12)
         assert_close(ops.long_convolution(x, kernel, causal=False), circular, 1e-12)
         assert_close(ops.long_convolution(x, np.stack([kernel, kernel])), long, 1e-12)
+
+
+def test_feature_maps_are_the_kernels_they_stand_for():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((2, 5, 3, 4)), jnp.float32) for _ in range(2))
+    weight = lambda phi: np.asarray((phi(q) * phi(k)).sum(-1))
+    dot = np.asarray((q * k).sum(-1))
+    assert_close(weight(quadratic), dot**2, "float32")
+    assert_close(weight(taylor), 1 + dot / 2 + dot**2 / 8, "float32")
+    both = np.maximum(np.concatenate([q, -q], axis=-1), 0)
+    sparse = [both[..., i] * both[..., i - j] for j in (1, 2, 3) for i in range(8)]
+    assert_close(dpfp(q, 3), np.stack(sparse, axis=-1), "float32")
+    exponentials = np.exp(2 * np.concatenate([q, -q], axis=-1))
+    softmax = exponentials / exponentials.sum(-1, keepdims=True)
+    assert_close(Hedgehog().init_with_output(jax.random.key(0), q)[0], softmax, "float32")
+
+
+def test_a_feature_map_by_name_is_the_function():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 8)), jnp.float32)
+    layer = lambda phi: LinearAttention(8, num_heads=2, feature_map=phi)
+    params = layer("dpfp").init(jax.random.key(0), x)
+    assert_close(layer("dpfp").apply(params, x), layer(FEATURE_MAPS["dpfp"]).apply(params, x), "float32")
+    assert layer(partial(dpfp, nu=2)).init_state(1).matrix.shape == (1, 2, 16, 5)

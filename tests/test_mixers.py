@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 from jaxseq import GLA, S4D, Attention, Mamba
-from jaxseq.mixers import HGRN, HGRN2, RetNet
+from jaxseq.mixers import HGRN, HGRN2, LinearAttention, RetNet
 
 CHEAP = [name for name, member in MIXERS.items() if member.cheap or member.slow]
 
@@ -240,6 +240,11 @@ WRONG = {
     ),
     "hgrn2 bounds": (HGRN2(WIDTH, lower_bound=(0.5, 0.1)), r"lower_bound=\(0.5, 0.1\); take one number or 8"),
     "hgrn2 heads": (HGRN2(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
+    "unknown features": (
+        LinearAttention(WIDTH, feature_map="exp"),
+        "feature_map='exp' is unknown to LinearAttention; choose one of elu, .*hedgehog, or a function",
+    ),
+    "linear attention heads": (LinearAttention(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
     "mamba window": (Mamba(WIDTH, conv_window=0), "conv_window=0; Mamba takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
 }

@@ -69,6 +69,7 @@ LAYERS = {
         },
     ),
     "MultiScaleRetention": Layer(mixers.RetNet, QKV | GATE | OUT | {"g_norm_swish_gate.weight": "norm/scale"}),
+    "LinearAttention": Layer(mixers.LinearAttention, QKV | OUT | {"norm.weight": "norm/scale"}),
     "HGRNAttention": Layer(
         mixers.HGRN,
         GATE | OUT

@@ -1,8 +1,9 @@
-"""Vectors of length one."""
+"""What is divided by its size: vectors, and sums over the past."""
 
 import jax
 import jax.numpy as jnp
 
+from .. import ops
 from ..shapes import accumulator
 
 
@@ -10,3 +11,14 @@ def unit(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """x / √(Σ x² + ε) over the last axis, computed in at least float32; zeros stay zeros, with a gradient."""
     wide = x.astype(accumulator(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+
+def normalised_attention(query, key, value, *, epsilon: float, **options) -> tuple[jax.Array, jax.Array]:
+    """`ops.gated_linear_attention` as a mean: Σ_s w_ts v_s / (Σ_s w_ts + ε).
+
+    The denominator is one more value, of ones, through the same op: its state `B H K V+1` has it in the last column.
+    """
+    values = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    o, state = ops.gated_linear_attention(query, key, values, **options)
+    wide = o.astype(accumulator(o.dtype))
+    return (wide[..., :-1] / (wide[..., -1:] + epsilon)).astype(o.dtype), state

@@ -7,6 +7,7 @@ from .gla import GLA as GLA
 from .hgrn import HGRN as HGRN
 from .hgrn2 import HGRN2 as HGRN2
 from .kda import KDA as KDA
+from .linear_attention import LinearAttention as LinearAttention
 from .mamba import Mamba as Mamba
 from .retnet import RetNet as RetNet
 from .s4d import S4D as S4D

@@ -1,0 +1,73 @@
+"""Linear attention: a feature map in the place of the softmax."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.feature_maps import feature_map, feature_width
+from ..layers.mixer import Mixer
+from ..layers.normalised import normalised_attention
+from ..layers.projection import projection, split_heads
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class LinearAttentionState(NamedTuple):
+    matrix: Float[Array, "B H F V"]  # with `normalise` one column more: the sum of φ(k)
+
+
+class LinearAttention(Mixer):
+    """Attention with weights φ(q_t)·φ(k_s), so that a matrix holds the past (arXiv 2006.16236, section 3.3).
+
+        S_t = S_{t-1} + φ(k_t) v_tᵀ        z_t = z_{t-1} + φ(k_t)
+        o_t = F^-½ S_tᵀ φ(q_t) / (F^-½ z_tᵀ φ(q_t) + ε)        y_t = o_t W_o
+
+    `feature_map` is a name in `layers.feature_maps` or a function from `B T H K` to the `B T H F` of φ; maps with
+    parameters have their own for queries and for keys. Without `normalise`, z is left out. With `norm_eps`, o_t goes
+    through an RMSNorm per head with one weight vector for all heads, as in later work.
+    """
+
+    d_model: int
+    num_heads: int = 4
+    feature_map: str | Callable = "elu"
+    normalise: bool = True
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    epsilon: float = 1e-10
+    norm_eps: float | None = None
+    chunk_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "LinearAttention")
+        K, V = self._sizes()
+        state = self.start(x) if state is None else state
+        heads = lambda name, width: split_heads(projection(self.num_heads * width, f"{name}_proj", self)(x), width)
+        q, k = (feature_map(self.feature_map, self, name=f"{name}_features")(heads(name, K)) for name in "qk")
+        v = heads("v", V)
+        options = dict(initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl)
+        if self.normalise:
+            o, matrix = normalised_attention(q, k, v, epsilon=self.epsilon, **options)
+        else:
+            o, matrix = ops.gated_linear_attention(q, k, v, **options)
+        if self.norm_eps is not None:
+            o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
+        y = projection(self.d_model, "out_proj", self)(o.reshape(*x.shape[:2], -1))
+        return y, LinearAttentionState(matrix.astype(state.matrix.dtype))
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> LinearAttentionState:
+        K, V = self._sizes()
+        shape = (batch_size, self.num_heads, feature_width(self.feature_map, self, K), V + self.normalise)
+        return LinearAttentionState(jnp.zeros(shape, accumulator(dtype)))
+
+    @nn.nowrap
+    def _sizes(self) -> tuple[int, ...]:
+        """Key width and value width per head."""
+        return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
