@@ -355,15 +355,18 @@ MIXERS = {
     "RetNet": MixerMember(
         partial(RetNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
     ),
-    "HGRN": MixerMember(partial(HGRN, WIDTH, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}),
+    "HGRN": MixerMember(partial(HGRN, WIDTH, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}, slow=True),
     "HGRN bounded": MixerMember(partial(HGRN, WIDTH, lower_bound=0.3), cheap=True),
-    "HGRN2": MixerMember(partial(HGRN2, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}),
+    "HGRN2": MixerMember(
+        partial(HGRN2, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}, slow=True
+    ),
     "HGRN2 bounded": MixerMember(
         partial(HGRN2, WIDTH, num_heads=2, lower_bound=tuple(n / 8 for n in range(WIDTH))), cheap=True
     ),
     "LinearAttention": MixerMember(
         partial(LinearAttention, WIDTH, num_heads=2, expand_v=2.0, norm_eps=1e-5, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
+        slow=True,
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(

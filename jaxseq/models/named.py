@@ -17,7 +17,7 @@ class ModelConfig:
     """The model."""
 
     mixers: str = "gla"
-    """Mixers by name, in the order of the layers, repeated to `depth`: gla, s4d, mamba, attention, or a list."""
+    """Mixers by name, in the order of the layers, repeated to `depth`: gla, mamba, gateddeltanet, attention …, or a list."""
     width: int = 128
     """Width of the residual stream."""
     depth: int = 4
