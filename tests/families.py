@@ -13,7 +13,7 @@ import pytest
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.layers.feature_maps import FEATURE_MAPS
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
-from jaxseq.mixers import HGRN, HGRN2, KDA, DeltaNet, GatedDeltaNet, LinearAttention, RetNet
+from jaxseq.mixers import HGRN, HGRN2, KDA, Based, DeltaNet, GatedDeltaNet, LinearAttention, ReBased, RetNet
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 #: Relative Frobenius error of each array, ‖a − b‖ / ‖b‖. Ops are measured against `sequential` in float64.
@@ -367,6 +367,15 @@ MIXERS = {
         partial(LinearAttention, WIDTH, num_heads=2, expand_v=2.0, norm_eps=1e-5, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
         slow=True,
+    ),
+    "Based": MixerMember(
+        partial(Based, WIDTH, num_heads=2, feature_width=3, chunk_size=CHUNK),
+        extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
+    ),
+    # Weights that are all near zero, over an ε nearer still, are rounding alone.
+    "ReBased": MixerMember(
+        partial(ReBased, WIDTH, num_heads=2, feature_width=4, epsilon=0.01, chunk_size=CHUNK),
+        extreme={"q_proj/kernel": 30.0, "norm/scale": 1e3},
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(

@@ -1,6 +1,6 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
-Waiting for the work that builds what they check: fla_abc, fla_based, fla_rebased, fla_gsa, fla_log_linear_attn,
+Waiting for the work that builds what they check: fla_abc, fla_gsa, fla_log_linear_attn,
 fla_mesa_net, fla_forgetting_attn, fla_path_attn, fla_ttt_linear; and the layers that LAYERS below leaves out.
 """
 
@@ -18,6 +18,7 @@ from recorded import load, recorded, with_gradients
 from jaxseq import GLA, LanguageModel, ops
 from jaxseq.interop import fla_layer
 from jaxseq.layers import GatedMLP
+from jaxseq.layers.feature_maps import quadratic, taylor
 from jaxseq.layers.normalised import normalised_attention
 
 # ---- ops: each takes the recorded inputs by their recorded names, and returns what was recorded ---------------------
@@ -43,6 +44,11 @@ def normalised(i, impl):
     options = dict(scale=i["const_scale"], epsilon=i["const_eps"], initial_state=start, impl=impl)
     o, S = normalised_attention(i["q"], i["k"], i["v"], **options)
     return o, S[..., :-1], S[..., -1][:, None]
+
+
+def mean_of_features(phi, i, scale, impl):
+    options = dict(scale=scale, epsilon=i["const_eps"], impl=impl)
+    return normalised_attention(phi(i["q"]), phi(i["k"]), i["v"], **options)[:1]
 
 
 def state_space_duality(i, impl):
@@ -105,6 +111,8 @@ OPS = {
     "fla_lightning": Recorded(lambda i, impl: attention(i, i["const_log_gamma"], impl=impl)),
     "fla_linear_attn": Recorded(attention),
     "fla_linear_attn_norm": Recorded(normalised, ("ht", "zt")),
+    "fla_based": Recorded(lambda i, impl: mean_of_features(taylor, i, 1.0, impl), ()),
+    "fla_rebased": Recorded(lambda i, impl: mean_of_features(quadratic, i, i["const_scale"] ** 2, impl), ()),
     "fla_rwkv6": Recorded(lambda i, impl: attention(i, i["w"], bonus=i["u"], impl=impl)),
     "fla_mamba2_ssd": Recorded(state_space_duality),
     "fla_hgrn": Recorded(elementwise, forms=(*FORMS, "in_place")),
@@ -186,6 +194,7 @@ LAYERS = {
     "fla_layer_gated_deltanet": ("GatedDeltaNet", dict(num_heads=2, expand_k=1.0, expand_v=2.0)),
     "fla_layer_kda": ("KimiDeltaAttention", dict(num_heads=2)),
     "fla_layer_linear_attn": ("LinearAttention", dict(num_heads=2, norm_eps=1e-5)),
+    "fla_layer_rebased": ("ReBasedLinearAttention", dict(num_heads=2)),
     "fla_layer_hgrn": ("HGRNAttention", {}),
     "fla_layer_hgrn2": ("HGRN2Attention", dict(num_heads=2)),
     "fla_layer_retnet": ("MultiScaleRetention", dict(num_heads=2)),

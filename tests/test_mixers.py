@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 from jaxseq import GLA, S4D, Attention, Mamba
-from jaxseq.mixers import HGRN, HGRN2, LinearAttention, RetNet
+from jaxseq.mixers import HGRN, HGRN2, Based, LinearAttention, ReBased, RetNet
 
 CHEAP = [name for name, member in MIXERS.items() if member.cheap or member.slow]
 
@@ -245,6 +245,8 @@ WRONG = {
         "feature_map='exp' is unknown to LinearAttention; choose one of elu, .*hedgehog, or a function",
     ),
     "linear attention heads": (LinearAttention(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
+    "based width": (Based(WIDTH, feature_width=0), "feature_width=0; Based takes 1 or more"),
+    "rebased width": (ReBased(WIDTH, feature_width=1), "feature_width=1; ReBased takes 2 or more"),
     "mamba window": (Mamba(WIDTH, conv_window=0), "conv_window=0; Mamba takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
 }

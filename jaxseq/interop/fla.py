@@ -70,6 +70,9 @@ LAYERS = {
     ),
     "MultiScaleRetention": Layer(mixers.RetNet, QKV | GATE | OUT | {"g_norm_swish_gate.weight": "norm/scale"}),
     "LinearAttention": Layer(mixers.LinearAttention, QKV | OUT | {"norm.weight": "norm/scale"}),
+    "ReBasedLinearAttention": Layer(
+        mixers.ReBased, QKV | OUT | {"feature_map.gamma": "norm/scale", "feature_map.beta": "norm/bias"}
+    ),
     "HGRNAttention": Layer(
         mixers.HGRN,
         GATE | OUT

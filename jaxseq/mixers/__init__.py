@@ -1,6 +1,7 @@
 """One file per paper; every class a Flax linen module of `layers.mixer.Mixer`'s contract."""
 
 from .attention import Attention as Attention
+from .based import Based as Based
 from .delta_net import DeltaNet as DeltaNet
 from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
@@ -9,5 +10,6 @@ from .hgrn2 import HGRN2 as HGRN2
 from .kda import KDA as KDA
 from .linear_attention import LinearAttention as LinearAttention
 from .mamba import Mamba as Mamba
+from .rebased import ReBased as ReBased
 from .retnet import RetNet as RetNet
 from .s4d import S4D as S4D
