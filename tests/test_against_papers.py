@@ -3,7 +3,7 @@
 Covered (fla.md: tests/test_against_fla.py):
 - seeds-models.md: hmm_glm.
 - ssm.md: mamba_ops (all but rmsnorm_gated_*); s4_kernels s4d_* and hippo_legs_*; s4_layers s4d_layer_*.
-- models.md: chimera_2dssm.
+- models.md: chimera_2dssm; zoology_layers based.
 Waiting for the work that builds what they check: rmsnorm_gated_* (Mamba-2's norm); S4's own kernels, DSS and the
 bidirectional blocks (s4_*, dss_*, s4_block_*); s5_lru; hf_mamba*.
 """
@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import cast, quick_jit
-from recorded import assert_near, groups, load, recorded, with_gradients
+from recorded import REFERENCE, assert_near, groups, load, recorded, with_gradients
 
 from jaxseq import S4D, ops
 from jaxseq.layers.initialisers import hippo_legs, legs_diagonal
+from jaxseq.mixers import Based
 from jaxseq.models import gumbel_softmax_log_density
 from jaxseq.ops.state_space import DISCRETISATIONS
 
@@ -275,6 +276,19 @@ def test_grid_recurrence(impl):
     states, y = everything(*cast([z[n] for n in names], jnp.float32))
     expected = {case: (z[f"h1{case}"], z[f"h2{case}"]) for case in states if case != "lti"}
     assert_near((states, y), (expected | {"lti": (z["lti_kernel_h1"], z["lti_kernel_h2"])}, z["y"]), 1e-5)
+
+
+# ---- Zoology -------------------------------------------------------------------------------------------------------
+
+
+@recorded
+def test_based():
+    """The layer by the hand of Based's authors."""
+    z = load("zoology_layers")
+    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
+    params = {ours: {"kernel": jnp.asarray(z[f"based.p.proj_{theirs}.weight"].T)} for ours, theirs in names.items()}
+    y = quick_jit(Based(16, num_heads=2, feature_width=4).apply)({"params": params}, jnp.asarray(z["x"]))
+    assert_near(y, z["based.y"], 1e-6)
 
 
 def test_the_index_lists_what_is_run():
