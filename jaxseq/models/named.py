@@ -17,7 +17,7 @@ class ModelConfig:
     """The model."""
 
     mixers: str = "gla"
-    """Mixers by name, in the order of the layers, repeated to `depth`: gla, mamba, gateddeltanet, attention …, or a list."""
+    """Mixers by name, in the order of the layers, repeated to `depth`: gla, or a list such as mamba,attention."""
     width: int = 128
     """Width of the residual stream."""
     depth: int = 4
