@@ -1,4 +1,5 @@
 """Synthetic tasks as pure functions of a key."""
 
+from .reset_recall import reset_recall as reset_recall
 from .switching_spikes import SwitchingSpikes as SwitchingSpikes
 from .switching_spikes import switching_spikes as switching_spikes
