@@ -13,7 +13,20 @@ import pytest
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.layers.feature_maps import FEATURE_MAPS
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
-from jaxseq.mixers import HGRN, HGRN2, KDA, Based, DeltaNet, GatedDeltaNet, LinearAttention, ReBased, RetNet
+from jaxseq.mixers import (
+    HGRN,
+    HGRN2,
+    KDA,
+    RGLRU,
+    Based,
+    DeltaNet,
+    GatedDeltaNet,
+    LinearAttention,
+    MinGRU,
+    MinLSTM,
+    ReBased,
+    RetNet,
+)
 from jaxseq.ops.state_space import DISCRETISATIONS
 
 #: Relative Frobenius error of each array, ‖a − b‖ / ‖b‖. Ops are measured against `sequential` in float64.
@@ -381,6 +394,10 @@ MIXERS = {
     "Mamba": MixerMember(
         partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK, impl="chunked"), extreme={"dt_bias": 100.0}
     ),
+    # Λ so low that nothing decays: √(1 − a²) has no slope there that is finite.
+    "RGLRU": MixerMember(partial(RGLRU, WIDTH, num_heads=2), extreme={"Lambda": -100.0}),
+    "MinGRU": MixerMember(partial(MinGRU, WIDTH, expand=2), extreme={"gate_proj/bias": 1e4}),
+    "MinLSTM": MixerMember(partial(MinLSTM, WIDTH), extreme={"forget_proj/bias": -1e4, "input_proj/bias": -1e4}),
     "Attention": MixerMember(
         partial(Attention, WIDTH, num_heads=2), recurrent=False, extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
     ),

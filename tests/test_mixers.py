@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 from jaxseq import GLA, S4D, Attention, Mamba
-from jaxseq.mixers import HGRN, HGRN2, Based, LinearAttention, ReBased, RetNet
+from jaxseq.mixers import HGRN, HGRN2, RGLRU, Based, LinearAttention, MinGRU, MinLSTM, ReBased, RetNet
 
 CHEAP = [name for name, member in MIXERS.items() if member.cheap or member.slow]
 
@@ -248,6 +248,12 @@ WRONG = {
     "based width": (Based(WIDTH, feature_width=0), "feature_width=0; Based takes 1 or more"),
     "rebased width": (ReBased(WIDTH, feature_width=1), "feature_width=1; ReBased takes 2 or more"),
     "mamba window": (Mamba(WIDTH, conv_window=0), "conv_window=0; Mamba takes 1 or more"),
+    "rglru heads": (RGLRU(WIDTH, num_heads=0), "num_heads=0; RGLRU takes 1 or more"),
+    "rglru width": (RGLRU(WIDTH, num_heads=3, width=10), "width=10 is no multiple of num_heads=3"),
+    "rglru window": (RGLRU(WIDTH, conv_window=0), "conv_window=0; RGLRU takes 1 or more"),
+    "rglru decays": (RGLRU(WIDTH, decay_max=1.0), "decay_min=0.9 and decay_max=1.0"),
+    "min gru width": (MinGRU(WIDTH, expand=0), "expand=0; MinGRU takes 1 or more"),
+    "min lstm width": (MinLSTM(WIDTH, expand=0), "expand=0; MinLSTM takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
 }
 

@@ -11,12 +11,13 @@ from .projection import projection
 
 
 class ShortConvolution(nn.Module):
-    """`ops.short_convolution` with its parameters, then SiLU. The state is the last window − 1 inputs."""
+    """`ops.short_convolution` with its parameters; SiLU if `activated`. The state is the last window − 1 inputs."""
 
     window: int = 4
     use_bias: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    activated: bool = True
 
     @nn.compact
     @typed
@@ -32,7 +33,7 @@ class ShortConvolution(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, final = ops.short_convolution(x, kernel, bias, initial_state=state, segment_ids=segment_ids)
-        return nn.silu(y), final if state is None else final.astype(state.dtype)
+        return nn.silu(y) if self.activated else y, final if state is None else final.astype(state.dtype)
 
 
 def convolved(module: nn.Module, x: Array, widths: dict[str, int], states: tuple, segment_ids) -> tuple[list, tuple]:

@@ -10,6 +10,9 @@ from .hgrn2 import HGRN2 as HGRN2
 from .kda import KDA as KDA
 from .linear_attention import LinearAttention as LinearAttention
 from .mamba import Mamba as Mamba
+from .min_gru import MinGRU as MinGRU
+from .min_lstm import MinLSTM as MinLSTM
 from .rebased import ReBased as ReBased
 from .retnet import RetNet as RetNet
+from .rglru import RGLRU as RGLRU
 from .s4d import S4D as S4D

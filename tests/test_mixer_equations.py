@@ -1,0 +1,95 @@
+"""Independent truth: mixers that nobody recorded, against NumPy loops written from their papers' equations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import assert_close, cast, quick_jit
+
+from jaxseq.mixers import RGLRU, MinGRU, MinLSTM
+
+LENGTH, WIDTH = 15, 6
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def linear(p, x):
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def convolved(p, x, starts):
+    """A window of four tokens that no restart lies in."""
+    y = np.zeros_like(x)
+    for t in range(len(x)):
+        for lag in range(min(4, t - starts[t] + 1)):
+            y[t] += p["kernel"][3 - lag] * x[t - lag]
+    return y + p.get("bias", 0)
+
+
+def in_blocks(p, x):
+    n, i, _ = p["kernel"].shape
+    y = np.concatenate([x[:, b * i : (b + 1) * i] @ p["kernel"][b] for b in range(n)], axis=-1)
+    return y + p.get("bias", 0)
+
+
+def griffin(p, x, starts):
+    gelu = lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    u = convolved(p["conv"], linear(p["in_proj"], x), starts)
+    r, i = sigmoid(in_blocks(p["decay_gate"], u)), sigmoid(in_blocks(p["input_gate"], u))
+    a = np.exp(-8 * r * softplus(p["Lambda"]))
+    h = np.zeros_like(u)
+    for t in range(len(x)):
+        first = starts[t] == t
+        h[t] = i[t] * u[t] if first else a[t] * h[t - 1] + np.sqrt(1 - a[t] ** 2) * i[t] * u[t]
+    return linear(p["out_proj"], gelu(linear(p["gate_proj"], x)) * h)
+
+
+def positive(x):
+    return np.where(x >= 0, x + 0.5, sigmoid(x))
+
+
+def minimal_gru(p, x, starts):
+    z, new = sigmoid(linear(p["gate_proj"], x)), positive(linear(p["candidate_proj"], x))
+    h = np.zeros_like(new)
+    for t in range(len(x)):
+        h[t] = z[t] * new[t] + (0 if starts[t] == t else (1 - z[t]) * h[t - 1])
+    return linear(p["out_proj"], h)
+
+
+def minimal_lstm(p, x, starts):
+    f, i = sigmoid(linear(p["forget_proj"], x)), sigmoid(linear(p["input_proj"], x))
+    new, h = positive(linear(p["candidate_proj"], x)), np.zeros_like(f)
+    for t in range(len(x)):
+        h[t] = i[t] / (f[t] + i[t]) * new[t] + (0 if starts[t] == t else f[t] / (f[t] + i[t]) * h[t - 1])
+    return linear(p["out_proj"], h)
+
+
+LOOPS = {
+    "RGLRU": (partial(RGLRU, num_heads=2), griffin),
+    "MinGRU": (partial(MinGRU, expand=2), minimal_gru),
+    "MinLSTM": (MinLSTM, minimal_lstm),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_mixer_is_its_equations(name):
+    """With restarts, in float64; parameters far from their start, so that all of them matter."""
+    build, loop = LOOPS[name]
+    rng = np.random.default_rng(0)
+    x, ids = rng.standard_normal((2, LENGTH, WIDTH)), np.cumsum(rng.random((2, LENGTH)) < 0.2, axis=1)
+    starts = np.stack([[int(np.argmax(row == i)) for i in row] for row in ids])
+    with jax.enable_x64(True):
+        module = build(d_model=WIDTH, param_dtype=jnp.float64)
+        params = module.init(jax.random.key(0), cast(x, jnp.float64))
+        params = jax.tree.map(lambda p: p + 0.5 * rng.standard_normal(p.shape), params)
+        plain = jax.tree.map(np.asarray, params["params"])
+        expected = np.stack([loop(plain, *row) for row in zip(x, starts, strict=True)])
+        assert_close(quick_jit(module.apply)(params, x, ids), expected, "float64")
