@@ -396,8 +396,10 @@ MIXERS = {
     ),
     # Λ so low that nothing decays: √(1 − a²) has no slope there that is finite.
     "RGLRU": MixerMember(partial(RGLRU, WIDTH, num_heads=2), extreme={"Lambda": -100.0}),
-    "MinGRU": MixerMember(partial(MinGRU, WIDTH, expand=2), extreme={"gate_proj/bias": 1e4}),
-    "MinLSTM": MixerMember(partial(MinLSTM, WIDTH), extreme={"forget_proj/bias": -1e4, "input_proj/bias": -1e4}),
+    "MinGRU": MixerMember(partial(MinGRU, WIDTH, expand=2), extreme={"gate_proj/bias": 1e4}, slow=True),
+    "MinLSTM": MixerMember(
+        partial(MinLSTM, WIDTH), extreme={"forget_proj/bias": -1e4, "input_proj/bias": -1e4}, slow=True
+    ),
     "Attention": MixerMember(
         partial(Attention, WIDTH, num_heads=2), recurrent=False, extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
     ),
