@@ -347,6 +347,11 @@ MIXERS = {
     "DeltaNet": MixerMember(
         partial(DeltaNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"beta_proj/kernel": 1e3}, slow=True
     ),
+    "GLA scalar": MixerMember(
+        partial(GLA, WIDTH, gate="scalar", num_heads=4, num_kv_heads=2, expand_k=1.0, chunk_size=CHUNK), cheap=True
+    ),
+    "GLA fixed": MixerMember(partial(GLA, WIDTH, gate="fixed", num_heads=2, chunk_size=CHUNK), cheap=True),
+    "GLA none": MixerMember(partial(GLA, WIDTH, gate="none", num_heads=2, chunk_size=CHUNK), cheap=True),
     "GatedDeltaNet": MixerMember(
         partial(
             GatedDeltaNet,

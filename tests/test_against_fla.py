@@ -189,6 +189,7 @@ LAYERS = {
     "fla_layer_gla_conv_gqa": (
         "GatedLinearAttention", dict(num_heads=4, num_kv_heads=2, expand_k=1.0, expand_v=2.0, conv_window=4),
     ),
+    "fla_layer_simple_gla": ("SimpleGatedLinearAttention", dict(num_heads=2, expand_k=1.0, conv_window=4)),
     "fla_layer_mamba": ("Mamba", dict(state_size=8)),
     "fla_layer_delta_net": ("DeltaNet", dict(num_heads=2)),
     "fla_layer_gated_deltanet": ("GatedDeltaNet", dict(num_heads=2, expand_k=1.0, expand_v=2.0)),

@@ -247,6 +247,10 @@ WRONG = {
     "linear attention heads": (LinearAttention(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
     "based width": (Based(WIDTH, feature_width=0), "feature_width=0; Based takes 1 or more"),
     "rebased width": (ReBased(WIDTH, feature_width=1), "feature_width=1; ReBased takes 2 or more"),
+    "gla gate": (
+        GLA(WIDTH, gate="matrix"),
+        "gate='matrix' is unknown to GLA; choose one of vector, scalar, fixed, none",
+    ),
     "mamba window": (Mamba(WIDTH, conv_window=0), "conv_window=0; Mamba takes 1 or more"),
     "rglru heads": (RGLRU(WIDTH, num_heads=0), "num_heads=0; RGLRU takes 1 or more"),
     "rglru width": (RGLRU(WIDTH, num_heads=3, width=10), "width=10 is no multiple of num_heads=3"),

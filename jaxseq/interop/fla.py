@@ -1,6 +1,7 @@
 """Layers of flash-linear-attention: their state dicts as parameters of our mixers."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,15 @@ LAYERS = {
             "gk_proj.0.weight": "decay_down/kernel",
             "gk_proj.1.weight": "decay_up/kernel",
             "gk_proj.1.bias": "decay_up/bias",
+            "g_norm_swish_gate.weight": "norm/scale",
+        },
+    ),
+    "SimpleGatedLinearAttention": Layer(
+        partial(mixers.GLA, gate="scalar"),
+        CONVOLVED | GATE | OUT
+        | {
+            "gk_proj.weight": "decay_proj/kernel",
+            "gk_proj.bias": "decay_proj/bias",
             "g_norm_swish_gate.weight": "norm/scale",
         },
     ),

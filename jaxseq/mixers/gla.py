@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.decays import retention_log_decays
 from ..layers.mixer import Mixer
-from ..layers.projection import projection
+from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+GATES = ("vector", "scalar", "fixed", "none")
 
 
 class GLAState(NamedTuple):
@@ -27,6 +30,9 @@ class GLA(Mixer):
     The norm is per head with one weight vector for all heads, and W_r has no bias, as in the authors' code (the
     paper writes LayerNorm and a bias). With `num_kv_heads` fewer heads of key, value and decay each serve a run of
     query heads. `conv_window` puts a causal convolution and SiLU on query, key and value.
+
+    `gate` is the paper's ablation: this "vector" of decays; "scalar", one log σ(x_t w_a + b_a) / τ a head; "fixed",
+    those of RetNet; or "none".
     """
 
     d_model: int
@@ -34,6 +40,7 @@ class GLA(Mixer):
     num_kv_heads: int | None = None
     expand_k: float = 0.5
     expand_v: float = 1.0
+    gate: str = "vector"
     gate_rank: int = 16
     gate_temperature: float = 16.0
     min_log_decay: float | None = None
@@ -52,17 +59,29 @@ class GLA(Mixer):
         state = self.start(x) if state is None else state
         widths = {"q": heads * K, "k": kv_heads * K, "v": kv_heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
-        z = projection(kv_heads * K, "decay_up", self, use_bias=True)(projection(self.gate_rank, "decay_down", self)(x))
-        g = jax.nn.log_sigmoid(z.astype(accumulator(z.dtype))) / self.gate_temperature
-        g = g if self.min_log_decay is None else jnp.maximum(g, self.min_log_decay)
-        q, k, v, g = (a.reshape(*a.shape[:2], -1, size) for a, size in ((q, K), (k, K), (v, V), (g, K)))
-        k, v, g = (jnp.repeat(a, heads // kv_heads, axis=2) for a in (k, v, g))
+        q, k, v = split_heads(q, K), split_heads(k, K), split_heads(v, V)
+        k, v = (jnp.repeat(a, heads // kv_heads, axis=2) for a in (k, v))
         o, matrix = ops.gated_linear_attention(
-            q, k, v, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl
-        )
+            q, k, v, self._log_decay(x), initial_state=state.matrix, segment_ids=segment_ids,
+            chunk_size=self.chunk_size, impl=self.impl,
+        )  # fmt: skip
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
         return projection(self.d_model, "out_proj", self)(o), GLAState(matrix.astype(state.matrix.dtype), conv)
+
+    def _log_decay(self, x):
+        """One of the shapes that the op takes, for every query head."""
+        heads, kv_heads, K, _ = self._sizes()
+        if self.gate in ("fixed", "none"):
+            return retention_log_decays(heads) if self.gate == "fixed" else None
+        if self.gate == "scalar":
+            z = projection(kv_heads, "decay_proj", self, use_bias=True)(x)
+        else:
+            low = projection(self.gate_rank, "decay_down", self)(x)
+            z = split_heads(projection(kv_heads * K, "decay_up", self, use_bias=True)(low), K)
+        g = jax.nn.log_sigmoid(z.astype(accumulator(z.dtype))) / self.gate_temperature
+        g = g if self.min_log_decay is None else jnp.maximum(g, self.min_log_decay)
+        return jnp.repeat(g, heads // kv_heads, axis=2)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GLAState:
@@ -73,6 +92,8 @@ class GLA(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int, int]:
         """Heads, key-value heads, key width and value width per head."""
+        if self.gate not in GATES:
+            raise ValueError(f"gate={self.gate!r} is unknown to GLA; choose one of {', '.join(GATES)}.")
         kv_heads = self.num_kv_heads or self.num_heads
         K, V = self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
         if kv_heads < 1 or self.num_heads % kv_heads:
