@@ -389,11 +389,13 @@ MIXERS = {
     "Based": MixerMember(
         partial(Based, WIDTH, num_heads=2, feature_width=3, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
+        slow=True,
     ),
     # Weights that are all near zero, over an ε nearer still, are rounding alone.
     "ReBased": MixerMember(
         partial(ReBased, WIDTH, num_heads=2, feature_width=4, epsilon=0.01, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "norm/scale": 1e3},
+        slow=True,
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),
     "Mamba": MixerMember(

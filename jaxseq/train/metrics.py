@@ -13,17 +13,23 @@ class MetricsWriter:
     """Appends to `folder/metrics.jsonl` and `folder/tensorboard`; a context manager.
 
     Training that goes on from `step` repeats what came after it, so those rows are dropped first: the curve is that of
-    an unbroken run. Evaluations of `step` itself are repeated too. With None every row stays.
+    an unbroken run. Evaluations of `step` itself are repeated too. With None every row stays. With `part`, the name of
+    one of several models of a run, splits are called `split/part`, and rows of the others stay.
     """
 
-    def __init__(self, folder: str | Path, *, step: int | None = None, tokens_per_step: int | None = None):
-        self._path = Path(folder) / "metrics.jsonl"
+    def __init__(
+        self, folder: str | Path, *, step: int | None = None, tokens_per_step: int | None = None, part: str = ""
+    ):
+        self._path, self._suffix = Path(folder) / "metrics.jsonl", f"/{part}" if part else ""
         self._tokens_per_step = tokens_per_step
         if step is not None and self._path.exists():
-            kept = [
-                r for r in read_metrics(folder) if r["step"] < step or (r["step"] == step and r["split"] == "train")
-            ]
-            write_text(self._path, "".join(_line(row) for row in kept))
+            train = f"train{self._suffix}"
+            stays = lambda row: (
+                not row["split"].endswith(self._suffix)
+                or row["step"] < step
+                or (row["step"] == step and row["split"] == train)
+            )
+            write_text(self._path, "".join(_line(row) for row in filter(stays, read_metrics(folder))))
         self._file = self._path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -35,6 +41,7 @@ class MetricsWriter:
         self._events.close()
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        split += self._suffix
         row: dict[str, Any] = {"step": step, "split": split}
         if self._tokens_per_step:
             row["tokens"] = step * self._tokens_per_step

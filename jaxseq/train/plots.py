@@ -11,6 +11,8 @@ from matplotlib.ticker import EngFormatter
 from .metrics import read_metrics
 
 COLORS = {"train": "#3b6fb6", "validation": "#d1602f", "test": "#3f8f5b"}
+#: One for each of several models of a run.
+PARTS = ("#3b6fb6", "#d1602f", "#3f8f5b", "#7a5195", "#b58900", "#4aa3a3", "#a83254", "#6b6b6b")
 LABELS = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy (fraction)"}
 
 
@@ -35,8 +37,12 @@ def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, floa
     for row in rows:
         if row.get(metric) is not None:
             curves.setdefault(row["split"], []).append((row["tokens" if tokens else "step"], row[metric]))
+    parts = dict.fromkeys(part for split in curves if (part := split.partition("/")[2]))
+    colors = dict(zip(parts, itertools.cycle(PARTS), strict=False))
     for split, points in curves.items():
-        _curve(axes, split, *np.asarray(points, float).T)
+        kind, _, part = split.partition("/")
+        color = colors[part] if part else COLORS.get(kind, "#7a5195")
+        _curve(axes, kind == "train", split, color, *np.asarray(points, float).T)
     for style, (name, value) in zip(itertools.cycle(("--", ":", "-.")), baselines.items(), strict=False):
         axes.axhline(value, color="0.35", linewidth=1, linestyle=style, label=f"{name}  {value:.3g}")
     axes.set_xlabel("training tokens" if tokens else "training step")
@@ -51,9 +57,8 @@ def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, floa
     return path
 
 
-def _curve(axes, split: str, x: np.ndarray, y: np.ndarray) -> None:
-    color = COLORS.get(split, "#7a5195")
-    if split != "train":
+def _curve(axes, training: bool, split: str, color: str, x: np.ndarray, y: np.ndarray) -> None:
+    if not training:
         axes.plot(x, y, "o-", color=color, markersize=4, linewidth=1, label=split)
         return
     axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)

@@ -51,14 +51,17 @@ class Run(Generic[Config]):
         """Time spent on this run by all its sessions, work that a kill undid included."""
         return self._earlier + time.monotonic() - self._started
 
-    def fit(self, loss, init, batches, *, tokens_per_step: int | None = None, **options) -> FitResult:
-        """`fit` with this run's config, checkpoints, metrics and progress display; `options` go to `fit`."""
+    def fit(self, loss, init, batches, *, tokens_per_step: int | None = None, part: str = "", **options) -> FitResult:
+        """`fit` with this run's config, checkpoints, metrics and progress display; `options` go to `fit`.
+
+        `part` names one of several models of the run: each has its own checkpoints, and rows called `split/part`.
+        """
         config: Any = self.config
         self._tokens_per_step = tokens_per_step
         with (
-            Checkpoints(self.checkpoints, config.checkpoint) as checkpoints,
+            Checkpoints(self.checkpoints / part, config.checkpoint) as checkpoints,
             Progress(config.train.steps, tokens_per_step=tokens_per_step) as progress,
-            self._writer(checkpoints.latest_step or 0) as writer,
+            self._writer(checkpoints.latest_step or 0, part) as writer,
         ):
 
             def report(step: int, split: str, metrics: dict[str, float]) -> None:
@@ -98,10 +101,10 @@ class Run(Generic[Config]):
             if writer:
                 writer.write(step, split, metrics)
 
-    def _writer(self, step: int | None = None) -> Any:
+    def _writer(self, step: int | None = None, part: str = "") -> Any:
         if jax.process_index() != 0:
             return contextlib.nullcontext()
-        return MetricsWriter(self.folder, step=step, tokens_per_step=self._tokens_per_step)
+        return MetricsWriter(self.folder, step=step, tokens_per_step=self._tokens_per_step, part=part)
 
     def plot(self, baselines: dict[str, float] | None = None, **more: dict[str, float]) -> list[Path]:
         """Draw the learning curves into `plots/`; see `draw_curves`."""
