@@ -282,7 +282,7 @@ OPS = {
     "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear),
     "gla bonus": OpMember(partial(_gla_inputs, bonus=True), **_linear),
     "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear),
-    "delta_rule": OpMember(_delta_inputs, sweep=True, **_delta),
+    "delta_rule": OpMember(_delta_inputs, **_delta),
     "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), **_delta),
     "delta_rule per channel": OpMember(partial(_delta_inputs, decay="B T H K"), sweep=True, **_delta),
     "delta_rule grouped keys": OpMember(partial(_delta_inputs, decay="B T H", key_heads=1), **_delta),
@@ -343,6 +343,7 @@ MIXERS = {
     "GLA conv grouped": MixerMember(
         partial(GLA, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK, expand_k=1.0),
         extreme=_gla_gate,
+        slow=True,
     ),
     "DeltaNet": MixerMember(
         partial(DeltaNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"beta_proj/kernel": 1e3}, slow=True
@@ -371,7 +372,9 @@ MIXERS = {
         partial(KDA, WIDTH, num_heads=1, num_value_heads=2, min_log_decay=-5.0, chunk_size=CHUNK), cheap=True
     ),
     "RetNet": MixerMember(
-        partial(RetNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}
+        partial(RetNet, WIDTH, num_heads=2, chunk_size=CHUNK),
+        extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
+        slow=True,
     ),
     "HGRN": MixerMember(partial(HGRN, WIDTH, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}, slow=True),
     "HGRN bounded": MixerMember(partial(HGRN, WIDTH, lower_bound=0.3), cheap=True),

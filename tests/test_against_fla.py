@@ -23,7 +23,7 @@ from jaxseq.layers.normalised import normalised_attention
 
 # ---- ops: each takes the recorded inputs by their recorded names, and returns what was recorded ---------------------
 
-FORMS = ("sequential", "parallel", "chunked")
+FORMS = ("sequential", "chunked")  # `parallel` is `sequential`: tests/test_ops.py
 
 
 class Recorded(NamedTuple):

@@ -66,7 +66,9 @@ def test_any_monoid(name, devices, run, reverse, seed):
 
 
 @pytest.mark.parametrize(
-    "name, devices", [(name, (2, 8, 4)[i % 3]) for i, name in enumerate(OPS) if not OPS[name].whole]
+    "name, devices",
+    [(name, (2, 8, 4)[i % 3]) for i, name in enumerate(OPS) if not OPS[name].whole and "delta_rule" not in name]
+    + [("delta_rule per channel", 8)],
 )
 def test_every_op_in_value_and_gradient(name, devices):
     member = OPS[name]
@@ -215,7 +217,7 @@ def communicated(compiled) -> int:
     return sum(sizes[kind] * int(np.prod([int(n) for n in shape.split(",") if n])) for kind, shape in shapes)
 
 
-@pytest.mark.parametrize("name", ["GLA conv grouped", "Mamba", "S4D", "Attention window grouped"])
+@pytest.mark.parametrize("name", ["GLA conv grouped", "GatedDeltaNet", "Mamba", "S4D", "Attention window grouped"])
 def test_mixers_of_fixed_state_communicate_states_alone(name):
     """The bytes of a layer, forward and backward, do not grow with the time that is split."""
     module, params = initialised(MIXERS[name])

@@ -126,7 +126,7 @@ def over_time(loss: Callable, mesh: Mesh) -> Callable:
 
     def whole_table(path, x):
         # Looking up, beside a manual axis, rows that are split over devices aborts XLA's partitioner (jaxlib 0.11).
-        return lax.with_sharding_constraint(x, P()) if re.search(TABLE, path_string(path)) else x
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P())) if re.search(TABLE, path_string(path)) else x
 
     def split(params, batch, key):
         params = jax.tree_util.tree_map_with_path(whole_table, params)
