@@ -405,7 +405,7 @@ MIXERS = {
         partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK, impl="chunked"), extreme={"dt_bias": 100.0}
     ),
     # Λ so low that nothing decays: √(1 − a²) has no slope there that is finite.
-    "RGLRU": MixerMember(partial(RGLRU, WIDTH, num_heads=2), extreme={"Lambda": -100.0}),
+    "RGLRU": MixerMember(partial(RGLRU, WIDTH, num_heads=2), extreme={"Lambda": -100.0}, slow=True),
     "MinGRU": MixerMember(partial(MinGRU, WIDTH, expand=2), extreme={"gate_proj/bias": 1e4}, slow=True),
     "MinLSTM": MixerMember(
         partial(MinLSTM, WIDTH), extreme={"forget_proj/bias": -1e4, "input_proj/bias": -1e4}, slow=True

@@ -129,7 +129,7 @@ def test_a_decay_to_nothing_is_finite(impl):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(form(gone, cotangents, None)))
 
 
-@pytest.mark.parametrize("keys, strength", [("norm 10", 0.02), ("norm 10", 0.002), ("one key", 1.0), ("one key", 1.9)])
+@pytest.mark.parametrize("keys, strength", [("norm 10", 0.02), ("one key", 1.9)])
 def test_the_delta_rule_solves_for_any_keys(keys, strength):
     """Long keys up to β |k|² = 2, and one key over and over, where a series for the inverse would overflow."""
     rng, T = np.random.default_rng(0), 131

@@ -54,15 +54,16 @@ def scanned(name, devices, reverse):
     devices=st.sampled_from([1, 2, 4, 8]),
     run=st.integers(1, 3),
     reverse=st.booleans(),
+    wide=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_monoid(name, devices, run, reverse, seed):
+def test_any_monoid(name, devices, run, reverse, wide, seed):
     member, rng = MONOIDS[name], np.random.default_rng(seed)
-    with jax.enable_x64(True):
+    with jax.enable_x64(wide):
         drawn = jax.tree.map(jnp.asarray, (member.elements(rng, (2, devices * run)), member.state(rng, (2,))))
         actual, expected = scanned(name, devices, reverse)(*drawn)
         finite = lambda tree: jax.tree.map(lambda x: jnp.where(x == -jnp.inf, -1e3, x), tree)
-        assert_close(finite(actual), finite(expected), "float64")
+        assert_close(finite(actual), finite(expected), "float64" if wide else "float32 strong")
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_one_device_equals_a_cube_of_eight(unbroken):
     assert many.params["params"]["table"]["embedding"].addressable_shards[0].data.shape == (VOCAB // 4, WIDTH)
 
 
+@pytest.mark.slow
 def test_a_model_with_muon_and_ngrams_trains_on_the_cube():
     """The parts of the main job: a model, its parameter groups and places, on one device and on eight."""
     config = ModelConfig(mixers="gla", width=16, depth=2, ngrams=(2, 3), ngram_buckets=64)
