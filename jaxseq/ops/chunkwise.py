@@ -19,27 +19,25 @@ CHUNK = 32
 
 
 class Roles(NamedTuple):
-    """Which tokens meet the state along its key axis: reading it, reading it before its decay, writing to it."""
+    """Which tokens meet the state along its key axis: reading it, reading it before their decay, writing to it."""
 
     reads: tuple[str, ...] = ()
     early_reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
 
 
-class Reads(NamedTuple):
-    """Decays that a reader meets: at its level, pair by pair of blocks, those of readers and of writers; in whole."""
-
-    levels: list[tuple[jax.Array, jax.Array]]
-    from_start: jax.Array
-
-
 class Decays(NamedTuple):
-    """Decays inside a chunk: to what reads the state, to what reads it before its decay, to the end, of all tokens."""
+    """Decays inside a chunk: from its start to what reads the state, from what writes to its end, of all tokens.
 
-    reads: Reads
-    early_reads: Reads
+    `levels` hold those of readers and writers, pair by pair of blocks that double in size. Where all channels decay
+    alike, `between` is the decay from writer j to reader i, and zero from j = i on.
+    """
+
+    from_start: jax.Array
     to_end: jax.Array
     total: jax.Array
+    levels: list[tuple[jax.Array, jax.Array]]
+    between: jax.Array | None = None
 
 
 def chunkwise(chunk: Callable, roles: Roles, chunk_size: int, tokens: dict[str, jax.Array], g, S):
@@ -98,9 +96,12 @@ def _backward(chunk, roles, size, residuals, cotangents):
         along = lambda names: sum((here[name] * d_here[name] for name in names), jnp.zeros_like(here["q"]))
         early = jnp.pad(along(roles.early_reads)[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
         moved = along(roles.reads) + early - along(roles.writes)
-        later = jnp.triu(jnp.ones((size, size), d_after.dtype))  # a product: cumulative sums leave the fast path on CPU
-        d_decay = jnp.sum(after * d_after, -1)[:, :, None] + jnp.einsum("ij,bhjk->bhik", later, moved)
-        d_decay = d_decay if g.shape[-1] == d_decay.shape[-1] else jnp.sum(d_decay, -1, keepdims=True)
+        d_total = jnp.sum(after * d_after, -1)[:, :, None]
+        if g.shape[-1] == 1:
+            moved, d_total = (jnp.sum(x, -1, keepdims=True) for x in (moved, d_total))
+        # A batched product: cumulative sums leave the fast path on CPU, and one matrix for all would transpose `moved`.
+        later = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), moved.dtype)), (*moved.shape[:2], size, size))
+        d_decay = d_total + jnp.einsum("bhij,bhjk->bhik", later, moved)
         return d_S, jax.tree.map(lambda d, x: _write(d, x, i), d_tokens, d_here), _write(d_g, d_decay, i)
 
     like = lambda x: zeros_from(tokens["v"], x.shape, x.dtype)
@@ -150,38 +151,44 @@ def _decays(g) -> Decays:
     size = g.shape[2]
     whole = 1 << (size - 1).bit_length()
     g = jnp.pad(g, ((0, 0), (0, 0), (0, whole - size), (0, 0)))
-    total = to_read = jnp.exp(g)
-    to_end = jnp.ones_like(total)
-    to_early_read = jnp.where(jnp.isneginf(g), 0, to_end)  # a decay of zero is a restart: nothing is read across it
-    reads, early_reads, block = Reads([], to_read), Reads([], to_early_read), 1
+    total = from_start = jnp.exp(g)
+    to_end, levels, block = jnp.ones_like(total), [], 1
     while block < whole:
-        end_early, end_late = _halves(to_end, block)
+        (read_early, read_late), (end_early, end_late) = _halves(from_start, block), _halves(to_end, block)
         total_early, total_late = _halves(total, 1)
-        reads, early_reads = (_joined(x, end_early, total_early, block) for x in (reads, early_reads))
+        levels.append((read_late, end_early))
+        from_start = _join(read_early, read_late * total_early)
         to_end = _join(end_early * total_late, end_late)
         total = (total_early * total_late)[..., 0, :]
         block *= 2
-    reads, early_reads = (x._replace(from_start=x.from_start[:, :, :size]) for x in (reads, early_reads))
-    return Decays(reads, early_reads, to_end[:, :, :size], total.swapaxes(-1, -2))
+    decays = Decays(from_start[:, :, :size], to_end[:, :, :size], total.swapaxes(-1, -2), levels)
+    if g.shape[-1] > 1:
+        return decays
+    one = jnp.ones_like(decays.from_start)
+    return decays._replace(between=scores((one,), (one,), decays, one.dtype)[0])
 
 
-def _joined(reads: Reads, end_early, total_early, block) -> Reads:
-    early, late = _halves(reads.from_start, block)
-    return Reads([*reads.levels, (late, end_early)], _join(early, late * total_early))
-
-
-def scores(q, k, reads: Reads, dtype, diagonal=None):
-    """A_ij = q_i · (Π_{j<t≤i} decay_t ⊙ k_j) for j < i, where an early read goes without decay_i; `diagonal` on it."""
-    size, whole = q.shape[2], 1 << len(reads.levels)
+def scores(readers: tuple, writers: tuple, decays: Decays, dtype) -> list:
+    """A_ij = q_i · (Π_{j<t≤i} decay_t ⊙ k_j) for j < i, else 0, of every reader q with every writer k in turn."""
+    if decays.between is not None:
+        return [decays.between * product("bhik,bhjk->bhij", q, k, dtype) for q in readers for k in writers]
+    size, whole = readers[0].shape[2], 1 << len(decays.levels)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, whole - size), (0, 0)))
-    q, k = fill(q), fill(k)
-    diagonal = jnp.zeros(q.shape[:3], q.dtype) if diagonal is None else fill(diagonal[..., None])[..., 0]
-    A = diagonal[..., None, None]
-    for i, (read, end) in enumerate(reads.levels):
-        readers, writers = read * _halves(q, 1 << i)[1], end * _halves(k, 1 << i)[0]
-        cross = product("...ik,...jk->...ij", readers, writers, dtype)
-        A = jnp.block([[A[:, :, 0::2], jnp.zeros_like(cross)], [cross, A[:, :, 1::2]]])
-    return A[:, :, 0, :size, :size]
+    readers, writers = (tuple(map(fill, x)) for x in (readers, writers))
+    R, W = len(readers), len(writers)
+    A = jnp.zeros((*readers[0].shape[:3], R, 1, W, 1), accumulator(dtype))
+    for i, (read, end) in enumerate(decays.levels):
+        q = jnp.concatenate([read * _halves(x, 1 << i)[1] for x in readers], axis=3)
+        k = jnp.concatenate([end * _halves(x, 1 << i)[0] for x in writers], axis=3)
+        cross = product("bhnik,bhnjk->bhnij", q, k, dtype).reshape(*q.shape[:3], R, 1 << i, W, 1 << i)
+        early = jnp.concatenate([A[:, :, 0::2], jnp.zeros_like(cross)], axis=6)
+        A = jnp.concatenate([early, jnp.concatenate([cross, A[:, :, 1::2]], axis=6)], axis=4)
+    return [A[:, :, 0, r, :size, w, :size] for r in range(R) for w in range(W)]
+
+
+def itself(q, k):
+    """What a token reads of its own writing: q_i · k_i, `B H C 1`."""
+    return jnp.sum(q * k, axis=-1, keepdims=True)
 
 
 @jax.custom_vjp

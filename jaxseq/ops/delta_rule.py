@@ -10,7 +10,7 @@ from .. import scan
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, inverse, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise, inverse, itself, product, scores
 from .dispatch import dispatch
 from .matrix_state import best, in_accumulator, prepared, total_map
 
@@ -54,11 +54,11 @@ def _chunk(dtype, tokens, decays, S):
     u = (I + A_ak)⁻¹ (β V − (a ⊙ e^G) S)        a = β k        (Gated DeltaNet, arXiv 2412.06464, section 3.3)
     """
     q, k, v, a = (tokens[name] for name in "qkva")
-    reads = decays.reads
-    known = product("bhik,bhkv->bhiv", reads.from_start * a, S, dtype)
-    u = product("bhij,bhjv->bhiv", inverse(scores(a, k, reads, dtype)), v - known, dtype)
-    o = product("bhij,bhjv->bhiv", scores(q, k, reads, dtype, jnp.sum(q * k, axis=-1)), u, dtype)
-    o += product("bhik,bhkv->bhiv", reads.from_start * q, S, dtype)
+    A_ak, A_qk = scores((a, q), (k,), decays, dtype)
+    known = product("bhik,bhkv->bhiv", decays.from_start * a, S, dtype)
+    u = product("bhij,bhjv->bhiv", inverse(A_ak), v - known, dtype)
+    o = product("bhij,bhjv->bhiv", A_qk, u, dtype) + itself(q, k) * u
+    o += product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, u, dtype)
 
 

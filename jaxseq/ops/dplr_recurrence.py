@@ -10,9 +10,9 @@ from .. import scan
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, inverse, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise, inverse, itself, product, scores
 from .dispatch import dispatch
-from .matrix_state import best, in_accumulator, per_head, prepared, total_map
+from .matrix_state import advanced, best, delayed, in_accumulator, per_head, prepared, total_map, unless_restart
 
 # The forms take queries, keys, a and b `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32
 # state `B H K V`.
@@ -21,7 +21,7 @@ from .matrix_state import best, in_accumulator, per_head, prepared, total_map
 def sequential(q, k, v, a, b, g, S):
     def step(S, token):
         q, k, v, a, b, g = token
-        read = jnp.einsum("bhkv,bhk->bhv", _unless_restart(S, g), a)
+        read = jnp.einsum("bhkv,bhk->bhv", S, a)
         S = jnp.exp(g)[..., None] * S + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
         return S, jnp.einsum("bhkv,bhk->bhv", S, q)
 
@@ -29,14 +29,8 @@ def sequential(q, k, v, a, b, g, S):
     return o.swapaxes(0, 1), S
 
 
-def _unless_restart(S, g):
-    """What a reads before the decay: nothing, where that decay of zero is a restart."""
-    return jnp.where(jnp.isneginf(g)[..., None], 0, S)
-
-
 def parallel(q, k, v, a, b, g, S):
     """The scan of the monoid itself: it keeps every transition, T·K·(K + V) numbers a head."""
-    a = jnp.where(jnp.isneginf(g), 0, a)
     unit = jnp.eye(k.shape[-1], dtype=S.dtype)[None, None, None]
     transition = jnp.exp(g)[..., None] * unit + b[..., None] * a[..., None, :]
     states, final = scan.parallel(matrix_map, MatrixMap(transition, k[..., None] * v[..., None, :]), S)
@@ -58,15 +52,17 @@ def _chunk(dtype, tokens, decays, S):
     u = (I − A_ab)⁻¹ (A_ak V + (a ⊙ e^E) S)
     """
     q, k, v, a, b = (tokens[name] for name in "qkvab")
-    reads, early = decays.reads, decays.early_reads
-    read = product("bhik,bhkv->bhiv", early.from_start * a, S, dtype)
-    read += product("bhij,bhjv->bhiv", scores(a, k, early, dtype), v, dtype)
-    u = product("bhij,bhjv->bhiv", inverse(-scores(a, b, early, dtype)), read, dtype)
-    o = product("bhik,bhkv->bhiv", reads.from_start * q, S, dtype)
+    late = advanced(a, 2)
+    A_ak, A_ab, A_qk, A_qb = scores((late, q), (k, b), decays, dtype)
+    A_ab += jnp.eye(a.shape[2], dtype=A_ab.dtype)[None, None] * itself(late, b)
+    read = product("bhij,bhjv->bhiv", A_ak, v, dtype) + itself(late, k) * v
+    read += product("bhik,bhkv->bhiv", decays.from_start * late, S, dtype)
+    read = delayed(read, 2, product("bhik,bhkv->bhiv", a[:, :, :1], S, dtype))
+    u = product("bhij,bhjv->bhiv", inverse(-delayed(A_ab, 2)), read, dtype)
+    o = product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     S = decays.total * S
-    for write, written in ((k, v), (b, u)):
-        seen = scores(q, write, reads, dtype, jnp.sum(q * write, axis=-1))
-        o += product("bhij,bhjv->bhiv", seen, written, dtype)
+    for write, written, seen in ((k, v, A_qk), (b, u, A_qb)):
+        o += product("bhij,bhjv->bhiv", seen, written, dtype) + itself(q, write) * written
         S += product("bhik,bhiv->bhkv", decays.to_end * write, written, dtype)
     return o, S
 
@@ -108,7 +104,7 @@ def dplr_recurrence(
         "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
     }
     form = dispatch("dplr_recurrence", impl, forms, *best(length))
-    v, a, b = own((value, per_head(a, heads), per_head(b, heads)))
+    v, a, b = own((value, unless_restart(per_head(a, heads), g), per_head(b, heads)))
     run = lambda v, S: form(q, k, v, a, b, g, S)
     o, final = across_devices(matrix_map, lambda: total_map(run, v, S), partial(run, v), S)
     return o.astype(value.dtype), final

@@ -10,58 +10,55 @@ from .. import scan
 from ..monoid import OuterProduct, outer_product
 from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise, itself, product, scores
 from .dispatch import dispatch
-from .matrix_state import best, in_accumulator, prepared
+from .matrix_state import advanced, best, delayed, in_accumulator, prepared, unless_restart
 
-# The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, a bonus `1 1 H K`
-# or None, and a float32 state `B H K V`.
+# The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32 state
+# `B H K V`.
 
 
-def sequential(q, k, v, g, bonus, S):
+def sequential(q, k, v, g, S):
     def step(S, token):
         q, k, v, g = token
-        before = _unless_restart(S, g)
         S = jnp.exp(g)[..., None] * S + k[..., None] * v[..., None, :]
-        read = S if bonus is None else before + (bonus[0] * k)[..., None] * v[..., None, :]
-        return S, jnp.einsum("bhkv,bhk->bhv", read, q)
+        return S, jnp.einsum("bhkv,bhk->bhv", S, q)
 
     S, o = lax.scan(step, S, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, g)))
     return o.swapaxes(0, 1), S
 
 
-def parallel(q, k, v, g, bonus, S):
+def parallel(q, k, v, g, S):
     """The scan of the monoid itself: it keeps every state, T·K·V numbers a head."""
     elements = OuterProduct.from_token(jnp.broadcast_to(g, k.shape), k, v)
     states, final = scan.parallel(outer_product, elements, S)
-    if bonus is not None:
-        before = _unless_restart(jnp.concatenate([S[:, None], states[:, :-1]], axis=1), g)
-        states = before + (bonus * k)[..., None] * v[..., None, :]
     return jnp.einsum("bthkv,bthk->bthv", states, q), final
 
 
-def chunked(q, k, v, g, bonus, S, chunk_size):
+ROLES = Roles(reads=("q",), writes=("k",))
+
+
+def chunked(q, k, v, g, S, chunk_size):
     """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk."""
-    early, dtype = bonus is not None, promoted(q.dtype, k.dtype, v.dtype)
-    roles = Roles(early_reads=("q",), writes=("k",)) if early else Roles(reads=("q",), writes=("k",))
-    o, S = chunkwise(partial(_chunk, early, dtype), roles, chunk_size, {"q": q, "k": k, "v": v}, g, S)
-    if early:
-        q, k, v, bonus = (x.astype(S.dtype) for x in (q, k, v, bonus))
-        o += jnp.sum(q * bonus * k, axis=-1, keepdims=True) * v
-    return o, S
+    dtype = promoted(q.dtype, k.dtype, v.dtype)
+    return chunkwise(partial(_chunk, dtype), ROLES, chunk_size, {"q": q, "k": k, "v": v}, g, S)
 
 
-def _chunk(early, dtype, tokens, decays, S):
+def _chunk(dtype, tokens, decays, S):
     q, k, v = (tokens[name] for name in "qkv")
-    reads, diagonal = (decays.early_reads, None) if early else (decays.reads, jnp.sum(q * k, axis=-1))
-    o = product("bhij,bhjv->bhiv", scores(q, k, reads, dtype, diagonal), v, dtype)
-    o += product("bhik,bhkv->bhiv", reads.from_start * q, S, dtype)
+    (A,) = scores((q,), (k,), decays, dtype)
+    o = product("bhij,bhjv->bhiv", A, v, dtype) + itself(q, k) * v
+    o += product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, v, dtype)
 
 
-def _unless_restart(S, g):
-    """The state a token with a bonus reads, before its own decay: nothing, where that decay of zero is a restart."""
-    return jnp.where(jnp.isneginf(g)[..., None], 0, S)
+def with_bonus(form, bonus, q, k, v, g, S):
+    """o_t = S_{t-1}ᵀ q_t + (q_t · (u ⊙ k_t)) v_t: the form read one step late, and what the bonus adds."""
+    early = unless_restart(q, g)
+    o, final = form(advanced(early, 1), k, v, g, S)
+    first = jnp.einsum("bhkv,bhk->bhv", S, early[:, 0].astype(S.dtype))[:, None]
+    q, k, v, bonus = (x.astype(S.dtype) for x in (q, k, v, bonus))
+    return delayed(o.astype(S.dtype), 1, first) + jnp.sum(q * bonus * k, axis=-1, keepdims=True) * v, final
 
 
 @typed
@@ -97,14 +94,16 @@ def gated_linear_attention(
     q, k, g, S = prepared(
         "gated_linear_attention", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size
     )
-    bonus = None if bonus is None else zeros_from(value, bonus.shape, bonus.dtype, plus=bonus)[None, None]
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),
         "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
     }
-    v, bonus = own((value, bonus))
-    run = partial(dispatch("gated_linear_attention", impl, forms, *best(length)), q, k, v, g, bonus)
+    form = dispatch("gated_linear_attention", impl, forms, *best(length))
+    if bonus is not None:
+        form = partial(with_bonus, form, own(zeros_from(value, bonus.shape, bonus.dtype, plus=bonus)[None, None]))
+    v = own(value)
+    run = partial(form, q, k, v, g)
     o, final = across_devices(outer_product, partial(_total, k, v, g), run, S)
     return o.astype(value.dtype), final
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..monoid import MatrixMap
 from ..segments import segment_starts
@@ -77,3 +78,22 @@ def total_map(run, v, S) -> MatrixMap:
     columns = jnp.concatenate([v, jnp.zeros((*v.shape[:-1], K), v.dtype)], axis=-1)
     _, final = run(columns, jnp.concatenate([jnp.zeros_like(S), unit], axis=-1))
     return MatrixMap(final[..., V:], final[..., :V])
+
+
+def advanced(x, axis: int):
+    """Each read one step earlier: what comes before a token's decay is what comes after the token before it."""
+    return jnp.concatenate([lax.slice_in_dim(x, 1, None, axis=axis), _edge(x, axis)], axis)
+
+
+def delayed(x, axis: int, first=None):
+    """One step later, after `first`, or zeros: where what `advanced` tokens have read belongs."""
+    return jnp.concatenate([_edge(x, axis) if first is None else first, lax.slice_in_dim(x, 0, -1, axis=axis)], axis)
+
+
+def _edge(x, axis):
+    return jnp.zeros_like(lax.slice_in_dim(x, 0, 1, axis=axis))
+
+
+def unless_restart(x, g):
+    """Zero where a log decay of −∞ restarts: nothing is read across it. Of all else that reads before its decay, x."""
+    return jnp.where(jnp.isneginf(g), 0, x)
