@@ -139,6 +139,27 @@ log_sum_exp = semiring_matrix(log_sum)
 max_plus = semiring_matrix(lambda x, axis: jnp.max(x, axis=axis))
 
 
+class LogAffine(NamedTuple):
+    """The map h ↦ (log_decay + h) ⊕ log_input, ⊕ the sum of a semiring: `Affine`, its numbers as logs."""
+
+    log_decay: Float[Array, "..."]
+    log_input: Float[Array, "..."]
+
+
+def semiring_affine(add: Callable) -> Monoid:
+    """Elementwise affine maps over a semiring whose product is + and whose sum is `add(array, axis)`, zero −∞."""
+    act = lambda e, h: add(jnp.stack([e.log_decay + h, e.log_input]), 0)
+    return Monoid(
+        combine=lambda e, f: LogAffine(e.log_decay + f.log_decay, act(f, e.log_input)),
+        identity=lambda like: LogAffine(jnp.zeros_like(like.log_decay), jnp.full_like(like.log_input, -jnp.inf)),
+        act=act,
+    )
+
+
+log_affine = semiring_affine(log_sum)
+max_affine = semiring_affine(lambda x, axis: jnp.max(x, axis=axis))
+
+
 # A map on 0 … N−1 as the table of its values, `… N`; it acts on indices `…`.
 index_map = Monoid(
     combine=lambda e, f: jnp.take_along_axis(f, e, axis=-1),

@@ -140,6 +140,16 @@ PLAIN_MONOIDS = {
     "index map": MonoidMember(
         monoid.index_map, lambda rng, s: rng.integers(0, 4, (*s, 4)), lambda rng, s: rng.integers(0, 4, s)
     ),
+    "log affine": MonoidMember(
+        monoid.log_affine,
+        lambda rng, s: monoid.LogAffine(3 * rng.standard_normal((*s, 4)), 3 * rng.standard_normal((*s, 4))),
+        lambda rng, s: 3 * rng.standard_normal((*s, 4)),
+    ),
+    "max affine": MonoidMember(
+        monoid.max_affine,
+        lambda rng, s: monoid.LogAffine(3 * rng.standard_normal((*s, 4)), 3 * rng.standard_normal((*s, 4))),
+        lambda rng, s: 3 * rng.standard_normal((*s, 4)),
+    ),
     "max-plus": MonoidMember(
         monoid.max_plus,
         lambda rng, s: 3 * rng.standard_normal((*s, 3, 3)),
@@ -192,7 +202,7 @@ def _recurrence(inputs, segment_ids, impl, **options):
 
 def _gla_inputs(rng, T, strength, decay="B T H K", bonus=False, key_heads=2):
     B, H, K, V = 2, 2, 4, 3
-    shape = {"B T H K": (B, T, key_heads, K), "B T H": (B, T, H), "H": (H,)}.get(decay)
+    shape = {"B T H K": (B, T, key_heads, K), "B T H V": (B, T, H, V), "B T H": (B, T, H), "H": (H,)}.get(decay)
     inputs = dict(query=(B, T, key_heads, K), key=(B, T, key_heads, K), value=(B, T, H, V), initial_state=(B, H, K, V))
     inputs = {name: rng.standard_normal(s) for name, s in inputs.items()}
     inputs |= {"log_decay": log_decays(rng, shape, strength)} if shape else {}
@@ -264,6 +274,16 @@ def _log_matmul(inputs, segment_ids, impl, **options):
     return ops.log_matmul(**inputs, segment_ids=segment_ids, impl=impl, **options)
 
 
+def _log_recurrence_inputs(rng, T, strength):
+    inputs = (1 if strength == "mild" else 100) * rng.standard_normal((2, T, 3))
+    decay = log_decays(rng, (2, T, 3), strength)
+    return dict(log_decay=decay, log_inputs=inputs, initial_state=rng.standard_normal((2, 3)))
+
+
+def _log_recurrence(inputs, segment_ids, impl, **options):
+    return ops.log_recurrence(**inputs, segment_ids=segment_ids, impl=impl, **options)
+
+
 _scan_forms = ("sequential", "parallel", "chunked", "in_place")
 _recurrent = dict(moving=("decay", "inputs"), forms=_scan_forms)
 _tokens = ("query", "key", "value", "log_decay", "beta", "a", "b")
@@ -281,6 +301,11 @@ OPS = {
     "gla fixed decay": OpMember(partial(_gla_inputs, decay="H"), **_linear | dict(moving=("query", "key", "value"))),
     "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear),
     "gla bonus": OpMember(partial(_gla_inputs, bonus=True), **_linear),
+    "gla per value": OpMember(
+        partial(_gla_inputs, decay="B T H V"),
+        **_linear | dict(call=partial(_matrix_state, partial(ops.gated_linear_attention, decay_axis="value"))),
+        sweep=True,
+    ),
     "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear),
     "delta_rule": OpMember(_delta_inputs, **_delta),
     "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), **_delta),
@@ -308,6 +333,10 @@ OPS = {
     "log_matmul": OpMember(_log_matmul_inputs, _log_matmul, sweep=True, moving=("log_matrices",), whole=True),
     "log_matmul reverse": OpMember(_log_matmul_inputs, partial(_log_matmul, reverse=True), whole=True),
     "log_matmul max_plus": OpMember(_log_matmul_inputs, partial(_log_matmul, semiring="max_plus"), whole=True),
+    "log_recurrence": OpMember(_log_recurrence_inputs, _log_recurrence, sweep=True, moving=("log_decay", "log_inputs")),
+    "log_recurrence max_plus": OpMember(
+        _log_recurrence_inputs, partial(_log_recurrence, semiring="max_plus"), moving=("log_decay", "log_inputs")
+    ),
     "softmax_attention": OpMember(_attention_inputs, _attention, sweep=True),
     "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5)),
     "softmax_attention softcap": OpMember(_attention_inputs, partial(_attention, logit_softcap=2.0, window=20)),

@@ -1,7 +1,7 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
-Waiting for the work that builds what they check: fla_abc, fla_gsa, fla_log_linear_attn,
-fla_mesa_net, fla_forgetting_attn, fla_path_attn, fla_ttt_linear; and the layers that LAYERS below leaves out.
+Waiting for the work that builds what they check: fla_log_linear_attn, fla_mesa_net, fla_forgetting_attn, fla_path_attn
+and fla_ttt_linear; and the layers that LAYERS below leaves out.
 """
 
 from collections.abc import Callable
@@ -100,6 +100,23 @@ def gdn2(i, impl):
     )
 
 
+def slots(i, impl):
+    """Two passes over the same slots: which of them a query finds, and what is in them."""
+    options = dict(log_decay=i["g"], impl=impl)
+    first = dict(scale=i["const_scale"], initial_state=i.get("hk0"), decay_axis="value")
+    logits, hk = ops.gated_linear_attention(i["q"], i["k"], i["s"], **options, **first)
+    p = jax.nn.softmax(logits)
+    o, hv = ops.gated_linear_attention(p, i["s"], i["v"], **options, scale=1.0, initial_state=i.get("hv0"))
+    return o, hk, hv
+
+
+def bounded_memory(i, impl):
+    """Slots whose weights e^s are divided by their running sums."""
+    z, _ = ops.log_recurrence(None, i["s"], impl=impl)
+    g = jnp.pad(z[:, :-1] - z[:, 1:], ((0, 0), (1, 0), (0, 0), (0, 0)))
+    return slots(i | {"s": jnp.exp(i["s"] - z), "g": g}, impl)[:1]
+
+
 def elementwise(i, impl):
     return ops.linear_recurrence(jnp.exp(i["g"]), i["x"], initial_state=i["h0"], impl=impl)
 
@@ -123,6 +140,8 @@ OPS = {
     "fla_gdn2": Recorded(gdn2),
     "fla_comba": Recorded(comba),
     "fla_rwkv7": Recorded(lambda i, impl: general(i, -i["kk"], i["kk"] * i["a"], impl=impl)),
+    "fla_gsa": Recorded(slots, ("hkt", "hvt")),
+    "fla_abc": Recorded(bounded_memory, ()),
     "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
 }
 #: The widest of each family: in float32 too.

@@ -258,3 +258,16 @@ def test_weights_that_all_devices_share_keep_their_gradient():
     )
     whole, apart = quick_jit(lambda *args: [jax.grad(f)(*args) for f in (loss, split)])(shared, q, k, v)
     assert_close(apart, whole, "mixer")
+
+
+@pytest.mark.parametrize("semiring", ["log_sum_exp", "max_plus"])
+def test_weights_of_zero_have_logs(semiring):
+    """Steps where nothing was ever added are −∞, after them the sum; gradients are finite throughout."""
+    inputs = jnp.asarray([-jnp.inf, -jnp.inf, 1.0, -jnp.inf, 2.0])[None, :, None]
+    expected = [-np.inf, -np.inf, 1.0, 1.0, 2.0 + np.log1p(np.exp(-1.0)) if semiring == "log_sum_exp" else 2.0]
+    for impl in ("sequential", "parallel", "chunked"):
+        run = lambda x, impl=impl: ops.log_recurrence(None, x, semiring=semiring, impl=impl)[0]
+        np.testing.assert_allclose(run(inputs)[0, :, 0], expected, rtol=1e-6)
+        gradient = jax.grad(lambda x, run=run: jnp.sum(jnp.where(jnp.isfinite(run(x)), run(x), 0)))(inputs)
+        assert np.isfinite(gradient).all()
+        np.testing.assert_allclose(gradient.sum(), 3, rtol=1e-6)

@@ -19,11 +19,15 @@ CHUNK = 32
 
 
 class Roles(NamedTuple):
-    """Which tokens meet the state along its key axis: reading it, reading it before their decay, writing to it."""
+    """Which tokens meet the state along the axis that decays: reading it, reading it before their decay, writing to it.
+
+    With `outputs`, what is read lies along that axis.
+    """
 
     reads: tuple[str, ...] = ()
     early_reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    outputs: bool = False
 
 
 class Decays(NamedTuple):
@@ -91,11 +95,13 @@ def _backward(chunk, roles, size, residuals, cotangents):
         d_after, d_tokens, d_g = carry
         here = jax.tree.map(lambda x: _read(x, i, size, d_after.dtype), tokens)
         S, decays = lax.dynamic_index_in_dim(states, i, 0, keepdims=False), _decays(_read(g, i, size, g.dtype))
-        (_, after), pull_back = jax.vjp(lambda tokens, S: chunk(tokens, decays, S), here, S)
-        d_here, d_S = pull_back((_read(d_o, i, size, d_after.dtype), d_after))
-        along = lambda names: sum((here[name] * d_here[name] for name in names), jnp.zeros_like(here["q"]))
-        early = jnp.pad(along(roles.early_reads)[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
-        moved = along(roles.reads) + early - along(roles.writes)
+        (o, after), pull_back = jax.vjp(lambda tokens, S: chunk(tokens, decays, S), here, S)
+        d_out = _read(d_o, i, size, d_after.dtype)
+        d_here, d_S = pull_back((d_out, d_after))
+        along = lambda names: sum(here[name] * d_here[name] for name in names)
+        moved = along(roles.reads) - along(roles.writes) + (o * d_out if roles.outputs else 0)
+        if roles.early_reads:
+            moved += jnp.pad(along(roles.early_reads)[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
         d_total = jnp.sum(after * d_after, -1)[:, :, None]
         if g.shape[-1] == 1:
             moved, d_total = (jnp.sum(x, -1, keepdims=True) for x in (moved, d_total))
@@ -184,6 +190,20 @@ def scores(readers: tuple, writers: tuple, decays: Decays, dtype) -> list:
         early = jnp.concatenate([A[:, :, 0::2], jnp.zeros_like(cross)], axis=6)
         A = jnp.concatenate([early, jnp.concatenate([cross, A[:, :, 1::2]], axis=6)], axis=4)
     return [A[:, :, 0, r, :size, w, :size] for r in range(R) for w in range(W)]
+
+
+def between_blocks(A, v, decays: Decays, dtype):
+    """Σ_{j<i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v."""
+    size, whole = v.shape[2], 1 << len(decays.levels)
+    A = jnp.pad(A, ((0, 0), (0, 0), (0, whole - size), (0, whole - size)))
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, whole - size), (0, 0)))
+    o = jnp.zeros(v.shape, accumulator(dtype))
+    for i, (read, end) in enumerate(decays.levels):
+        block = 1 << i
+        cross = _on_diagonal(A, 2 * block)[..., block:, :block]
+        late = read * product("bhnij,bhnjv->bhniv", cross, end * _halves(v, block)[0], dtype)
+        o += _join(jnp.zeros_like(late), late)
+    return o[:, :, :size]
 
 
 def itself(q, k):

@@ -1,6 +1,7 @@
 """S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ, o_t = scale · S_tᵀ q_t: linear attention with decay."""
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from ..sharded import across_devices, own
 from .chunkwise import CHUNK, Roles, chunkwise, itself, product, scores
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, prepared, unless_restart
+from .value_decay import FORMS as VALUE_FORMS
 
 # The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32 state
 # `B H K V`.
@@ -66,8 +68,9 @@ def gated_linear_attention(
     query: Float[Array, "B T Hk K"],
     key: Float[Array, "B T Hk K"],
     value: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T _ K"] | Float[Array, "B T _"] | Float[Array, "H"] | None = None,
+    log_decay: Float[Array, "B T _ _"] | Float[Array, "B T _"] | Float[Array, "H"] | None = None,
     *,
+    decay_axis: Literal["key", "value"] = "key",
     bonus: Float[Array, "H K"] | None = None,
     scale: float | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
@@ -81,31 +84,40 @@ def gated_linear_attention(
 
     `log_decay` g is a natural log, ≤ 0: per channel `B T H K` (GLA), per head `B T H` (Mamba-2, mLSTM), fixed `H`
     (RetNet), or None. With `bonus` u, o_t reads S_{t-1} + (u ⊙ k_t) v_tᵀ instead (RWKV-6). `scale` is K^-½ when
-    None. Fewer query and key heads than value heads each serve a run of consecutive value heads. `initial_state` is
-    S_0, zeros when None; a change of `segment_ids` restarts from zero, as a log decay of −∞ does: a bonus reads
-    nothing across it. The final state is S_T, at least float32.
+    None. With `decay_axis` "value" a decay `B T H V` is per value channel: S_t = S_{t-1} diag(exp g_t) + k_t v_tᵀ (GSA,
+    arXiv 2409.07146). Fewer query and key heads than value heads each serve a run of consecutive value heads.
+    `initial_state` is S_0, zeros when None; a change of `segment_ids` restarts from zero, as a log decay of −∞ does: a
+    bonus reads nothing across it. The final state is S_T, at least float32.
     `chunked` costs O(T C (K + V) + T K V) a head, keeps one state a chunk, and is exact for any log decay ≤ 0.
 
     Raises:
-      ValueError: shapes disagree, T = 0, or chunk_size < 1.
+      ValueError: shapes disagree, T = 0, chunk_size < 1, or there is a bonus beside decays of values.
       NotImplementedError: `impl` is none of the forms.
     """
     length = value.shape[1]
     q, k, g, S = prepared(
         "gated_linear_attention", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size
     )
+    by_value = decay_axis == "value" and g.shape[-1] > 1
+    channels = (value if decay_axis == "value" else key).shape[-1]
+    if g.shape[-1] not in (1, channels):
+        raise ValueError(f"log_decay has {g.shape[-1]} channels; beside decay_axis={decay_axis!r} it takes {channels}.")
+    if by_value and bonus is not None:
+        raise ValueError("bonus and decay_axis='value' are both given; choose one.")
+    S = S.swapaxes(2, 3) if by_value else S
+    loop, prefixes, chunks = VALUE_FORMS if by_value else (sequential, parallel, chunked)
     forms = {
-        "sequential": in_accumulator(sequential, S),
-        "parallel": in_accumulator(parallel, S),
-        "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
+        "sequential": in_accumulator(loop, S),
+        "parallel": in_accumulator(prefixes, S),
+        "chunked": partial(chunks, chunk_size=chunk_size or min(CHUNK, length)),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:
         form = partial(with_bonus, form, own(zeros_from(value, bonus.shape, bonus.dtype, plus=bonus)[None, None]))
     v = own(value)
-    run = partial(form, q, k, v, g)
-    o, final = across_devices(outer_product, partial(_total, k, v, g), run, S)
-    return o.astype(value.dtype), final
+    total = partial(_total, *((v, k) if by_value else (k, v)), g)
+    o, final = across_devices(outer_product, total, partial(form, q, k, v, g), S)
+    return o.astype(value.dtype), final.swapaxes(2, 3) if by_value else final
 
 
 def _total(k, v, g) -> OuterProduct:
