@@ -14,10 +14,14 @@ from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.layers.feature_maps import FEATURE_MAPS
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
 from jaxseq.mixers import (
+    GSA,
     HGRN,
     HGRN2,
     KDA,
+    MLSTM,
     RGLRU,
+    RWKV6,
+    RWKV7,
     Based,
     DeltaNet,
     GatedDeltaNet,
@@ -427,6 +431,31 @@ MIXERS = {
     "ReBased": MixerMember(
         partial(ReBased, WIDTH, num_heads=2, feature_width=4, epsilon=0.01, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "norm/scale": 1e3},
+        slow=True,
+    ),
+    "GSA": MixerMember(
+        partial(GSA, WIDTH, num_heads=2, num_slots=3, chunk_size=CHUNK),
+        extreme={"decay_proj/kernel": -1e4, "q_proj/kernel": 30.0},
+        slow=True,
+    ),
+    "GSA conv grouped": MixerMember(
+        partial(GSA, WIDTH, num_heads=4, num_kv_heads=2, num_slots=3, conv_window=4, chunk_size=CHUNK), cheap=True
+    ),
+    "RWKV6": MixerMember(
+        partial(RWKV6, WIDTH, num_heads=2, mix_rank=2, decay_rank=2, chunk_size=CHUNK),
+        extreme={"decay_up/bias": 6.0},
+        slow=True,
+    ),
+    "RWKV7": MixerMember(
+        partial(RWKV7, WIDTH, num_heads=2, decay_rank=2, a_rank=2, gate_rank=2, chunk_size=CHUNK),
+        extreme={"decay_up/bias": 1e4, "k_proj/kernel": 1e3},
+        gradient="mixer strong",
+        slow=True,
+    ),
+    "MLSTM": MixerMember(
+        partial(MLSTM, WIDTH, num_heads=2, chunk_size=CHUNK),
+        extreme={"input_gate/bias": 1e3, "forget_gate/bias": -1e4},
+        gradient="mixer strong",  # of gates that mostly cancel in a mean
         slow=True,
     ),
     "S4D": MixerMember(partial(S4D, WIDTH, state_size=4), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}),

@@ -218,10 +218,15 @@ LAYERS = {
     "fla_layer_hgrn": ("HGRNAttention", {}),
     "fla_layer_hgrn2": ("HGRN2Attention", dict(num_heads=2)),
     "fla_layer_retnet": ("MultiScaleRetention", dict(num_heads=2)),
+    "fla_layer_gsa": ("GatedSlotAttention", dict(num_heads=2, num_slots=8)),
+    "fla_layer_rwkv6": ("RWKV6Attention", dict(num_heads=2, expand_k=0.5, mix_rank=4, decay_rank=8)),
+    "fla_layer_rwkv7": (
+        "RWKV7Attention", dict(num_heads=2, decay_rank=8, a_rank=8, value_rank=8, gate_rank=8),
+    ),
 }  # fmt: skip
 
-#: Fields that are recorded beside the weights.
-GIVEN = ("lower_bound",)
+#: Fields that are recorded beside the weights, and inputs beside x.
+GIVEN, BESIDE = ("lower_bound",), {"v_first": "first_value"}
 
 
 def under(z, prefix):
@@ -235,16 +240,18 @@ def test_layer(file):
     (layer, fields), z = LAYERS[file], load(file)
     fields = fields | {name: tuple(z[name].tolist()) for name in GIVEN if name in z}
     (module, params), x = fla_layer(layer, under(z, "w."), **fields), jnp.asarray(z["x"])
-    y, (d_params, d_x) = with_gradients(lambda p: module.apply(*p), (params, x), jnp.asarray(z["dy"]))
+    beside = {ours: jnp.asarray(z[theirs]) for theirs, ours in BESIDE.items() if theirs in z}
+    y, (d_params, d_x) = with_gradients(lambda p: module.apply(*p, **beside), (params, x), jnp.asarray(z["dy"]))
     assert_close(y, z["y"], 2e-6)
     assert_close(d_x, z["grad_x"], 4e-6)
     assert_close(d_params, fla_layer(layer, under(z, "grad_w."), **fields)[1], 5e-5)
     length = x.shape[1]
 
     def decode(params, x):
-        first, state = module.apply(params, x[:, : length - 6], module.init_state(2), method="prefill")
-        step = lambda state, x: module.apply(params, x, state, method="step")[::-1]
-        rest = jax.lax.scan(step, state, x[:, length - 6 :].swapaxes(0, 1))[1].swapaxes(0, 1)
+        start, end = (jax.tree.map(lambda a, s=s: a[:, s], (x, beside)) for s in (slice(-6), slice(length - 6, None)))
+        first, state = module.apply(params, start[0], module.init_state(2), method="prefill", **start[1])
+        step = lambda state, now: module.apply(params, now[0], state, method="step", **now[1])[::-1]
+        rest = jax.lax.scan(step, state, jax.tree.map(lambda a: a.swapaxes(0, 1), end))[1].swapaxes(0, 1)
         return jnp.concatenate([first, rest], axis=1)
 
     assert_close(quick_jit(decode)(params, x), z["y"], 2e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from families import assert_close, cast, quick_jit
 
-from jaxseq.mixers import RGLRU, MinGRU, MinLSTM
+from jaxseq.mixers import MLSTM, RGLRU, MinGRU, MinLSTM
 
 LENGTH, WIDTH = 15, 6
 
@@ -72,16 +72,39 @@ def minimal_lstm(p, x, starts):
     return linear(p["out_proj"], h)
 
 
+def matrix_lstm(p, x, starts, heads=2, eps=1e-5):
+    """Without the running maximum: gates as they are."""
+    silu = lambda x: x * sigmoid(x)
+    u, z = linear(p["up_proj"], x), linear(p["gate_proj"], x)
+    c = silu(convolved(p["conv"], u, starts))
+    q, k, v = (in_blocks(p[f"{n}_proj"], a) for n, a in (("q", c), ("k", c), ("v", u)))
+    qkv = np.concatenate([q, k, v], axis=-1)
+    f, i = sigmoid(linear(p["forget_gate"], qkv)), np.exp(linear(p["input_gate"], qkv))
+    K = u.shape[-1] // heads
+    h = np.zeros_like(u)
+    for head in range(heads):
+        own = slice(head * K, (head + 1) * K)
+        for t in range(len(x)):
+            if starts[t] == t:
+                C, n = np.zeros((K, K)), np.zeros(K)
+            C = f[t, head] * C + i[t, head] * np.outer(k[t, own], v[t, own])
+            n = f[t, head] * n + i[t, head] * k[t, own]
+            read = C.T @ q[t, own] / np.sqrt(K) / max(abs(n @ q[t, own]) / np.sqrt(K), 1)
+            h[t, own] = (read - read.mean()) / np.sqrt(read.var() + eps)
+    return linear(p["out_proj"], (h * p["norm"]["scale"] + p["skip"] * c) * silu(z))
+
+
 LOOPS = {
     "RGLRU": (partial(RGLRU, num_heads=2), griffin),
     "MinGRU": (partial(MinGRU, expand=2), minimal_gru),
     "MinLSTM": (MinLSTM, minimal_lstm),
+    "MLSTM": (partial(MLSTM, num_heads=2), matrix_lstm),
 }
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_mixer_is_its_equations(name):
-    """With restarts, in float64; parameters far from their start, so that all of them matter."""
+    """With restarts, in float64; parameters far from their start, so that all of them matter. And its slope."""
     build, loop = LOOPS[name]
     rng = np.random.default_rng(0)
     x, ids = rng.standard_normal((2, LENGTH, WIDTH)), np.cumsum(rng.random((2, LENGTH)) < 0.2, axis=1)
@@ -91,5 +114,10 @@ def test_a_mixer_is_its_equations(name):
         params = module.init(jax.random.key(0), cast(x, jnp.float64))
         params = jax.tree.map(lambda p: p + 0.5 * rng.standard_normal(p.shape), params)
         plain = jax.tree.map(np.asarray, params["params"])
-        expected = np.stack([loop(plain, *row) for row in zip(x, starts, strict=True)])
-        assert_close(quick_jit(module.apply)(params, x, ids), expected, "float64")
+        by_loop = lambda x: np.stack([loop(plain, *row) for row in zip(x, starts, strict=True)])
+        direction, weight = rng.standard_normal((2, *x.shape))
+        slope = np.sum(weight * (by_loop(x + 1e-5 * direction) - by_loop(x - 1e-5 * direction))) / 2e-5
+        weighted = lambda x: (jnp.sum(weight * module.apply(params, x, ids)), module.apply(params, x, ids))
+        gradient, y = quick_jit(jax.grad(weighted, has_aux=True))(jnp.asarray(x))
+        assert_close(y, by_loop(x), "float64")
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), slope, rtol=1e-7)

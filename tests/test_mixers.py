@@ -12,7 +12,21 @@ from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 from jaxseq import GLA, S4D, Attention, Mamba
-from jaxseq.mixers import HGRN, HGRN2, RGLRU, Based, LinearAttention, MinGRU, MinLSTM, ReBased, RetNet
+from jaxseq.mixers import (
+    GSA,
+    HGRN,
+    HGRN2,
+    MLSTM,
+    RGLRU,
+    RWKV6,
+    RWKV7,
+    Based,
+    LinearAttention,
+    MinGRU,
+    MinLSTM,
+    ReBased,
+    RetNet,
+)
 
 CHEAP = [name for name, member in MIXERS.items() if member.cheap or member.slow]
 
@@ -258,6 +272,13 @@ WRONG = {
     "rglru decays": (RGLRU(WIDTH, decay_max=1.0), "decay_min=0.9 and decay_max=1.0"),
     "min gru width": (MinGRU(WIDTH, expand=0), "expand=0; MinGRU takes 1 or more"),
     "min lstm width": (MinLSTM(WIDTH, expand=0), "expand=0; MinLSTM takes 1 or more"),
+    "gsa slots": (GSA(WIDTH, num_slots=0), "num_slots=0; GSA takes 1 or more"),
+    "gsa kv heads": (GSA(WIDTH, num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
+    "rwkv6 depth": (RWKV6(WIDTH, depth=3), "depth=3; RWKV6 takes 0, the first layer, to 1, the last"),
+    "rwkv7 depth": (RWKV7(WIDTH, depth=-1), "depth=-1; RWKV7 takes 0"),
+    "rwkv7 heads": (RWKV7(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
+    "mlstm blocks": (MLSTM(WIDTH, qkv_block=3), "qkv_block=3 does not divide the 16 channels inside MLSTM"),
+    "mlstm window": (MLSTM(WIDTH, conv_window=0), "conv_window=0; MLSTM takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
 }
 

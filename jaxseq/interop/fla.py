@@ -14,10 +14,11 @@ from ..layers import Mixer
 
 
 class Layer(NamedTuple):
-    """Our mixer for one of their classes, and our path of each of their names."""
+    """Our mixer for one of their classes, our path of each of their names, and the input that a weight calls for."""
 
     mixer: Callable[..., Mixer]
     names: dict[str, str]
+    beside: dict[str, str] = {}
 
 
 QKV = {f"{x}_proj.weight": f"{x}_proj/kernel" for x in "qkv"}
@@ -25,6 +26,8 @@ CONVOLVED = QKV | {f"{x}_conv1d.weight": f"{x}_conv/kernel" for x in "qkv"}
 OUT = {"o_proj.weight": "out_proj/kernel"}
 GATE = {"g_proj.weight": "gate_proj/kernel"}
 NORM = {"o_norm.weight": "norm/scale"}
+GROUP_NORM = {"g_norm.weight": "norm/scale", "g_norm.bias": "norm/bias"}
+LORA = {"w": "decay", "v": "value", "a": "a", "g": "gate"}
 DT = {"A_log": "A_log", "dt_bias": "dt_bias"}
 
 LAYERS = {
@@ -102,6 +105,36 @@ LAYERS = {
             "g_norm.weight": "norm/scale",
         },
     ),
+    "GatedSlotAttention": Layer(
+        mixers.GSA, CONVOLVED | OUT | {"f_proj.weight": "decay_proj/kernel", "g_norm.weight": "norm/scale"}
+    ),
+    "RWKV6Attention": Layer(
+        mixers.RWKV6,
+        OUT | GROUP_NORM
+        | {
+            "x_bias": "mix_bias",
+            "bonus": "bonus",
+            "x_proj.0.mu": "mix",
+            "x_proj.0.linear.weight": "mix_down/kernel",
+            "x_proj.2.weight": "mix_up",
+            "w_proj.linear.lora.0.weight": "decay_down/kernel",
+            "w_proj.linear.lora.2.weight": "decay_up/kernel",
+            "w_proj.linear.lora.2.bias": "decay_up/bias",
+            "g_proj.linear.weight": "gate_proj/kernel",
+        }
+        | {f"{x}_proj.linear.weight": f"{x}_proj/kernel" for x in "rkv"},
+    ),
+    "RWKV7Attention": Layer(
+        mixers.RWKV7,
+        OUT | GROUP_NORM
+        | {name: name for name in ("k_k", "k_a", "r_k")}
+        | {f"x_{x}": f"mix_{x}" for x in "rwkvag"}
+        | {f"{x}_proj.weight": f"{x}_proj/kernel" for x in "rkv"}
+        | {f"{x}_lora.lora.0.weight": f"{ours}_down/kernel" for x, ours in LORA.items()}
+        | {f"{x}_lora.lora.2.weight": f"{ours}_up/kernel" for x, ours in LORA.items()}
+        | {f"{x}_lora.lora.2.bias": f"{ours}_up/bias" for x, ours in LORA.items()},
+        {"v_lora.lora.0.weight": "first_value"},
+    ),
 }  # fmt: skip
 
 
@@ -117,13 +150,15 @@ def fla_layer(layer: str, weights: Mapping[str, Any], **fields) -> tuple[Mixer, 
     """
     if layer not in LAYERS:
         raise NotImplementedError(f"layer={layer!r} has no mixer here; choose one of {', '.join(LAYERS)}.")
-    kind, names = LAYERS[layer]
+    kind, names, beside = LAYERS[layer]
     arrays = {name: np.asarray(array) for name, array in weights.items()}
     out = next((name for name, ours in names.items() if ours == "out_proj/kernel"), "")
     if out not in arrays:
         raise ValueError(f"{layer} misses {out}.")
     mixer = kind(d_model=arrays[out].shape[0], **fields)
-    shapes = jax.eval_shape(mixer.init, jax.random.key(0), jnp.zeros((1, 1, mixer.d_model)))
+    x = jnp.zeros((1, 1, mixer.d_model))
+    inputs = {name: x for weight, name in beside.items() if weight in arrays}
+    shapes = jax.eval_shape(partial(mixer.init, **inputs), jax.random.key(0), x)
     wanted = {path: x.shape for path, x in traverse_util.flatten_dict(shapes["params"], sep="/").items()}
     given = {names[name]: _as_ours(name, array) for name, array in arrays.items() if name in names}
     theirs = {ours: name for name, ours in names.items()}
@@ -140,6 +175,6 @@ def fla_layer(layer: str, weights: Mapping[str, Any], **fields) -> tuple[Mixer, 
 
 
 def _as_ours(name: str, array: np.ndarray) -> jax.Array:
-    """[out, in] → [in, out]; a depthwise filter [D, 1, W] → [W, D]."""
-    array = array[:, 0] if array.ndim == 3 else array
+    """[out, in] → [in, out]; a depthwise filter [D, 1, W] → [W, D], a vector [1, 1, D] → [D]."""
+    array = array.squeeze() if array.ndim == 3 else array
     return jnp.asarray(array.T if name.endswith("weight") else array)

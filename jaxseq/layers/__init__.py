@@ -1,5 +1,6 @@
 """Small parts that mixers and models share."""
 
+from .bidirectional import Bidirectional as Bidirectional
 from .gated_mlp import GatedMLP as GatedMLP
 from .mixer import Mixer as Mixer
 from .ngram_embedding import NgramEmbedding as NgramEmbedding

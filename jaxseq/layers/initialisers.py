@@ -1,5 +1,7 @@
 """How state spaces start: eigenvalues, input vectors and step sizes. Computed once, on the host, in float64."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,8 @@ def log_of_uniform(low: float, high: float):
         return jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, low, high), 1e-4))
 
     return initialise
+
+
+def given(values: Callable[[], np.ndarray]):
+    """An initialiser: these values, computed on the host."""
+    return lambda key, shape, dtype=jnp.float32: jnp.asarray(values(), dtype)

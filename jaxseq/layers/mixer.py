@@ -13,7 +13,8 @@ class Mixer(nn.Module):
 
     `prefill(x, state, segment_ids=None) -> (y, state)`: the sequence x, continuing from `state`; None is the start
     of a sequence. Two parts with the state in between equal the whole. The state continues the segment of the first
-    token; a change of `segment_ids` inside the call restarts.
+    token; a change of `segment_ids` inside the call restarts. Further inputs `B T …` are keywords, which the other
+    names hand on.
     `init_state(batch_size, *, max_length=None, dtype=float32) -> state`: the state at the start of a sequence, a
     pytree of the structure, shapes and dtypes that `prefill` returns. It needs no parameters.
     """
@@ -24,14 +25,14 @@ class Mixer(nn.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
         raise NotImplementedError(f"{type(self).__name__} defines no init_state.")
 
-    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None):
+    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None, **beside):
         """The whole sequence from the start: `B T D → B T D`."""
-        return self.prefill(x, self.start(x, max_length=0), segment_ids)[0]
+        return self.prefill(x, self.start(x, max_length=0), segment_ids, **beside)[0]
 
     @typed
-    def step(self, x: Float[Array, "B D"], state: Any):
+    def step(self, x: Float[Array, "B D"], state: Any, **beside):
         """One token: `(x_t "B D", state) → (y_t "B D", state)`."""
-        y, state = self.prefill(x[:, None], state)
+        y, state = self.prefill(x[:, None], state, **{name: value[:, None] for name, value in beside.items()})
         return y[:, 0], state
 
     def start(self, x: Array, *, max_length: int | None = None):
@@ -62,3 +63,11 @@ class Mixer(nn.Module):
             raise ValueError(f"num_value_heads={count} is no multiple of num_heads={num_heads}.")
         (value_width,) = self.head_widths(count, expand_v=expand_v)
         return count, key_width, value_width
+
+    def key_value_heads(self, num_heads: int, num_kv_heads: int | None, expand_k: float, expand_v: float):
+        """Query heads, key and value heads, channels of a key and of a value, where these serve runs of query heads."""
+        widths = self.head_widths(num_heads, expand_k=expand_k, expand_v=expand_v)
+        kv_heads = num_kv_heads or num_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={num_heads}.")
+        return num_heads, kv_heads, *widths

@@ -94,8 +94,4 @@ class GLA(Mixer):
         """Heads, key-value heads, key width and value width per head."""
         if self.gate not in GATES:
             raise ValueError(f"gate={self.gate!r} is unknown to GLA; choose one of {', '.join(GATES)}.")
-        kv_heads = self.num_kv_heads or self.num_heads
-        K, V = self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
-        if kv_heads < 1 or self.num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}.")
-        return self.num_heads, kv_heads, K, V
+        return self.key_value_heads(self.num_heads, self.num_kv_heads, self.expand_k, self.expand_v)

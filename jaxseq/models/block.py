@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
+from ..layers.mixer import Mixer
 from ..shapes import Array, Float, Int, typed
 
 #: A slot: a callable that takes `d_model` and returns a module. Not a module, because one linen instance placed
@@ -17,7 +18,10 @@ Slot = Callable[..., nn.Module] | None
 
 
 class Block(nn.Module):
-    """x ← x + mixer(norm(x)), then x ← x + mlp(norm(x)). Either slot may be None."""
+    """x ← x + mixer(norm(x)), then x ← x + mlp(norm(x)). Either slot may be None.
+
+    A mixer that is no `Mixer`, as it looks at the whole sequence, is called, and has no state.
+    """
 
     d_model: int
     mixer: Slot
@@ -34,7 +38,10 @@ class Block(nn.Module):
         if self.mixer is not None:
             mixer = self.mixer(d_model=self.d_model, name="mixer", **self._dtypes())
             y = norm(name="mixer_norm")(x)
-            y, state = mixer.prefill(y, mixer.start(y, max_length=0) if state is None else state, segment_ids)
+            if isinstance(mixer, Mixer):
+                y, state = mixer.prefill(y, mixer.start(y, max_length=0) if state is None else state, segment_ids)
+            else:
+                y = mixer(y, segment_ids)
             x = x + y.astype(x.dtype)
         if self.mlp is not None:
             mlp = self.mlp(d_model=self.d_model, name="mlp", **self._dtypes())
@@ -69,6 +76,7 @@ class Stack(nn.Module):
     Depth is a scan over the shortest repeating pattern of `mixers`, so compile time does not grow with it; each
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of
     `jax.checkpoint_policies`) allows. States are one tuple entry a slot of the pattern, with the repeats in front.
+    With `causal`, slots that would look ahead are refused.
     """
 
     d_model: int
@@ -77,6 +85,7 @@ class Stack(nn.Module):
     norm_eps: float = 1e-6
     remat: bool = True
     remat_policy: Callable | None = None
+    causal: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -121,6 +130,9 @@ class Stack(nn.Module):
                 raise TypeError(
                     f"{slot!r} is no slot; give a callable that takes d_model, as partial(GLA, num_heads=4)."
                 )
+        for slot in self.mixers if self.causal else ():
+            if slot is not None and not isinstance(slot(d_model=self.d_model, parent=None), Mixer):
+                raise TypeError(f"{slot!r} looks at the whole sequence; a causal model takes mixers that have a state.")
         identity = [_identity(slot) for slot in self.mixers]
         periods = (p for p in range(1, depth + 1) if depth % p == 0 and identity == identity[:p] * (depth // p))
         period = next(periods)

@@ -103,4 +103,4 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def _stack(self, **options) -> Stack:
         names = ("d_model", "mixers", "mlp", "norm_eps", "remat", "remat_policy", "dtype", "param_dtype")
-        return Stack(**{name: getattr(self, name) for name in names}, name="stack", **options)
+        return Stack(**{name: getattr(self, name) for name in names}, causal=True, name="stack", **options)
