@@ -23,8 +23,10 @@ from jaxseq.mixers import (
     RWKV6,
     RWKV7,
     Based,
+    Comba,
     DeltaNet,
     GatedDeltaNet,
+    LightNet,
     LinearAttention,
     MinGRU,
     MinLSTM,
@@ -399,6 +401,23 @@ MIXERS = {
         ),
         extreme={"A_log": 20.0},
         gradient="mixer strong",
+    ),
+    "GatedDeltaNet householders": MixerMember(
+        partial(
+            GatedDeltaNet, WIDTH, num_heads=1, num_value_heads=2, expand_v=1.0, num_householders=2, chunk_size=CHUNK
+        ),
+        extreme={"A_log": 20.0},
+        gradient="mixer strong",
+        slow=True,
+    ),
+    "Comba": MixerMember(
+        partial(Comba, WIDTH, num_heads=2, chunk_size=CHUNK),
+        extreme={"A_log": 20.0},
+        gradient="mixer strong",
+        slow=True,
+    ),
+    "LightNet": MixerMember(
+        partial(LightNet, WIDTH, num_heads=2, gate_rank=3, chunk_size=CHUNK), extreme={"k_proj/kernel": 1e4}, slow=True
     ),
     "KDA": MixerMember(partial(KDA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"A_log": 20.0}, slow=True),
     "KDA bounded": MixerMember(

@@ -21,6 +21,9 @@ from jaxseq.mixers import (
     RWKV6,
     RWKV7,
     Based,
+    Comba,
+    GatedDeltaNet,
+    LightNet,
     LinearAttention,
     MinGRU,
     MinLSTM,
@@ -222,7 +225,7 @@ def test_inside_other_things(name, built):
     )
     assert_close(quick_jit(split)(params, x), expected, "mixer")
     gradients = lambda params: [jax.grad(lambda p, f=f: jnp.sum(f(p, x) ** 2))(params) for f in (split, module.apply)]
-    assert_close(*quick_jit(gradients)(params), "mixer")
+    assert_close(*quick_jit(gradients)(params), MIXERS[name].gradient)
 
 
 WRONG = {
@@ -272,6 +275,9 @@ WRONG = {
     "rglru decays": (RGLRU(WIDTH, decay_max=1.0), "decay_min=0.9 and decay_max=1.0"),
     "min gru width": (MinGRU(WIDTH, expand=0), "expand=0; MinGRU takes 1 or more"),
     "min lstm width": (MinLSTM(WIDTH, expand=0), "expand=0; MinLSTM takes 1 or more"),
+    "householders": (GatedDeltaNet(WIDTH, num_householders=0), "num_householders=0; GatedDeltaNet takes 1 or more"),
+    "lightnet rank": (LightNet(WIDTH, gate_rank=0), "gate_rank=0; LightNet takes 1 or more"),
+    "comba heads": (Comba(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
     "gsa slots": (GSA(WIDTH, num_slots=0), "num_slots=0; GSA takes 1 or more"),
     "gsa kv heads": (GSA(WIDTH, num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
     "rwkv6 depth": (RWKV6(WIDTH, depth=3), "depth=3; RWKV6 takes 0, the first layer, to 1, the last"),

@@ -69,6 +69,24 @@ LAYERS = {
         mixers.GatedDeltaNet,
         CONVOLVED | GATE | NORM | OUT | DT | {"b_proj.weight": "beta_proj/kernel", "a_proj.weight": "dt_proj/kernel"},
     ),
+    "GatedDeltaProduct": Layer(
+        partial(mixers.GatedDeltaNet, num_householders=2, negative_eigenvalues=True),
+        CONVOLVED | GATE | NORM | OUT | DT | {"b_proj.weight": "beta_proj/kernel", "a_proj.weight": "dt_proj/kernel"},
+    ),
+    "Comba": Layer(
+        mixers.Comba,
+        CONVOLVED | GATE | NORM | OUT | DT
+        | {"b_proj.weight": "beta_proj/kernel", "a_proj.weight": "dt_proj/kernel", "decay": "c", "D": "D"},
+    ),
+    "LightNetAttention": Layer(
+        mixers.LightNet,
+        QKV | OUT
+        | {
+            "g_proj.0.weight": "gate_down/kernel",
+            "g_proj.1.weight": "gate_up/kernel",
+            "g_norm.weight": "norm/scale",
+        },
+    ),
     "KimiDeltaAttention": Layer(
         mixers.KDA,
         CONVOLVED | NORM | OUT | DT
@@ -157,8 +175,8 @@ def fla_layer(layer: str, weights: Mapping[str, Any], **fields) -> tuple[Mixer, 
         raise ValueError(f"{layer} misses {out}.")
     mixer = kind(d_model=arrays[out].shape[0], **fields)
     x = jnp.zeros((1, 1, mixer.d_model))
-    inputs = {name: x for weight, name in beside.items() if weight in arrays}
-    shapes = jax.eval_shape(partial(mixer.init, **inputs), jax.random.key(0), x)
+    inputs: dict[str, Any] = {name: x for weight, name in beside.items() if weight in arrays}
+    shapes = jax.eval_shape(lambda key: mixer.init(key, x, **inputs), jax.random.key(0))
     wanted = {path: x.shape for path, x in traverse_util.flatten_dict(shapes["params"], sep="/").items()}
     given = {names[name]: _as_ours(name, array) for name, array in arrays.items() if name in names}
     theirs = {ours: name for name, ours in names.items()}

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..shapes import known
+from ..shapes import accumulator, known
+from .initialisers import log_of_uniform, step_size_bias
+from .projection import projection
 
 
 def retention_log_decays(num_heads: int) -> jax.Array:
@@ -28,3 +31,15 @@ def bounded_decay(z: jax.Array, lower_bound: Any) -> tuple[jax.Array, jax.Array]
     b = jnp.broadcast_to(jnp.asarray(lower_bound, z.dtype), width)[None, None]
     log_a = jnp.logaddexp(jnp.broadcast_to(jnp.log(b), z.shape), jnp.log1p(-b) + jax.nn.log_sigmoid(z))
     return log_a, (1 - b) * jax.nn.sigmoid(-z)
+
+
+def softplus_decay(module: nn.Module, x: jax.Array, heads: int) -> jax.Array:
+    """−exp(A_log) softplus(x W + b) `B T H`, in at least float32: the decay of Mamba-2, parameters the module's own.
+
+    exp(A_log) starts uniform in (0, 16), softplus(b) log-uniform in [0.001, 0.1] (arXiv 2405.21060).
+    """
+    wide = accumulator(x.dtype)
+    A_log = module.param("A_log", log_of_uniform(0, 16), (heads,), module.param_dtype)
+    bias = module.param("dt_bias", step_size_bias(1e-3, 0.1), (heads,), module.param_dtype)
+    z = projection(heads, "dt_proj", module)(x).astype(wide) + bias.astype(wide)[None, None]
+    return -jnp.exp(A_log.astype(wide))[None, None] * jax.nn.softplus(z)

@@ -22,9 +22,9 @@ class HeadNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(accumulator(x.dtype))
         parameter = lambda name, start: self.param(name, start, (x.shape[2] * x.shape[3],), self.param_dtype)
         per_head = lambda name, start: parameter(name, start).reshape(x.shape[2:])[None, None].astype(wide.dtype)
-        wide = x.astype(accumulator(x.dtype))
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.epsilon)
         y = y * per_head("scale", nn.initializers.ones)

@@ -2,6 +2,7 @@
 
 from .attention import Attention as Attention
 from .based import Based as Based
+from .comba import Comba as Comba
 from .delta_net import DeltaNet as DeltaNet
 from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
@@ -9,6 +10,7 @@ from .gsa import GSA as GSA
 from .hgrn import HGRN as HGRN
 from .hgrn2 import HGRN2 as HGRN2
 from .kda import KDA as KDA
+from .lightnet import LightNet as LightNet
 from .linear_attention import LinearAttention as LinearAttention
 from .mamba import Mamba as Mamba
 from .min_gru import MinGRU as MinGRU

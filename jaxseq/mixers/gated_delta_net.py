@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from .. import ops
-from ..layers.initialisers import log_of_uniform, step_size_bias
+from ..layers.decays import softplus_decay
+from ..layers.delta_product import delta_product
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
@@ -29,7 +28,9 @@ class GatedDeltaNet(Mixer):
 
     Queries, keys and values go through a causal convolution and SiLU; queries and keys are unit vectors. exp(A_log)
     starts uniform in (0, 16), softplus(b_a) log-uniform in [0.001, 0.1]. `num_heads` heads of query and key each
-    serve a run of the `num_value_heads`, as many when None. β_t is twice that with `negative_eigenvalues`.
+    serve a run of the `num_value_heads`, as many when None. β_t is twice that with `negative_eigenvalues`. With
+    `num_householders` more than 1 a token has as many keys, values and β, one correction each, after one decay (Gated
+    DeltaProduct, arXiv 2502.10297).
     """
 
     d_model: int
@@ -39,6 +40,7 @@ class GatedDeltaNet(Mixer):
     expand_v: float = 1.5
     conv_window: int = 4
     negative_eigenvalues: bool = False
+    num_householders: int = 1
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -51,19 +53,15 @@ class GatedDeltaNet(Mixer):
         check_width(x, self.d_model, "GatedDeltaNet")
         heads, K, V = self._sizes()
         state = self.start(x) if state is None else state
-        widths = {"q": self.num_heads * K, "k": self.num_heads * K, "v": heads * V}
+        n = self.num_householders
+        widths = {"q": self.num_heads * K, "k": n * self.num_heads * K, "v": n * heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
-        q, k, v = unit(split_heads(q, K)), unit(split_heads(k, K)), split_heads(v, V)
-        wide = accumulator(x.dtype)
-        beta = nn.sigmoid(projection(heads, "beta_proj", self)(x).astype(wide))
-        beta = 2 * beta if self.negative_eigenvalues else beta
-        A_log = self.param("A_log", log_of_uniform(0, 16), (heads,), self.param_dtype)
-        dt_bias = self.param("dt_bias", step_size_bias(1e-3, 0.1), (heads,), self.param_dtype)
-        z = projection(heads, "dt_proj", self)(x).astype(wide) + dt_bias.astype(wide)[None, None]
-        g = -jnp.exp(A_log.astype(wide))[None, None] * jax.nn.softplus(z)
-        o, matrix = ops.delta_rule(
-            q, k, v, beta, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size,
-            impl=self.impl,
+        each = lambda x, *rest: x.reshape(*x.shape[:2], n, -1, *rest)
+        q, k, v = unit(split_heads(q, K)), unit(each(k, K)), each(v, V)
+        beta = nn.sigmoid(projection(n * heads, "beta_proj", self)(x).astype(accumulator(x.dtype)))
+        o, matrix = delta_product(
+            q, k, v, each(2 * beta if self.negative_eigenvalues else beta), softplus_decay(self, x, heads),
+            initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
@@ -74,10 +72,13 @@ class GatedDeltaNet(Mixer):
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GatedDeltaNetState:
         heads, K, V = self._sizes()
-        conv = empty_convolutions(self, batch_size, (self.num_heads * K, self.num_heads * K, heads * V), dtype)
+        n = self.num_householders
+        conv = empty_convolutions(self, batch_size, (self.num_heads * K, n * self.num_heads * K, n * heads * V), dtype)
         return GatedDeltaNetState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int]:
         """Value heads, key width and value width per head."""
+        if self.num_householders < 1:
+            raise ValueError(f"num_householders={self.num_householders}; GatedDeltaNet takes 1 or more.")
         return self.value_heads(self.num_heads, self.num_value_heads, self.expand_k, self.expand_v)

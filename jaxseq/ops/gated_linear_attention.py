@@ -115,7 +115,7 @@ def gated_linear_attention(
     if bonus is not None:
         form = partial(with_bonus, form, own(zeros_from(value, bonus.shape, bonus.dtype, plus=bonus)[None, None]))
     v = own(value)
-    total = partial(_total, *((v, k) if by_value else (k, v)), g)
+    total = partial(_total, v, k, g) if by_value else partial(_total, k, v, g)
     o, final = across_devices(outer_product, total, partial(form, q, k, v, g), S)
     return o.astype(value.dtype), final.swapaxes(2, 3) if by_value else final
 

@@ -1,0 +1,35 @@
+"""Several corrections a token."""
+
+import jax.numpy as jnp
+
+from .. import ops
+from ..shapes import Array, Float, Int, typed
+
+
+@typed
+def delta_product(
+    query: Float[Array, "B T Hk K"],
+    key: Float[Array, "B T n Hk K"],
+    value: Float[Array, "B T n H V"],
+    beta: Float[Array, "B T n H"],
+    log_decay: Float[Array, "B T H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    **options,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`ops.delta_rule` with n keys and values a token, one after the other (DeltaProduct, arXiv 2502.10297, eq. 6).
+
+    It is the delta rule on a sequence n times as long, which decays before the first correction of a token and is
+    read after the last one.
+    """
+    batch, length, n = key.shape[:3]
+    if n == 1:
+        one = (x[:, :, 0] for x in (key, value, beta))
+        return ops.delta_rule(query, *one, log_decay, segment_ids=segment_ids, **options)
+    long = lambda x: x.reshape(batch, length * n, *x.shape[3:])
+    at = lambda i, x: long(jnp.zeros((batch, length, n, *x.shape[2:]), x.dtype).at[:, :, i].set(x))
+    ids = None if segment_ids is None else jnp.repeat(segment_ids, n, axis=1)
+    o, S = ops.delta_rule(
+        at(n - 1, query), long(key), long(value), long(beta), at(0, log_decay), segment_ids=ids, **options
+    )
+    return o[:, n - 1 :: n], S

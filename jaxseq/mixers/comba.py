@@ -1,0 +1,74 @@
+"""Comba: the delta rule as closed-loop control."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.decays import softplus_decay
+from ..layers.mixer import Mixer
+from ..layers.normalised import unit
+from ..layers.projection import projection, split_heads
+from ..layers.short_convolution import convolved, empty_convolutions
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class CombaState(NamedTuple):
+    matrix: Float[Array, "B H K V"]
+    conv: tuple[Float[Array, "B W-1 _"], ...]
+
+
+class Comba(Mixer):
+    """A delta rule that erases what the state held before its decay, and corrects its output (arXiv 2506.02475).
+
+        g_t = −exp(A_log) softplus(x_t W_a + b_a)        β_t = σ(x_t W_b)
+        S_t = (exp(g_t) I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ        o_t = K^-½ S_tᵀ (q_t − D σ(c) k_t)
+        y_t = (RMSNorm(o_t) ⊙ σ(x_t W_g)) W_o
+
+    Queries, keys and values go through a causal convolution and SiLU; keys, and queries once
+    corrected, are then unit vectors. D and c, per head, start at one. The decays start as in
+    `GatedDeltaNet`. The paper erases along σ(c) k; its authors' code makes that a unit vector, as here.
+    """
+
+    d_model: int
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    conv_window: int = 4
+    norm_eps: float = 1e-5
+    chunk_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "Comba")
+        H, (K, V) = self.num_heads, self._sizes()
+        state = self.start(x) if state is None else state
+        (q, k, v), conv = convolved(self, x, {"q": H * K, "k": H * K, "v": H * V}, state.conv, segment_ids)
+        q, k, v = split_heads(q, K), split_heads(k, K), split_heads(v, V)
+        D, c = (self.param(name, nn.initializers.ones, (H,), self.param_dtype) for name in ("D", "c"))
+        q = unit(q - (D * nn.sigmoid(c)).astype(k.dtype)[None, None, :, None] * k)
+        k = unit(k)
+        beta = nn.sigmoid(projection(H, "beta_proj", self)(x).astype(accumulator(x.dtype)))[..., None].astype(v.dtype)
+        o, matrix = ops.dplr_recurrence(
+            q, k, beta * v, k, -beta * k, softplus_decay(self, x, H), initial_state=state.matrix,
+            segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
+        )  # fmt: skip
+        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
+        o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(projection(H * V, "gate_proj", self)(x))
+        return projection(self.d_model, "out_proj", self)(o), CombaState(matrix.astype(state.matrix.dtype), conv)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> CombaState:
+        H, (K, V) = self.num_heads, self._sizes()
+        conv = empty_convolutions(self, batch_size, (H * K, H * K, H * V), dtype)
+        return CombaState(jnp.zeros((batch_size, H, K, V), accumulator(dtype)), conv)
+
+    @nn.nowrap
+    def _sizes(self) -> tuple[int, ...]:
+        """Key width and value width per head."""
+        return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
