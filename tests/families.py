@@ -32,6 +32,7 @@ from jaxseq.mixers import (
     MinLSTM,
     ReBased,
     RetNet,
+    Rodimus,
 )
 from jaxseq.ops.state_space import DISCRETISATIONS
 
@@ -422,6 +423,14 @@ MIXERS = {
     "KDA": MixerMember(partial(KDA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"A_log": 20.0}, slow=True),
     "KDA bounded": MixerMember(
         partial(KDA, WIDTH, num_heads=1, num_value_heads=2, min_log_decay=-5.0, chunk_size=CHUNK), cheap=True
+    ),
+    "KDA channel gates": MixerMember(
+        partial(KDA, WIDTH, num_heads=1, num_value_heads=2, channel_gates=True, chunk_size=CHUNK), cheap=True
+    ),
+    "Rodimus": MixerMember(
+        partial(Rodimus, WIDTH, key_width=4, gate_rank=2, chunk_size=CHUNK),
+        extreme={"decay_proj/kernel": 1e4, "temperature_proj/bias": 10.0},
+        slow=True,
     ),
     "RetNet": MixerMember(
         partial(RetNet, WIDTH, num_heads=2, chunk_size=CHUNK),

@@ -1,7 +1,7 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
 Waiting for the work that builds what they check: fla_log_linear_attn, fla_mesa_net, fla_forgetting_attn, fla_path_attn
-and fla_ttt_linear; and the layers that LAYERS below leaves out.
+and fla_ttt_linear; and fla_layer_mamba2.
 """
 
 from collections.abc import Callable
@@ -213,6 +213,8 @@ LAYERS = {
     "fla_layer_gated_deltaproduct": ("GatedDeltaProduct", dict(num_heads=2, expand_k=1.0, expand_v=1.0)),
     "fla_layer_comba": ("Comba", dict(num_heads=2)),
     "fla_layer_lightnet": ("LightNetAttention", dict(num_heads=2, gate_rank=8)),
+    "fla_layer_gdn2": ("GatedDeltaNet2", dict(num_heads=2)),
+    "fla_layer_rodimus": ("RodimusAttention", dict(key_width=16, gate_rank=4)),
     "fla_layer_kda": ("KimiDeltaAttention", dict(num_heads=2)),
     "fla_layer_linear_attn": ("LinearAttention", dict(num_heads=2, norm_eps=1e-5)),
     "fla_layer_rebased": ("ReBasedLinearAttention", dict(num_heads=2)),

@@ -29,6 +29,7 @@ from jaxseq.mixers import (
     MinLSTM,
     ReBased,
     RetNet,
+    Rodimus,
 )
 
 CHEAP = [name for name, member in MIXERS.items() if member.cheap or member.slow]
@@ -278,6 +279,7 @@ WRONG = {
     "householders": (GatedDeltaNet(WIDTH, num_householders=0), "num_householders=0; GatedDeltaNet takes 1 or more"),
     "lightnet rank": (LightNet(WIDTH, gate_rank=0), "gate_rank=0; LightNet takes 1 or more"),
     "comba heads": (Comba(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
+    "rodimus keys": (Rodimus(WIDTH, key_width=0), "key_width=0; Rodimus takes 1 or more"),
     "gsa slots": (GSA(WIDTH, num_slots=0), "num_slots=0; GSA takes 1 or more"),
     "gsa kv heads": (GSA(WIDTH, num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
     "rwkv6 depth": (RWKV6(WIDTH, depth=3), "depth=3; RWKV6 takes 0, the first layer, to 1, the last"),

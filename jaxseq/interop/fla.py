@@ -29,6 +29,20 @@ NORM = {"o_norm.weight": "norm/scale"}
 GROUP_NORM = {"g_norm.weight": "norm/scale", "g_norm.bias": "norm/bias"}
 LORA = {"w": "decay", "v": "value", "a": "a", "g": "gate"}
 DT = {"A_log": "A_log", "dt_bias": "dt_bias"}
+KIMI = (
+    CONVOLVED
+    | NORM
+    | OUT
+    | DT
+    | {
+        "b_proj.weight": "beta_proj/kernel",
+        "f_proj.0.weight": "decay_down/kernel",
+        "f_proj.1.weight": "decay_up/kernel",
+        "g_proj.0.weight": "gate_down/kernel",
+        "g_proj.1.weight": "gate_up/kernel",
+        "g_proj.1.bias": "gate_up/bias",
+    }
+)
 
 LAYERS = {
     "GatedLinearAttention": Layer(
@@ -87,16 +101,27 @@ LAYERS = {
             "g_norm.weight": "norm/scale",
         },
     ),
-    "KimiDeltaAttention": Layer(
-        mixers.KDA,
-        CONVOLVED | NORM | OUT | DT
-        | {
-            "b_proj.weight": "beta_proj/kernel",
-            "f_proj.0.weight": "decay_down/kernel",
-            "f_proj.1.weight": "decay_up/kernel",
-            "g_proj.0.weight": "gate_down/kernel",
-            "g_proj.1.weight": "gate_up/kernel",
-            "g_proj.1.bias": "gate_up/bias",
+    "KimiDeltaAttention": Layer(mixers.KDA, KIMI),
+    "GatedDeltaNet2": Layer(partial(mixers.KDA, channel_gates=True), KIMI | {"w_proj.weight": "write_proj/kernel"}),
+    "RodimusAttention": Layer(
+        mixers.Rodimus,
+        {
+            "up_proj.weight": "up_proj/kernel",
+            "gate_proj.weight": "gate_proj/kernel",
+            "short_conv.weight": "conv/kernel",
+            "short_conv.bias": "conv/bias",
+            "q_proj.weight": "q_proj/kernel",
+            "k_proj.weight": "k_proj/kernel",
+            "g_gate_proj.weight": "decay_proj/kernel",
+            "g_gate_proj.bias": "decay_proj/bias",
+            "tau_gate_proj.weight": "temperature_proj/kernel",
+            "tau_gate_proj.bias": "temperature_proj/bias",
+            "i_gate_proj.0.weight": "value_down/kernel",
+            "i_gate_proj.1.weight": "value_up/kernel",
+            "i_gate_proj.1.bias": "value_up/bias",
+            "residual_weight": "skip",
+            "activation_norm.weight": "norm/scale",
+            "down_proj.weight": "out_proj/kernel",
         },
     ),
     "MultiScaleRetention": Layer(mixers.RetNet, QKV | GATE | OUT | {"g_norm_swish_gate.weight": "norm/scale"}),

@@ -19,6 +19,7 @@ from .mlstm import MLSTM as MLSTM
 from .rebased import ReBased as ReBased
 from .retnet import RetNet as RetNet
 from .rglru import RGLRU as RGLRU
+from .rodimus import Rodimus as Rodimus
 from .rwkv6 import RWKV6 as RWKV6
 from .rwkv7 import RWKV7 as RWKV7
 from .s4d import S4D as S4D

@@ -31,6 +31,9 @@ class KDA(Mixer):
     head, exp(A_log) starts uniform in (1, 16), softplus(b_f) log-uniform in [0.001, 0.1]. The low ranks are the value
     width of a head. With `min_log_decay`, −5 say, g_t = min_log_decay · σ(exp(A_log) (x_t W_f1 W_f2 + b_f)) instead.
     `num_heads` heads of query and key each serve a run of the `num_value_heads`, as many when None.
+
+    With `channel_gates` erasing and writing have gates of their own, per channel, in place of β (Gated DeltaNet-2, as
+    in flash-linear-attention): S_t = (I − k_t (σ(x_t W_b) ⊙ k_t)ᵀ) diag(exp g_t) S_{t-1} + k_t (σ(x_t W_w) ⊙ v_t)ᵀ.
     """
 
     d_model: int
@@ -39,6 +42,7 @@ class KDA(Mixer):
     expand_k: float = 1.0
     expand_v: float = 1.0
     min_log_decay: float | None = None
+    channel_gates: bool = False
     conv_window: int = 4
     norm_eps: float = 1e-5
     chunk_size: int | None = None
@@ -55,11 +59,16 @@ class KDA(Mixer):
         widths = {"q": self.num_heads * K, "k": self.num_heads * K, "v": heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
         q, k, v = unit(split_heads(q, K)), unit(split_heads(k, K)), split_heads(v, V)
-        beta = nn.sigmoid(projection(heads, "beta_proj", self)(x).astype(accumulator(x.dtype)))
-        o, matrix = ops.delta_rule(
-            q, k, v, beta, self._log_decay(x, heads, K, V), initial_state=state.matrix, segment_ids=segment_ids,
-            chunk_size=self.chunk_size, impl=self.impl,
-        )  # fmt: skip
+        g = self._log_decay(x, heads, K, V)
+        gates = lambda name, count: nn.sigmoid(projection(count, f"{name}_proj", self)(x).astype(g.dtype))
+        options = dict(initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl)
+        if self.channel_gates:
+            q, k = (jnp.repeat(a, heads // self.num_heads, axis=2) for a in (q, k))
+            erase = split_heads(gates("beta", heads * K), K) * jnp.exp(g)  # what is erased was decayed before
+            v *= split_heads(gates("write", heads * V), V).astype(v.dtype)
+            o, matrix = ops.dplr_recurrence(q, k, v, erase.astype(k.dtype) * k, -k, g, **options)
+        else:
+            o, matrix = ops.delta_rule(q, k, v, gates("beta", heads), g, **options)
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         gate = projection(heads * V, "gate_up", self, use_bias=True)(projection(V, "gate_down", self)(x))
         o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(gate)
