@@ -9,54 +9,19 @@ Run     python -m experiments.language_model [--preset cpu|long|gpu|debug] [--mo
 """
 
 import hashlib
-import math
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from jaxseq.data import VOCABULARY, Corpus, TextWindows, baselines, decode, encode, evaluation_windows, with_begin
+from jaxseq.analysis import BitsPerByte
+from jaxseq.data import VOCABULARY, TextConfig, TextWindows, baselines, decode, encode, evaluation_windows
 from jaxseq.decode import generate
 from jaxseq.models import ModelConfig, named_language_model
-from jaxseq.train import (
-    CheckpointConfig,
-    MeshConfig,
-    Run,
-    TrainConfig,
-    cross_entropy,
-    device_mesh,
-    digest,
-    main,
-    over_time,
-    shard_batch,
-)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The text: the Python standard library's source files, unless a path or a TensorFlow Datasets name is given."""
-
-    path: Path | None = None
-    """A text file, or a folder of them (.gz, .bz2 and .xz are unpacked)."""
-    tfds: str | None = None
-    """A TensorFlow Datasets text set."""
-    context: int = 1024
-    """Bytes in a window, in training and in evaluation."""
-    packed: bool = False
-    """Keep documents apart in training: the state restarts at each one's beginning."""
-    evaluation_windows: int = 16
-    """Windows of the validation split used while training; the test split is always used whole."""
-
-    def __post_init__(self):
-        for name in ("context", "evaluation_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, device_mesh, digest, main
 
 
 @dataclass(frozen=True)
@@ -67,7 +32,7 @@ class Config:
     """Seed of the initial parameters, the order of the data and the sample."""
     beat: Literal["zlib", "lzma", "zlib_whole", "lzma_whole"] = "zlib"
     """The compressor the claim is checked against: on each window alone, or on the test files whole."""
-    data: DataConfig = DataConfig()
+    data: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig(width=128, depth=1, heads=2, ngrams=(2, 3, 4, 5, 6), ngram_buckets=2**16)
     train: TrainConfig = TrainConfig(
         steps=240,
@@ -97,30 +62,22 @@ PRESETS = {
     # A 100M-class model in bfloat16 on one accelerator.
     "gpu": Config(
         beat="lzma_whole",
-        data=DataConfig(context=2048, evaluation_windows=64),
+        data=TextConfig(context=2048, evaluation_windows=64),
         model=ModelConfig(width=768, depth=10, heads=6, ngrams=(2, 3, 4, 5, 6, 8), bfloat16=True),
         train=TrainConfig(steps=3000, batch_size=32, optimizer="muon", learning_rate=2e-3, warmup_steps=200),
     ),
     # Seconds: to see that everything works.
     "debug": Config(
-        data=DataConfig(context=64),
+        data=TextConfig(context=64),
         model=ModelConfig(width=32, depth=1, ngrams=(2, 3), ngram_buckets=2**10),
         train=TrainConfig(steps=20, batch_size=4, optimizer="muon", evaluate_every=10),
     ),
 }
 
 
-def corpus(config: DataConfig) -> Corpus:
-    if config.path is not None and config.tfds is not None:
-        raise ValueError(f"data.path={config.path} and data.tfds={config.tfds} are both given; choose one.")
-    if config.tfds is not None:
-        return Corpus.from_tfds(config.tfds)
-    return Corpus.standard_library() if config.path is None else Corpus.from_path(config.path)
-
-
 def measure(run: Run[Config]) -> None:
     config, context = run.config, run.config.data.context
-    text, model = corpus(config.data), named_language_model(config.model, VOCABULARY)
+    text, model = config.data.corpus(), named_language_model(config.model, VOCABULARY)
     windows = TextWindows(text.train, context, config.train.batch_size, config.seed, packed=config.data.packed)
     held_out = {split: evaluation_windows(getattr(text, split), context) for split in ("validation", "test")}
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
@@ -135,7 +92,7 @@ def measure(run: Run[Config]) -> None:
 
     every = max(1, len(held_out["validation"]) // config.data.evaluation_windows)
     at_once = config.train.batch_size * -(-16 // config.train.batch_size)  # the same devices divide it
-    score = Score(model, at_once, device_mesh(config.mesh))
+    score = BitsPerByte(model, at_once, device_mesh(config.mesh))
     result = run.fit(
         loss,
         init,
@@ -173,27 +130,6 @@ def measure(run: Run[Config]) -> None:
     print(f"continue   {command} --train.steps {2 * config.train.steps}")
     if bytes_seen:
         print(f"speed      {bytes_seen / result.seconds:,.0f} bytes/s in training, compilation included")
-
-
-class Score:
-    """Nats and bits per byte over windows that each start from nothing, `batch_size` at a time, on the mesh."""
-
-    def __init__(self, model, batch_size: int, mesh: Mesh):
-        def nats(params, rows, key):
-            logits = model.apply(params, rows["inputs"])
-            return jax.vmap(lambda *row: cross_entropy(*row)[0])(logits, rows["targets"]), {}
-
-        self._nats, self._batch_size, self._mesh = jax.jit(over_time(nats, mesh)), batch_size, mesh
-
-    def __call__(self, params, targets) -> dict[str, float]:
-        nats: list[float] = []
-        for start in range(0, len(targets), self._batch_size):
-            # The last batch is filled up with rows from its start, so that one program serves all.
-            rows = np.resize(targets[start : start + self._batch_size], (self._batch_size, targets.shape[1]))
-            batch = shard_batch({"inputs": with_begin(rows), "targets": rows.astype(np.int32)}, self._mesh)
-            nats += self._nats(params, batch, None)[0].tolist()
-        mean = float(np.mean(nats[: len(targets)]))
-        return {"loss": mean, "bits_per_byte": mean / math.log(2)}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Measures on models and what they infer."""
 
+from .bits_per_byte import BitsPerByte as BitsPerByte
+from .decoding import decoding_speeds as decoding_speeds
+from .decoding import state_bytes as state_bytes
 from .matching import matched_states as matched_states
 from .timing import Case as Case
 from .timing import Timing as Timing

@@ -1,4 +1,5 @@
 from .compression import baselines as baselines
+from .config import TextConfig as TextConfig
 from .corpus import Corpus as Corpus
 from .corpus import Document as Document
 from .corpus import joined as joined

@@ -45,7 +45,7 @@ class ModelConfig:
 
     def slots(self) -> tuple[Slot, ...]:
         """One slot a layer. The names are those of the classes in `jaxseq.mixers`, in lower case."""
-        known = {name.lower(): kind for name, kind in vars(mixers).items() if isinstance(kind, type)}
+        known = _known()
         names = [name.strip().lower() for name in self.mixers.split(",")]
         for name in names:
             if name not in known:
@@ -64,6 +64,15 @@ def named_language_model(config: ModelConfig, vocab_size: int, **fields) -> Lang
         "dtype": jnp.bfloat16 if config.bfloat16 else None,
     }
     return LanguageModel(vocab_size, config.width, **options | fields)
+
+
+def mixer_names() -> list[str]:
+    """The names that `ModelConfig.mixers` takes."""
+    return sorted(_known())
+
+
+def _known() -> dict[str, Any]:
+    return {name.lower(): kind for name, kind in vars(mixers).items() if isinstance(kind, type)}
 
 
 def _with_options(kind, options) -> Slot:

@@ -37,13 +37,19 @@ class TrainState(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What `fit` returns: `seconds` and `first_step` are of this session, `evaluation` is the last one."""
+    """What `fit` returns: seconds and `first_step` are of this session, `evaluation` is the last one.
+
+    `seconds` are all, `compile_seconds` those of tracing and compiling the step, `training_seconds` those of all steps,
+    without that and without checkpoints.
+    """
 
     params: PyTree
     step: int
     first_step: int
     skipped: int
     seconds: float
+    compile_seconds: float
+    training_seconds: float
     evaluation: dict[str, Metrics]
 
 
@@ -91,6 +97,7 @@ def fit(
         metrics = _LateMetrics(config, report, progress)
         first_step = step = int(state.step)
         evaluation: dict[str, Metrics] = {}
+        compiled, began = 0.0, time.monotonic()
         while True:
             # Evaluating what a checkpoint holds comes after saving it, so that a signal never waits to save.
             if evaluate is not None and step > 0 and (_due(step, config.evaluate_every) or step >= config.steps):
@@ -101,19 +108,25 @@ def fit(
             if stopped or step >= config.steps:
                 break
             batch = shard_batch(_checked(batches(step), config.batch_size), mesh)
+            called = time.monotonic()
             state, values = train_step(state, batch)
+            compiled, began = (time.monotonic() - called, called) if step == first_step else (compiled, began)
             step += 1
             metrics.taken(step, values)
             if checkpoints is not None and (_due(step, checkpoints.config.every) or step == config.steps):
                 metrics.flush()  # the rows of a step are written before its checkpoint is
+                saving = time.monotonic()
                 checkpoints.save(step, state)
+                began += time.monotonic() - saving
         metrics.flush()
+        training = time.monotonic() - began - compiled
         if checkpoints is not None:
             checkpoints.save(step, state)
             checkpoints.wait()
     if stopped:
         raise Interrupted(step)
-    return FitResult(state.params, step, first_step, int(state.skipped), time.monotonic() - started, evaluation)
+    seconds = (time.monotonic() - started, compiled, training)
+    return FitResult(state.params, step, first_step, int(state.skipped), *seconds, evaluation)
 
 
 def _due(step: int, every: int) -> bool:
