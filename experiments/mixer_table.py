@@ -37,20 +37,16 @@ class Config:
     """Windows of the test files that are scored, evenly spread."""
     contexts: tuple[int, int] = (128, 32_768)
     """Tokens before those whose decoding is timed: few, and many."""
-    decoded: int = 512
-    """Tokens decoded at a time."""
-    repeats: int = 9
-    """Times that is timed, at each context in turn; the median counts."""
     data: TextConfig = TextConfig(context=512)
     model: ModelConfig = ModelConfig(depth=1)
     train: TrainConfig = TrainConfig(
-        steps=150, batch_size=4, learning_rate=4e-3, warmup_steps=15, final_learning_rate_ratio=0.1, log_every=10
+        steps=100, batch_size=4, learning_rate=4e-3, warmup_steps=10, final_learning_rate_ratio=0.1, log_every=10
     )
     checkpoint: CheckpointConfig = CheckpointConfig(every=0)
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("parameters", "test_windows", "decoded", "repeats"):
+        for name in ("parameters", "test_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in self.names():
@@ -74,8 +70,6 @@ PRESETS = {
         parameters=12_000,
         test_windows=4,
         contexts=(128, 256),
-        decoded=8,
-        repeats=1,
         data=TextConfig(context=32),
         train=TrainConfig(steps=3, batch_size=4, learning_rate=4e-3, log_every=1),
     ),
@@ -145,8 +139,7 @@ def row(run: Run[Config], name: str, windows: TextWindows, test: np.ndarray, pro
     trained = run.fit(loss, init, windows.batch, tokens_per_step=tokens, part=name)
     score = BitsPerByte(model, batch, device_mesh(config.mesh))(trained.params, test)
     few, many = config.contexts
-    options = dict(count=config.decoded, repeats=config.repeats)
-    short, long = decoding_speeds(model, trained.params, jnp.asarray(prompt), (few, many), **options)
+    short, long = decoding_speeds(model, trained.params, jnp.asarray(prompt), (few, many))
     steps = trained.step - trained.first_step
     return {
         "width": model.d_model,

@@ -1,6 +1,5 @@
 """How fast a language model decodes, and what it has to keep for it."""
 
-import time
 from statistics import median
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..shapes import Array, Int, typed
+from .timing import timed
 
 
 def state_bytes(model, context: int) -> int:
@@ -18,12 +18,20 @@ def state_bytes(model, context: int) -> int:
 
 @typed
 def decoding_speeds(
-    model, params, tokens: Int[Array, "B T"], contexts: tuple[int, ...], *, count: int, repeats: int, piece: int = 128
+    model,
+    params,
+    tokens: Int[Array, "B T"],
+    contexts: tuple[int, ...],
+    *,
+    count: int = 128,
+    repeats: int = 5,
+    seconds: float = 0.2,
+    piece: int = 128,
 ) -> list[float]:
     """Tokens a second, each the likeliest next one, after contexts of so many of the `tokens`.
 
-    A context is read in pieces of so many tokens. Then all contexts take turns of `count` tokens from there, after one
-    to warm up; speeds are from medians of `repeats` turns.
+    A context is read in pieces of `piece` tokens. Then all contexts take `repeats` turns, after one to warm up, of so
+    many `seconds`, in which `count` tokens are decoded from there, once at least; speeds are from medians.
 
     Raises:
       ValueError: a context is longer than `tokens`, or is no multiple of `piece`.
@@ -50,7 +58,6 @@ def decoding_speeds(
     times: list[list[float]] = [[] for _ in contexts]
     for turn in range(1 + repeats):
         for spent, after in zip(times, states, strict=True):
-            began = time.perf_counter()
-            jax.block_until_ready(decode(params, *after))
-            spent += [time.perf_counter() - began] if turn else []
-    return [tokens.shape[0] * count / median(spent) for spent in times]
+            calls = timed(decode, (params, *after), seconds)
+            spent += calls if turn else []
+    return [1e3 * tokens.shape[0] * count / median(spent) for spent in times]

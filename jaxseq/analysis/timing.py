@@ -69,7 +69,7 @@ def side_by_side(
         arguments = jax.block_until_ready(draw(turn))
         # What a form leaves behind, in caches or in memory to be freed, slows down the next one: so the order changes.
         for key in shuffled.sample(list(programs), len(programs)):
-            calls = _timed(programs[key], arguments, seconds)
+            calls = timed(programs[key], arguments, seconds)
             times[key] = times.get(key, []) + calls if turn else []  # the first round warms up
     ms = {key: median(times[key]) if key in times else float("nan") for key in mib}
 
@@ -101,7 +101,7 @@ def _training(form, cotangent, *inputs):
     return outputs, pull_back(cotangent)
 
 
-def _timed(program: Callable, arguments, seconds: float) -> list[float]:
+def timed(program: Callable, arguments, seconds: float) -> list[float]:
     """Milliseconds of calls one after the other, for so many seconds, one at least."""
     times: list[float] = []
     while sum(times) <= 1e3 * seconds:
