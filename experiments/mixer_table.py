@@ -117,7 +117,7 @@ def measure(run: Run[Config]) -> None:
     print(f"{'mixer':<18}" + "".join(f"{name:>{len(form.format(0))}}" for name, form in COLUMNS.items()))
     for name in config.names():
         if name not in table:
-            table[name] = row(run, name, windows, test, prompt)
+            table[name] = figures(run, name, windows, test, prompt)
             write_json(path, table)
             run.record(config.train.steps, f"test/{name}", {k: v for k, v in table[name].items() if k != "digest"})
         print(f"{name:<18}" + "".join(form.format(table[name][key]) for key, form in COLUMNS.items()), flush=True)
@@ -125,10 +125,11 @@ def measure(run: Run[Config]) -> None:
     verdict(run, {name: table[name] for name in config.names()})
 
 
-def row(run: Run[Config], name: str, windows: TextWindows, test: np.ndarray, prompt: np.ndarray) -> dict:
+def figures(run: Run[Config], name: str, windows: TextWindows, test: np.ndarray, prompt: np.ndarray) -> dict:
     """All figures of one mixer."""
     config, batch = run.config, run.config.train.batch_size
-    model = of_size(replace(config.model, mixers=name), config.parameters, step=4 * config.model.heads)
+    whole_heads = 4 * config.model.heads  # also where a mixer takes half or three quarters of the width
+    model = of_size(replace(config.model, mixers=name), config.parameters, step=whole_heads)
 
     def loss(params, batch, key):
         logits = model.apply(params, batch["inputs"], batch.get("segment_ids"))

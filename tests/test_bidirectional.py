@@ -47,7 +47,7 @@ def test_a_classifier_takes_it_and_a_language_model_does_not():
     model = Classifier(3, WIDTH, mixers=(slot,) * 2)
     params = model.init(jax.random.key(0), draw(5))
     assert model.apply(params, draw(5)).shape == (2, 3)
-    with pytest.raises(TypeError, match="looks at the whole sequence; a causal model takes mixers that have a state"):
+    with pytest.raises(TypeError, match="looks at the whole sequence; give mixers that have a state"):
         jax.eval_shape(LanguageModel(11, WIDTH, (slot,)).init, jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
 
 

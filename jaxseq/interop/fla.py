@@ -18,7 +18,7 @@ class Layer(NamedTuple):
 
     mixer: Callable[..., Mixer]
     names: dict[str, str]
-    beside: dict[str, str] = {}
+    inputs: dict[str, str] = {}
 
 
 QKV = {f"{x}_proj.weight": f"{x}_proj/kernel" for x in "qkv"}
@@ -29,20 +29,18 @@ NORM = {"o_norm.weight": "norm/scale"}
 GROUP_NORM = {"g_norm.weight": "norm/scale", "g_norm.bias": "norm/bias"}
 LORA = {"w": "decay", "v": "value", "a": "a", "g": "gate"}
 DT = {"A_log": "A_log", "dt_bias": "dt_bias"}
-KIMI = (
-    CONVOLVED
-    | NORM
-    | OUT
-    | DT
-    | {
-        "b_proj.weight": "beta_proj/kernel",
-        "f_proj.0.weight": "decay_down/kernel",
-        "f_proj.1.weight": "decay_up/kernel",
-        "g_proj.0.weight": "gate_down/kernel",
-        "g_proj.1.weight": "gate_up/kernel",
-        "g_proj.1.bias": "gate_up/bias",
-    }
-)
+GATED_DELTA = CONVOLVED | GATE | NORM | OUT | DT | {
+    "b_proj.weight": "beta_proj/kernel",
+    "a_proj.weight": "dt_proj/kernel",
+}  # fmt: skip
+KIMI = CONVOLVED | NORM | OUT | DT | {
+    "b_proj.weight": "beta_proj/kernel",
+    "f_proj.0.weight": "decay_down/kernel",
+    "f_proj.1.weight": "decay_up/kernel",
+    "g_proj.0.weight": "gate_down/kernel",
+    "g_proj.1.weight": "gate_up/kernel",
+    "g_proj.1.bias": "gate_up/bias",
+}  # fmt: skip
 
 LAYERS = {
     "GatedLinearAttention": Layer(
@@ -79,19 +77,11 @@ LAYERS = {
         },
     ),
     "DeltaNet": Layer(mixers.DeltaNet, CONVOLVED | NORM | OUT | {"b_proj.weight": "beta_proj/kernel"}),
-    "GatedDeltaNet": Layer(
-        mixers.GatedDeltaNet,
-        CONVOLVED | GATE | NORM | OUT | DT | {"b_proj.weight": "beta_proj/kernel", "a_proj.weight": "dt_proj/kernel"},
-    ),
+    "GatedDeltaNet": Layer(mixers.GatedDeltaNet, GATED_DELTA),
     "GatedDeltaProduct": Layer(
-        partial(mixers.GatedDeltaNet, num_householders=2, negative_eigenvalues=True),
-        CONVOLVED | GATE | NORM | OUT | DT | {"b_proj.weight": "beta_proj/kernel", "a_proj.weight": "dt_proj/kernel"},
+        partial(mixers.GatedDeltaNet, num_householders=2, negative_eigenvalues=True), GATED_DELTA
     ),
-    "Comba": Layer(
-        mixers.Comba,
-        CONVOLVED | GATE | NORM | OUT | DT
-        | {"b_proj.weight": "beta_proj/kernel", "a_proj.weight": "dt_proj/kernel", "decay": "c", "D": "D"},
-    ),
+    "Comba": Layer(mixers.Comba, GATED_DELTA | {"decay": "c", "D": "D"}),
     "LightNetAttention": Layer(
         mixers.LightNet,
         QKV | OUT
@@ -193,14 +183,14 @@ def fla_layer(layer: str, weights: Mapping[str, Any], **fields) -> tuple[Mixer, 
     """
     if layer not in LAYERS:
         raise NotImplementedError(f"layer={layer!r} has no mixer here; choose one of {', '.join(LAYERS)}.")
-    kind, names, beside = LAYERS[layer]
+    kind, names, wanted_inputs = LAYERS[layer]
     arrays = {name: np.asarray(array) for name, array in weights.items()}
     out = next((name for name, ours in names.items() if ours == "out_proj/kernel"), "")
     if out not in arrays:
         raise ValueError(f"{layer} misses {out}.")
     mixer = kind(d_model=arrays[out].shape[0], **fields)
     x = jnp.zeros((1, 1, mixer.d_model))
-    inputs: dict[str, Any] = {name: x for weight, name in beside.items() if weight in arrays}
+    inputs: dict[str, Any] = {name: x for weight, name in wanted_inputs.items() if weight in arrays}
     shapes = jax.eval_shape(lambda key: mixer.init(key, x, **inputs), jax.random.key(0))
     wanted = {path: x.shape for path, x in traverse_util.flatten_dict(shapes["params"], sep="/").items()}
     given = {names[name]: _as_ours(name, array) for name, array in arrays.items() if name in names}
@@ -219,5 +209,6 @@ def fla_layer(layer: str, weights: Mapping[str, Any], **fields) -> tuple[Mixer, 
 
 def _as_ours(name: str, array: np.ndarray) -> jax.Array:
     """[out, in] → [in, out]; a depthwise filter [D, 1, W] → [W, D], a vector [1, 1, D] → [D]."""
-    array = array.squeeze() if array.ndim == 3 else array
+    if array.ndim == 3:
+        array = array.reshape(-1) if array.shape[:2] == (1, 1) else array[:, 0]
     return jnp.asarray(array.T if name.endswith("weight") else array)

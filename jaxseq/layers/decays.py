@@ -33,13 +33,20 @@ def bounded_decay(z: jax.Array, lower_bound: Any) -> tuple[jax.Array, jax.Array]
     return log_a, (1 - b) * jax.nn.sigmoid(-z)
 
 
-def softplus_decay(module: nn.Module, x: jax.Array, heads: int) -> jax.Array:
-    """−exp(A_log) softplus(x W + b) `B T H`, in at least float32: the decay of Mamba-2, parameters the module's own.
+def rate_and_step(module: nn.Module, z: jax.Array, heads: int, slowest: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """exp(A_log) `1 1 H 1` and z + b `B T H _`: log decays are −exp(A_log) softplus(z + b), as Mamba-2 has them.
 
-    exp(A_log) starts uniform in (0, 16), softplus(b) log-uniform in [0.001, 0.1] (arXiv 2405.21060).
+    A_log and b are parameters of the module, for z `B T D` of all heads. exp(A_log) starts uniform between `slowest`
+    and 16, softplus(b) log-uniform in [0.001, 0.1] (arXiv 2405.21060). Both are at least float32.
     """
-    wide = accumulator(x.dtype)
-    A_log = module.param("A_log", log_of_uniform(0, 16), (heads,), module.param_dtype)
-    bias = module.param("dt_bias", step_size_bias(1e-3, 0.1), (heads,), module.param_dtype)
-    z = projection(heads, "dt_proj", module)(x).astype(wide) + bias.astype(wide)[None, None]
-    return -jnp.exp(A_log.astype(wide))[None, None] * jax.nn.softplus(z)
+    wide = accumulator(z.dtype)
+    A_log = module.param("A_log", log_of_uniform(slowest, 16), (heads,), module.param_dtype)
+    bias = module.param("dt_bias", step_size_bias(1e-3, 0.1), z.shape[-1:], module.param_dtype)
+    z = z.astype(wide) + bias.astype(wide)[None, None]
+    return jnp.exp(A_log.astype(wide))[None, None, :, None], z.reshape(*z.shape[:2], heads, -1)
+
+
+def softplus_decay(module: nn.Module, x: jax.Array, heads: int) -> jax.Array:
+    """−exp(A_log) softplus(x W + b) `B T H`."""
+    rate, step = rate_and_step(module, projection(heads, "dt_proj", module)(x), heads)
+    return (-rate * jax.nn.softplus(step))[..., 0]

@@ -1,6 +1,4 @@
-"""How state spaces start: eigenvalues, input vectors and step sizes. Computed once, on the host, in float64."""
-
-from collections.abc import Callable
+"""How state spaces and decays start: eigenvalues, input vectors, step sizes. Computed on the host, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +74,3 @@ def log_of_uniform(low: float, high: float):
         return jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, low, high), 1e-4))
 
     return initialise
-
-
-def given(values: Callable[[], np.ndarray]):
-    """An initialiser: these values, computed on the host."""
-    return lambda key, shape, dtype=jnp.float32: jnp.asarray(values(), dtype)

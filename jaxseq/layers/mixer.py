@@ -25,14 +25,14 @@ class Mixer(nn.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
         raise NotImplementedError(f"{type(self).__name__} defines no init_state.")
 
-    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None, **beside):
+    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None, **inputs):
         """The whole sequence from the start: `B T D → B T D`."""
-        return self.prefill(x, self.start(x, max_length=0), segment_ids, **beside)[0]
+        return self.prefill(x, self.start(x, max_length=0), segment_ids, **inputs)[0]
 
     @typed
-    def step(self, x: Float[Array, "B D"], state: Any, **beside):
+    def step(self, x: Float[Array, "B D"], state: Any, **inputs):
         """One token: `(x_t "B D", state) → (y_t "B D", state)`."""
-        y, state = self.prefill(x[:, None], state, **{name: value[:, None] for name, value in beside.items()})
+        y, state = self.prefill(x[:, None], state, **{name: value[:, None] for name, value in inputs.items()})
         return y[:, 0], state
 
     def start(self, x: Array, *, max_length: int | None = None):
@@ -67,7 +67,7 @@ class Mixer(nn.Module):
     def key_value_heads(self, num_heads: int, num_kv_heads: int | None, expand_k: float, expand_v: float):
         """Query heads, key and value heads, channels of a key and of a value, where these serve runs of query heads."""
         widths = self.head_widths(num_heads, expand_k=expand_k, expand_v=expand_v)
-        kv_heads = num_kv_heads or num_heads
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={num_heads}.")
         return num_heads, kv_heads, *widths

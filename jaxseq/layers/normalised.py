@@ -7,10 +7,15 @@ from .. import ops
 from ..shapes import accumulator
 
 
-def unit(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """x / √(Σ x² + ε) over the last axis, computed in at least float32; zeros stay zeros, with a gradient."""
+def unit(x: jax.Array, epsilon: float = 1e-6, least: float | None = None) -> jax.Array:
+    """x / √(Σ x² + ε) over the last axis, in at least float32; or x / max(‖x‖, least).
+
+    Zeros stay zeros, with a gradient.
+    """
     wide = x.astype(accumulator(x.dtype))
-    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+    square = jnp.sum(wide**2, axis=-1, keepdims=True)
+    square = square + epsilon if least is None else jnp.maximum(square, least**2)
+    return (wide * jax.lax.rsqrt(square)).astype(x.dtype)
 
 
 def normalised_attention(query, key, value, *, epsilon: float, **options) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """What came just before, for mixers that blend it into every token."""
 
+import numpy as np
+
 from ..ops.convolution import taps
 from ..shapes import Array, Float, Int, typed, zeros_from
 
@@ -11,3 +13,13 @@ def token_shift(
     """x_{t-1} − x_t, where zero stands in front of a sequence; and the last token, which is the state."""
     (previous, _), last = taps(x, zeros_from(x, before.shape, x.dtype, plus=before), segment_ids)
     return previous - x, last.astype(before.dtype)
+
+
+def first_shares(width: int, layer_fraction: float, power: float) -> np.ndarray:
+    """How much of the token before it a channel takes at first: the more, the lower the channel and the layer.
+
+    1 − (i / D)^(power · (1 − layer_fraction)), as RWKV's authors start their models.
+    """
+    if not 0 <= layer_fraction <= 1:
+        raise ValueError(f"layer_fraction={layer_fraction}; it is 0 for the first layer of a model, 1 for the last.")
+    return 1 - (np.arange(width) / width) ** (power * (1 - layer_fraction))

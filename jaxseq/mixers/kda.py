@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.initialisers import log_of_uniform, step_size_bias
+from ..layers.decays import rate_and_step
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
@@ -75,13 +75,13 @@ class KDA(Mixer):
         return projection(self.d_model, "out_proj", self)(o), KDAState(matrix.astype(state.matrix.dtype), conv)
 
     def _log_decay(self, x, heads, K, V):
-        wide = accumulator(x.dtype)
-        A_log = self.param("A_log", log_of_uniform(1, 16), (heads,), self.param_dtype)
-        dt_bias = self.param("dt_bias", step_size_bias(1e-3, 0.1), (heads * K,), self.param_dtype)
         z = projection(heads * K, "decay_up", self)(projection(V, "decay_down", self)(x))
-        z = split_heads(z.astype(wide) + dt_bias.astype(wide)[None, None], K)
-        A = jnp.exp(A_log.astype(wide))[None, None, :, None]
-        return -A * jax.nn.softplus(z) if self.min_log_decay is None else self.min_log_decay * nn.sigmoid(A * z)
+        rate, step = rate_and_step(self, z, heads, slowest=1.0)
+        return (
+            -rate * jax.nn.softplus(step)
+            if self.min_log_decay is None
+            else self.min_log_decay * nn.sigmoid(rate * step)
+        )
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> KDAState:

@@ -14,7 +14,7 @@ from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 class LightNetState(NamedTuple):
     matrix: Float[Array, "B H K V"]
-    log_sum: Float[Array, "B 1 D"]
+    log_sum: Float[Array, "B 1 _"]
 
 
 class LightNet(Mixer):

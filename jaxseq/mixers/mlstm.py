@@ -9,8 +9,7 @@ import numpy as np
 
 from .. import ops
 from ..layers.block_linear import BlockLinear
-from ..layers.head_norm import HeadNorm
-from ..layers.initialisers import given
+from ..layers.head_norm import head_norm
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
@@ -34,7 +33,8 @@ class MLSTM(Mixer):
 
     W_q, W_k, W_v are block-diagonal, in blocks of `qkv_block` channels; the norm is a LayerNorm of each head, without
     bias. C and n are kept times exp(−m), m_t = max(log f_t + m_{t-1}, log i_t), so that no gate overflows (eq. 15); m
-    cancels, and no gradient goes through it. b_f starts at 3 to 6 over the heads, W_f and W_i at zero.
+    cancels, and no gradient goes through it. b_f starts at 3 to 6 over the heads, b_i as N(0, 0.1²),
+    W_f and W_i at zero.
     """
 
     d_model: int
@@ -78,7 +78,7 @@ class MLSTM(Mixer):
         o = o.astype(m.dtype)
         h = (o[..., :-1] / jnp.maximum(jnp.abs(o[..., -1:]), jnp.exp(-m)[..., None])).astype(v.dtype)
 
-        h = HeadNorm(self.norm_eps, False, self.dtype, self.param_dtype, name="norm")(h).reshape(u.shape)
+        h = head_norm(self, self.num_heads, self.norm_eps, use_bias=False)(h.reshape(u.shape))
         skip = self.param("skip", nn.initializers.ones, (width,), self.param_dtype).astype(c.dtype)[None, None]
         y = projection(self.d_model, "out_proj", self)((h + skip * c) * nn.silu(z))
         like = lambda new, old: new.astype(old.dtype)
@@ -87,7 +87,7 @@ class MLSTM(Mixer):
     def _log_gates(self, qkv):
         """log f and log i, `B T H`, in at least float32."""
         first = {
-            "forget_gate": given(lambda: np.linspace(3.0, 6.0, self.num_heads)),
+            "forget_gate": nn.initializers.constant(np.linspace(3.0, 6.0, self.num_heads)),
             "input_gate": nn.initializers.normal(0.1),
         }
         f, i = (

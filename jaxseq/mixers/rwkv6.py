@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.initializers import constant
 
 from .. import ops
-from ..layers.head_norm import HeadNorm
-from ..layers.initialisers import given
+from ..layers.head_norm import head_norm
 from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
-from ..layers.token_shift import token_shift
+from ..layers.token_shift import first_shares, token_shift
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -24,14 +24,15 @@ class RWKV6State(NamedTuple):
 class RWKV6(Mixer):
     """Linear attention with a data-dependent decay, a bonus for the current token and token shift (arXiv 2404.05892).
 
-        δ_t = x_{t-1} − x_t        (μ^r … μ^g)_t = b + tanh((x_t + δ_t ⊙ μ_x) W_1) W_2        x^c_t = x_t + δ_t ⊙ μ^c_t
+        δ_t = x_{t-1} − x_t        x^c_t = x_t + δ_t ⊙ μ^c_t, c = r, w, k, v, g
+        μ_t = b + tanh((x_t + δ_t ⊙ μ_x) W_1) W_2
         r, k, v = x^r W_r, x^k W_k, x^v W_v        g_t = −exp(b_w + tanh(x^w W_w1) W_w2)        (section 4)
         o_t = (S_{t-1} + diag(u) k_t v_tᵀ)ᵀ r_t        S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ
         y_t = (norm(o_t) ⊙ silu(x^g W_g)) W_o
 
-    The norm is a LayerNorm of each head. `depth` is the layer's place in a model, 0 the first and 1 the last: it sets
-    where μ, the decays and u start, as in the authors' models; their heads are 64 wide in key and value. The mixes are
-    of rank `mix_rank`, the decay of rank `decay_rank`.
+    The norm is a LayerNorm of each head. `layer_fraction` is the place of the layer in a model, 0 the first and 1 the
+    last: it sets where μ, the decays and u start, as in the authors' models. Their heads are 64 wide in key and value.
+    The mixes are of rank `mix_rank`, the decay of rank `decay_rank`.
     """
 
     d_model: int
@@ -40,7 +41,7 @@ class RWKV6(Mixer):
     expand_v: float = 1.0
     mix_rank: int = 32
     decay_rank: int = 64
-    depth: float = 0.0
+    layer_fraction: float = 0.0
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -58,22 +59,22 @@ class RWKV6(Mixer):
         x_r, x_w, x_k, x_v, x_g = self._mixes(x, shift)
         heads = lambda name, x, width: split_heads(projection(self.num_heads * width, f"{name}_proj", self)(x), width)
         r, k, v = heads("r", x_r, K), heads("k", x_k, K), heads("v", x_v, V)
-        decay = low_rank("decay", self, self.decay_rank, self.num_heads * K, nn.tanh, given(self._first_decays))
+        decay = low_rank("decay", self, self.decay_rank, self.num_heads * K, nn.tanh, constant(self._first_decays()))
         g = -jnp.exp(split_heads(decay(x_w).astype(accumulator(x.dtype)), K))
-        bonus = self.param("bonus", given(self._first_bonus), (self.num_heads, K), self.param_dtype)
+        bonus = self.param("bonus", constant(self._first_bonus()), (self.num_heads, K), self.param_dtype)
         o, matrix = ops.gated_linear_attention(
             r, k, v, g, bonus=bonus, scale=1.0, initial_state=state.matrix, segment_ids=segment_ids,
             chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
-        o = HeadNorm(self.norm_eps, True, self.dtype, self.param_dtype, name="norm")(o)
-        o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(self.num_heads * V, "gate_proj", self)(x_g))
+        o = head_norm(self, self.num_heads, self.norm_eps)(o.reshape(*x.shape[:2], -1))
+        o *= nn.silu(projection(self.num_heads * V, "gate_proj", self)(x_g))
         return projection(self.d_model, "out_proj", self)(o), RWKV6State(matrix.astype(state.matrix.dtype), last)
 
     def _mixes(self, x, shift):
         """The five blends of each token with the one before it, by channel and by content."""
         D, R = self.d_model, self.mix_rank
-        mu = self.param("mix", given(lambda: self._share(1.0)), (D,), self.param_dtype)
-        bias = self.param("mix_bias", given(self._first_mixes), (5, D), self.param_dtype)
+        mu = self.param("mix", constant(self._share(1.0)), (D,), self.param_dtype)
+        bias = self.param("mix_bias", constant(self._first_mixes()), (5, D), self.param_dtype)
         up = self.param("mix_up", nn.initializers.uniform(0.01), (5 * R, D), self.param_dtype)
         mu, bias, up = (p.astype(x.dtype) for p in (mu, bias, up))
         down = nn.Dense(5 * R, False, self.dtype, self.param_dtype, kernel_init=nn.initializers.zeros, name="mix_down")
@@ -82,21 +83,20 @@ class RWKV6(Mixer):
         return x[None] + shift[None] * mixes
 
     def _share(self, power: float):
-        """How much of the token before it a channel takes at first: the more, the lower the channel and the layer."""
-        return 1 - (np.arange(self.d_model) / self.d_model) ** (power * (1 - self.depth))
+        return first_shares(self.d_model, self.layer_fraction, power)
 
     def _first_mixes(self):
         r, w, k, v, g = (self._share(power) for power in (0.5, 1, 1, 1, 0.5))
-        return np.stack([r, w, k, v - 0.3 * self.depth, g])
+        return np.stack([r, w, k, v - 0.3 * self.layer_fraction, g])
 
     def _first_decays(self):
         ramp = np.linspace(0, 1, self.num_heads * self._sizes()[0])
-        return -6 + 5 * ramp ** (0.7 + 1.3 * self.depth)
+        return -6 + 5 * ramp ** (0.7 + 1.3 * self.layer_fraction)
 
     def _first_bonus(self):
         size = self.num_heads * self._sizes()[0]
         zigzag = (np.arange(size) + 1) % 3 - 1
-        return (self.depth * (1 - np.linspace(0, 1, size)) + 0.1 * zigzag).reshape(self.num_heads, -1)
+        return (self.layer_fraction * (1 - np.linspace(0, 1, size)) + 0.1 * zigzag).reshape(self.num_heads, -1)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> RWKV6State:
@@ -106,6 +106,4 @@ class RWKV6(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:
         """Key width and value width per head."""
-        if not 0 <= self.depth <= 1:
-            raise ValueError(f"depth={self.depth}; RWKV6 takes 0, the first layer, to 1, the last.")
         return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)

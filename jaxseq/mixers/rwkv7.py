@@ -3,20 +3,20 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.initializers import constant
 
 from .. import ops
-from ..layers.head_norm import HeadNorm
-from ..layers.initialisers import given
+from ..layers.head_norm import head_norm
 from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer
+from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
-from ..layers.token_shift import token_shift
+from ..layers.token_shift import first_shares, token_shift
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
-#: How far from the start, in powers of the channel's place, a token's share of the one before it falls, by branch.
+#: μ_c of channel i starts at 1 − (i / D)^(power · (1 − layer_fraction)).
 POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
 
@@ -34,12 +34,13 @@ class RWKV7(Mixer):
         S_t = (diag w_t − (a_t ⊙ κ_t) κ_tᵀ) S_{t-1} + k̃_t v_tᵀ        o_t = S_tᵀ r_t
         y_t = ((norm(o_t) + (Σ r_t ⊙ k̃_t ⊙ r_k) v_t) ⊙ σ(x^g W_g1) W_g2) W_o
 
-    The norm is a LayerNorm of each head with ε = 1e-5 K. `depth` is the layer's place in a model, 0 the first and 1 the
-    last: it sets where μ and the decays start. The ranks of decay, a, v and g follow `d_model` when None, as the
-    authors' do.
+    The norm is a LayerNorm of each head with ε = 1e-5 K. `layer_fraction` is the place of the layer in a model, 0 the
+    first and 1 the last: it sets where μ and the decays start. The ranks of decay, a, v and g follow `d_model` when
+    None, as the authors' do.
 
     Layers after the authors' first mix their values with those of the first: with `first_value` `B T D`, which that
-    layer sows as "value" into "intermediates", v_t + (first_value_t − v_t) ⊙ σ(b_v + x^v W_v1 W_v2) is v_t.
+    layer sows as "value" into "intermediates", v_t + (first_value_t − v_t) ⊙ σ(b_v + x^v W_v1 W_v2) is v_t. `Stack`
+    hands on no such input: there every layer is as their first.
     """
 
     d_model: int
@@ -48,7 +49,7 @@ class RWKV7(Mixer):
     a_rank: int | None = None
     value_rank: int | None = None
     gate_rank: int | None = None
-    depth: float = 0.0
+    layer_fraction: float = 0.0
     chunk_size: int | None = None
     impl: str | None = None
     dtype: Any = None
@@ -68,36 +69,32 @@ class RWKV7(Mixer):
         state = self.start(x) if state is None else state
         x = x if self.dtype is None else x.astype(self.dtype)
         shift, last = token_shift(x, state.last, segment_ids)
-        mix = lambda c: self.param(f"mix_{c}", given(lambda: self._share(POWERS[c])), (D,), self.param_dtype)
-        x_r, x_w, x_k, x_v, x_a, x_g = (x + shift * mix(c).astype(x.dtype)[None, None] for c in POWERS)
+        parameter = lambda name, start: self.param(name, constant(start), (D,), self.param_dtype)
+        vector = lambda name, start: parameter(name, start).astype(x.dtype)[None, None]
+        share = lambda power: first_shares(D, self.layer_fraction, power)
+        x_r, x_w, x_k, x_v, x_a, x_g = (x + shift * vector(f"mix_{c}", share(power)) for c, power in POWERS.items())
         r, k, v = (projection(D, f"{name}_proj", self)(x) for name, x in (("r", x_r), ("k", x_k), ("v", x_v)))
-        lift = lambda name, rank, *rest: low_rank(name, self, rank, D, *rest)
         decay_rank, a_rank, value_rank, gate_rank = self._ranks()
-        a = nn.sigmoid(lift("a", a_rank, lambda x: x, given(self._first_a))(x_a))
-        w = lift("decay", decay_rank, nn.tanh, given(self._first_decays))(x_w)
+        lift = lambda name, rank, **options: low_rank(name, self, rank, D, **options)
+        a = nn.sigmoid(lift("a", a_rank, bias_init=constant(self._first_a()))(x_a))
+        w = lift("decay", decay_rank, activation=nn.tanh, bias_init=constant(self._first_decays()))(x_w)
         if first_value is not None:
-            v += (first_value - v) * nn.sigmoid(lift("value", value_rank, lambda x: x, given(self._first_v))(x_v))
+            own_share = lift("value", value_rank, bias_init=constant(0.73 - 0.4 * self._line()))(x_v)
+            v += (first_value - v) * nn.sigmoid(own_share)
         self.sow("intermediates", "value", v)
-        channels = lambda name, start: self.param(name, given(start), (D,), self.param_dtype).astype(x.dtype)[
-            None, None
-        ]
-        kappa = split_heads(k * channels("k_k", lambda: 0.71 - 0.1 * self._line()), K)
-        k = k * (1 + (a - 1) * channels("k_a", lambda: np.full(D, 1.02)))
+        kappa = unit(split_heads(k * vector("k_k", 0.71 - 0.1 * self._line()), K), least=1e-12)
+        k = k * (1 + (a - 1) * vector("k_a", 1.02))
         r, k, v, a, w = (split_heads(z, K) for z in (r, k, v, a, w))
         o, matrix = ops.dplr_recurrence(
-            r, k, v, -_unit(kappa), _unit(kappa) * a, -np.exp(-0.5) * nn.sigmoid(w.astype(accumulator(w.dtype))),
+            r, k, v, -kappa, kappa * a, -np.exp(-0.5) * nn.sigmoid(w.astype(accumulator(w.dtype))),
             scale=1.0, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
-        o = HeadNorm(1e-5 * K, True, self.dtype, self.param_dtype, name="norm")(o)
-        r_k = self.param("r_k", nn.initializers.constant(-0.04), (self.num_heads, K), self.param_dtype)
-        o += jnp.sum(r * k * r_k.astype(r.dtype)[None, None], axis=-1, keepdims=True) * v
-        o = o.reshape(x.shape) * lift("gate", gate_rank, nn.sigmoid)(x_g)
+        o = head_norm(self, self.num_heads, 1e-5 * K)(o.reshape(x.shape))
+        r_k = self.param("r_k", constant(-0.04), (self.num_heads, K), self.param_dtype)
+        o += (jnp.sum(r * k * r_k.astype(r.dtype)[None, None], axis=-1, keepdims=True) * v).reshape(x.shape)
+        o *= lift("gate", gate_rank, activation=nn.sigmoid)(x_g)
         out = nn.Dense(D, False, self.dtype, self.param_dtype, kernel_init=nn.initializers.zeros, name="out_proj")
         return out(o), RWKV7State(matrix.astype(state.matrix.dtype), last)
-
-    def _share(self, power: float):
-        """How much of the token before it a channel takes at first: the more, the lower the channel and the layer."""
-        return 1 - (np.arange(self.d_model) / self.d_model) ** (power * (1 - self.depth))
 
     def _line(self):
         return np.linspace(-0.5, 0.5, self.d_model)
@@ -108,13 +105,10 @@ class RWKV7(Mixer):
         return ramp * np.abs(ramp)
 
     def _first_decays(self):
-        return -5.5 + 6 * (self._line() + 0.5) ** (1 + self.depth**0.3) + 2.5 * self._zigzag()
+        return -5.5 + 6 * (self._line() + 0.5) ** (1 + self.layer_fraction**0.3) + 2.5 * self._zigzag()
 
     def _first_a(self):
         return -0.19 + 0.3 * self._zigzag() + 0.4 * self._line()
-
-    def _first_v(self):
-        return 0.73 - 0.4 * self._line()
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> RWKV7State:
@@ -124,21 +118,12 @@ class RWKV7(Mixer):
     @nn.nowrap
     def _ranks(self) -> tuple[int, ...]:
         """Of decay, a, value and gate: multiples of 32 near these multiples of √d_model."""
-        given = self.decay_rank, self.a_rank, self.value_rank, self.gate_rank
+        ranks = self.decay_rank, self.a_rank, self.value_rank, self.gate_rank
         near = lambda factor: max(32, 32 * round(factor * self.d_model**0.5 / 32))
-        return tuple(near(f) if rank is None else rank for rank, f in zip(given, (2.5, 2.5, 1.7, 5.0), strict=True))
+        return tuple(near(f) if rank is None else rank for rank, f in zip(ranks, (2.5, 2.5, 1.7, 5.0), strict=True))
 
     @nn.nowrap
     def _width(self) -> int:
         """Channels a head, of keys as of values."""
         self.checked_heads(num_heads=self.num_heads)
-        if not 0 <= self.depth <= 1:
-            raise ValueError(f"depth={self.depth}; RWKV7 takes 0, the first layer, to 1, the last.")
         return self.d_model // self.num_heads
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """x / max(‖x‖, 1e-12) over the last axis, in at least float32."""
-    wide = x.astype(accumulator(x.dtype))
-    square = jnp.sum(wide**2, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)

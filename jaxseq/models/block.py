@@ -76,7 +76,6 @@ class Stack(nn.Module):
     Depth is a scan over the shortest repeating pattern of `mixers`, so compile time does not grow with it; each
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of
     `jax.checkpoint_policies`) allows. States are one tuple entry a slot of the pattern, with the repeats in front.
-    With `causal`, slots that would look ahead are refused.
     """
 
     d_model: int
@@ -85,7 +84,6 @@ class Stack(nn.Module):
     norm_eps: float = 1e-6
     remat: bool = True
     remat_policy: Callable | None = None
-    causal: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -116,6 +114,9 @@ class Stack(nn.Module):
         repeat = lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape))
         # Parentless: these modules are asked for their shapes alone.
         modules = [slot and slot(d_model=self.d_model, parent=None) for slot in pattern]
+        for slot, module in zip(pattern, modules, strict=True):
+            if not (module is None or isinstance(module, Mixer)):
+                raise TypeError(f"{slot!r} looks at the whole sequence; give mixers that have a state.")
         states = (m and m.init_state(batch_size, max_length=max_length, dtype=dtype) for m in modules)
         return tuple(jax.tree.map(repeat, state) for state in states)
 
@@ -130,9 +131,6 @@ class Stack(nn.Module):
                 raise TypeError(
                     f"{slot!r} is no slot; give a callable that takes d_model, as partial(GLA, num_heads=4)."
                 )
-        for slot in self.mixers if self.causal else ():
-            if slot is not None and not isinstance(slot(d_model=self.d_model, parent=None), Mixer):
-                raise TypeError(f"{slot!r} looks at the whole sequence; a causal model takes mixers that have a state.")
         identity = [_identity(slot) for slot in self.mixers]
         periods = (p for p in range(1, depth + 1) if depth % p == 0 and identity == identity[:p] * (depth // p))
         period = next(periods)

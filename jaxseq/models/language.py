@@ -68,6 +68,7 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     f"tokens are {lowest} to {highest}; vocab_size={self.vocab_size} takes 0 to {self.vocab_size - 1}."
                 )
+        jax.eval_shape(lambda: self.init_state(1, max_length=0))  # raises where a mixer would look ahead
         normal = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, embedding_init=normal)
         before = self._no_ngram(tokens.shape[0]) if states is None else states.ngram
@@ -103,4 +104,4 @@ class LanguageModel(nn.Module):
     @nn.nowrap
     def _stack(self, **options) -> Stack:
         names = ("d_model", "mixers", "mlp", "norm_eps", "remat", "remat_policy", "dtype", "param_dtype")
-        return Stack(**{name: getattr(self, name) for name in names}, causal=True, name="stack", **options)
+        return Stack(**{name: getattr(self, name) for name in names}, name="stack", **options)

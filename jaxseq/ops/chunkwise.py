@@ -34,14 +34,14 @@ class Decays(NamedTuple):
     """Decays inside a chunk: from its start to what reads the state, from what writes to its end, of all tokens.
 
     `levels` hold those of readers and writers, pair by pair of blocks that double in size. Where all channels decay
-    alike, `between` is the decay from writer j to reader i, and zero from j = i on.
+    alike, `pairwise` is the decay from writer j to reader i, and zero from j = i on.
     """
 
     from_start: jax.Array
     to_end: jax.Array
     total: jax.Array
     levels: list[tuple[jax.Array, jax.Array]]
-    between: jax.Array | None = None
+    pairwise: jax.Array | None = None
 
 
 def chunkwise(chunk: Callable, roles: Roles, chunk_size: int, tokens: dict[str, jax.Array], g, S):
@@ -171,13 +171,13 @@ def _decays(g) -> Decays:
     if g.shape[-1] > 1:
         return decays
     one = jnp.ones_like(decays.from_start)
-    return decays._replace(between=scores((one,), (one,), decays, one.dtype)[0])
+    return decays._replace(pairwise=scores((one,), (one,), decays, one.dtype)[0])
 
 
 def scores(readers: tuple, writers: tuple, decays: Decays, dtype) -> list:
     """A_ij = q_i · (Π_{j<t≤i} decay_t ⊙ k_j) for j < i, else 0, of every reader q with every writer k in turn."""
-    if decays.between is not None:
-        return [decays.between * product("bhik,bhjk->bhij", q, k, dtype) for q in readers for k in writers]
+    if decays.pairwise is not None:
+        return [decays.pairwise * product("bhik,bhjk->bhij", q, k, dtype) for q in readers for k in writers]
     size, whole = readers[0].shape[2], 1 << len(decays.levels)
     fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, whole - size), (0, 0)))
     readers, writers = (tuple(map(fill, x)) for x in (readers, writers))
@@ -192,7 +192,7 @@ def scores(readers: tuple, writers: tuple, decays: Decays, dtype) -> list:
     return [A[:, :, 0, r, :size, w, :size] for r in range(R) for w in range(W)]
 
 
-def between_blocks(A, v, decays: Decays, dtype):
+def decayed_values(A, v, decays: Decays, dtype):
     """Σ_{j<i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v."""
     size, whole = v.shape[2], 1 << len(decays.levels)
     A = jnp.pad(A, ((0, 0), (0, 0), (0, whole - size), (0, whole - size)))
@@ -206,7 +206,7 @@ def between_blocks(A, v, decays: Decays, dtype):
     return o[:, :, :size]
 
 
-def itself(q, k):
+def diagonal(q, k):
     """What a token reads of its own writing: q_i · k_i, `B H C 1`."""
     return jnp.sum(q * k, axis=-1, keepdims=True)
 

@@ -10,7 +10,7 @@ from .. import scan
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, inverse, itself, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise, diagonal, inverse, product, scores
 from .dispatch import dispatch
 from .matrix_state import best, in_accumulator, prepared, total_map
 
@@ -57,7 +57,7 @@ def _chunk(dtype, tokens, decays, S):
     A_ak, A_qk = scores((a, q), (k,), decays, dtype)
     known = product("bhik,bhkv->bhiv", decays.from_start * a, S, dtype)
     u = product("bhij,bhjv->bhiv", inverse(A_ak), v - known, dtype)
-    o = product("bhij,bhjv->bhiv", A_qk, u, dtype) + itself(q, k) * u
+    o = product("bhij,bhjv->bhiv", A_qk, u, dtype) + diagonal(q, k) * u
     o += product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, u, dtype)
 

@@ -10,7 +10,7 @@ from .. import scan
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, inverse, itself, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise, diagonal, inverse, product, scores
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, per_head, prepared, total_map, unless_restart
 
@@ -52,17 +52,17 @@ def _chunk(dtype, tokens, decays, S):
     u = (I − A_ab)⁻¹ (A_ak V + (a ⊙ e^E) S)
     """
     q, k, v, a, b = (tokens[name] for name in "qkvab")
-    late = advanced(a, 2)
-    A_ak, A_ab, A_qk, A_qb = scores((late, q), (k, b), decays, dtype)
-    A_ab += jnp.eye(a.shape[2], dtype=A_ab.dtype)[None, None] * itself(late, b)
-    read = product("bhij,bhjv->bhiv", A_ak, v, dtype) + itself(late, k) * v
-    read += product("bhik,bhkv->bhiv", decays.from_start * late, S, dtype)
+    ahead = advanced(a, 2)
+    A_ak, A_ab, A_qk, A_qb = scores((ahead, q), (k, b), decays, dtype)
+    A_ab += jnp.eye(a.shape[2], dtype=A_ab.dtype)[None, None] * diagonal(ahead, b)
+    read = product("bhij,bhjv->bhiv", A_ak, v, dtype) + diagonal(ahead, k) * v
+    read += product("bhik,bhkv->bhiv", decays.from_start * ahead, S, dtype)
     read = delayed(read, 2, product("bhik,bhkv->bhiv", a[:, :, :1], S, dtype))
     u = product("bhij,bhjv->bhiv", inverse(-delayed(A_ab, 2)), read, dtype)
     o = product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     S = decays.total * S
     for write, written, seen in ((k, v, A_qk), (b, u, A_qb)):
-        o += product("bhij,bhjv->bhiv", seen, written, dtype) + itself(q, write) * written
+        o += product("bhij,bhjv->bhiv", seen, written, dtype) + diagonal(q, write) * written
         S += product("bhik,bhiv->bhkv", decays.to_end * write, written, dtype)
     return o, S
 

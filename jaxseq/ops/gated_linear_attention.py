@@ -11,47 +11,59 @@ from .. import scan
 from ..monoid import OuterProduct, outer_product
 from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, itself, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise, decayed_values, diagonal, product, scores
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, prepared, unless_restart
-from .value_decay import FORMS as VALUE_FORMS
 
 # The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32 state
-# `B H K V`.
+# `B H K V`. With decays of values `B T H V` keys and values change places, the state is Sᵀ, and a query reads along its
+# other axis.
+
+BY_KEY, BY_VALUE = "...kv,...k->...v", "...kv,...v->...k"
 
 
-def sequential(q, k, v, g, S):
+def sequential(q, k, v, g, S, read=BY_KEY):
     def step(S, token):
         q, k, v, g = token
         S = jnp.exp(g)[..., None] * S + k[..., None] * v[..., None, :]
-        return S, jnp.einsum("bhkv,bhk->bhv", S, q)
+        return S, jnp.einsum(read, S, q)
 
     S, o = lax.scan(step, S, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, g)))
     return o.swapaxes(0, 1), S
 
 
-def parallel(q, k, v, g, S):
+def parallel(q, k, v, g, S, read=BY_KEY):
     """The scan of the monoid itself: it keeps every state, T·K·V numbers a head."""
     elements = OuterProduct.from_token(jnp.broadcast_to(g, k.shape), k, v)
     states, final = scan.parallel(outer_product, elements, S)
-    return jnp.einsum("bthkv,bthk->bthv", states, q), final
+    return jnp.einsum(read, states, q), final
 
 
-ROLES = Roles(reads=("q",), writes=("k",))
-
-
-def chunked(q, k, v, g, S, chunk_size):
+def chunked(q, k, v, g, S, read=BY_KEY, *, chunk_size):
     """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk."""
     dtype = promoted(q.dtype, k.dtype, v.dtype)
-    return chunkwise(partial(_chunk, dtype), ROLES, chunk_size, {"q": q, "k": k, "v": v}, g, S)
+    if read == BY_KEY:
+        roles = Roles(reads=("q",), writes=("k",))
+        return chunkwise(partial(_chunk, dtype), roles, chunk_size, {"q": q, "k": k, "v": v}, g, S)
+    roles = Roles(writes=("v",), outputs=True)
+    return chunkwise(partial(_chunk_by_value, dtype), roles, chunk_size, {"q": q, "k": v, "v": k}, g, S)
 
 
 def _chunk(dtype, tokens, decays, S):
     q, k, v = (tokens[name] for name in "qkv")
     (A,) = scores((q,), (k,), decays, dtype)
-    o = product("bhij,bhjv->bhiv", A, v, dtype) + itself(q, k) * v
+    o = product("bhij,bhjv->bhiv", A, v, dtype) + diagonal(q, k) * v
     o += product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, v, dtype)
+
+
+def _chunk_by_value(dtype, tokens, decays, S):
+    """o_i = e^{G_i} ⊙ S q_i + Σ_{j≤i} (q_i · k_j) e^{G_i − G_j} ⊙ v_j, with the state transposed."""
+    q, k, v = (tokens[name] for name in "qkv")
+    weights = product("bhik,bhjk->bhij", q, k, dtype)
+    o = decays.from_start * product("bhvk,bhik->bhiv", S, q, dtype) + diagonal(q, k) * v
+    o += decayed_values(weights, v, decays, dtype)
+    return o, decays.total * S + product("bhiv,bhik->bhvk", decays.to_end * v, k, dtype)
 
 
 def with_bonus(form, bonus, q, k, v, g, S):
@@ -104,19 +116,17 @@ def gated_linear_attention(
         raise ValueError(f"log_decay has {g.shape[-1]} channels; beside decay_axis={decay_axis!r} it takes {channels}.")
     if by_value and bonus is not None:
         raise ValueError("bonus and decay_axis='value' are both given; choose one.")
-    S = S.swapaxes(2, 3) if by_value else S
-    loop, prefixes, chunks = VALUE_FORMS if by_value else (sequential, parallel, chunked)
+    v, read = own(value), BY_VALUE if by_value else BY_KEY
+    k, v, S = (v, k, S.swapaxes(2, 3)) if by_value else (k, v, S)
     forms = {
-        "sequential": in_accumulator(loop, S),
-        "parallel": in_accumulator(prefixes, S),
-        "chunked": partial(chunks, chunk_size=chunk_size or min(CHUNK, length)),
+        "sequential": in_accumulator(partial(sequential, read=read), S),
+        "parallel": in_accumulator(partial(parallel, read=read), S),
+        "chunked": partial(chunked, read=read, chunk_size=chunk_size or min(CHUNK, length)),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:
         form = partial(with_bonus, form, own(zeros_from(value, bonus.shape, bonus.dtype, plus=bonus)[None, None]))
-    v = own(value)
-    total = partial(_total, v, k, g) if by_value else partial(_total, k, v, g)
-    o, final = across_devices(outer_product, total, partial(form, q, k, v, g), S)
+    o, final = across_devices(outer_product, partial(_total, k, v, g), partial(form, q, k, v, g), S)
     return o.astype(value.dtype), final.swapaxes(2, 3) if by_value else final
 
 

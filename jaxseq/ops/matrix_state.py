@@ -81,12 +81,12 @@ def total_map(run, v, S) -> MatrixMap:
 
 
 def advanced(x, axis: int):
-    """Each read one step earlier: what comes before a token's decay is what comes after the token before it."""
+    """x_{i+1} at i: a token's read before its decay is a read after the token before it."""
     return jnp.concatenate([lax.slice_in_dim(x, 1, None, axis=axis), _edge(x, axis)], axis)
 
 
 def delayed(x, axis: int, first=None):
-    """One step later, after `first`, or zeros: where what `advanced` tokens have read belongs."""
+    """x_{i-1} at i, after `first`, or zeros: what `advanced` reads found, back at the tokens they are of."""
     return jnp.concatenate([_edge(x, axis) if first is None else first, lax.slice_in_dim(x, 0, -1, axis=axis)], axis)
 
 
@@ -95,5 +95,5 @@ def _edge(x, axis):
 
 
 def unless_restart(x, g):
-    """Zero where a log decay of −∞ restarts: nothing is read across it. Of all else that reads before its decay, x."""
+    """x, but zero where g is −∞: such a token reads nothing before its decay."""
     return jnp.where(jnp.isneginf(g), 0, x)
