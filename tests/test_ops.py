@@ -194,6 +194,13 @@ BAD = {
     "key shape": (partial(gla, q, q[..., :3], q), ValueError, "key has shape .2, 5, 4, 3."),
     "log decay heads": (partial(gla, q, q, q, q[:, :, :3]), ValueError, "log_decay has 3 heads"),
     "gla heads": (partial(gla, q[:, :, :3], q[:, :, :3], q), ValueError, "key has 3 heads.*4 of value"),
+    "gla axis": (partial(gla, q, q, q, decay_axis="time"), ValueError, "decay_axis='time'.*'key' or 'value'"),
+    "gla channels": (partial(gla, q, q, q, q[..., :3]), ValueError, "log_decay has 3 channels.*'key' it takes 6"),
+    "gla value bonus": (
+        partial(gla, q, q, q, -q, decay_axis="value", bonus=q[0, 0]), ValueError, "bonus and decay_axis='value'",
+    ),
+    "log recurrence": (partial(ops.log_recurrence, None, x[:, :0]), ValueError, "at least one step"),
+    "log semiring": (partial(ops.log_recurrence, None, x, semiring="min"), ValueError, "semiring='min'"),
     "gla state": (partial(gla, q, q, q, initial_state=q), ValueError, "initial_state has shape"),
     "gla length": (partial(gla, q[:, :0], q[:, :0], q[:, :0]), ValueError, "at least one step"),
     "chunk size": (partial(gla, q, q, q, chunk_size=0), ValueError, "chunk_size=0"),

@@ -103,13 +103,16 @@ def gated_linear_attention(
     `chunked` costs O(T C (K + V) + T K V) a head, keeps one state a chunk, and is exact for any log decay ≤ 0.
 
     Raises:
-      ValueError: shapes disagree, T = 0, chunk_size < 1, or there is a bonus beside decays of values.
+      ValueError: shapes disagree, T = 0, chunk_size < 1, `decay_axis` is none of the two, or there is a bonus
+        beside decays of values.
       NotImplementedError: `impl` is none of the forms.
     """
     length = value.shape[1]
     q, k, g, S = prepared(
         "gated_linear_attention", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size
     )
+    if decay_axis not in ("key", "value"):
+        raise ValueError(f"decay_axis={decay_axis!r}; gated_linear_attention takes 'key' or 'value'.")
     by_value = decay_axis == "value" and g.shape[-1] > 1
     channels = (value if decay_axis == "value" else key).shape[-1]
     if g.shape[-1] not in (1, channels):
