@@ -109,7 +109,7 @@ def test_a_mixer_is_its_equations(name):
     rng = np.random.default_rng(0)
     x, ids = rng.standard_normal((2, LENGTH, WIDTH)), np.cumsum(rng.random((2, LENGTH)) < 0.2, axis=1)
     starts = np.stack([[int(np.argmax(row == i)) for i in row] for row in ids])
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax norms promote float64 with float32
         module = build(d_model=WIDTH, param_dtype=jnp.float64)
         params = module.init(jax.random.key(0), cast(x, jnp.float64))
         params = jax.tree.map(lambda p: p + 0.5 * rng.standard_normal(p.shape), params)
