@@ -14,6 +14,7 @@ from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.layers.feature_maps import FEATURE_MAPS
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
 from jaxseq.mixers import (
+    ABC,
     GSA,
     HGRN,
     HGRN2,
@@ -27,7 +28,9 @@ from jaxseq.mixers import (
     DeltaNet,
     GatedDeltaNet,
     LightNet,
+    Lightning,
     LinearAttention,
+    MesaNet,
     MinGRU,
     MinLSTM,
     ReBased,
@@ -460,6 +463,21 @@ MIXERS = {
     "ReBased": MixerMember(
         partial(ReBased, WIDTH, num_heads=2, feature_width=4, epsilon=0.01, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "norm/scale": 1e3},
+        slow=True,
+    ),
+    "Lightning": MixerMember(
+        partial(Lightning, WIDTH, num_heads=2, layer_fraction=0.2, chunk_size=CHUNK),
+        extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
+        slow=True,
+    ),
+    "MesaNet": MixerMember(
+        partial(MesaNet, WIDTH, num_heads=2, chunk_size=CHUNK),
+        extreme={"decay_proj/bias": -1e4, "beta_proj/bias": 1e4},
+        slow=True,
+    ),
+    "ABC": MixerMember(
+        partial(ABC, WIDTH, num_heads=2, num_slots=3, conv_window=4, chunk_size=CHUNK),
+        extreme={"slot_proj/kernel": 1e4, "q_proj/kernel": 30.0},
         slow=True,
     ),
     "GSA": MixerMember(

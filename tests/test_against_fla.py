@@ -1,7 +1,7 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
-Waiting for the work that builds what they check: fla_log_linear_attn, fla_mesa_net, fla_forgetting_attn, fla_path_attn
-and fla_ttt_linear; and fla_layer_mamba2.
+Waiting for the work that builds what they check: fla_log_linear_attn, fla_forgetting_attn, fla_path_attn and
+fla_ttt_linear; and fla_layer_mamba2.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ from jaxseq.interop import fla_layer
 from jaxseq.layers import GatedMLP
 from jaxseq.layers.delta_product import delta_product
 from jaxseq.layers.feature_maps import quadratic, taylor
+from jaxseq.layers.mesa import mesa
 from jaxseq.layers.normalised import normalised_attention
+from jaxseq.layers.rescaled import rescaled
+from jaxseq.layers.slot_attention import slot_attention
 
 # ---- ops: each takes the recorded inputs by their recorded names, and returns what was recorded ---------------------
 
@@ -98,21 +101,19 @@ def gdn2(i, impl):
     )
 
 
-def slots(i, impl):
-    """Two passes over the same slots: which of them a query finds, and what is in them."""
-    options = dict(log_decay=i["g"], impl=impl)
-    first = dict(scale=i["const_scale"], initial_state=i.get("hk0"), decay_axis="value")
-    logits, hk = ops.gated_linear_attention(i["q"], i["k"], i["s"], **options, **first)
-    p = jax.nn.softmax(logits)
-    o, hv = ops.gated_linear_attention(p, i["s"], i["v"], **options, scale=1.0, initial_state=i.get("hv0"))
-    return o, hk, hv
+def slots(i, s, g, **options):
+    before = i.get("hk0"), i.get("hv0")
+    return slot_attention(i["q"], i["k"], i["v"], s, g, *before, scale=i["const_scale"], **options)
 
 
 def bounded_memory(i, impl):
-    """Slots whose weights e^s are divided by their running sums."""
-    z, _ = ops.log_recurrence(None, i["s"], impl=impl)
-    g = jnp.pad(z[:, :-1] - z[:, 1:], ((0, 0), (1, 0), (0, 0), (0, 0)))
-    return slots(i | {"s": jnp.exp(i["s"] - z), "g": g}, impl)[:1]
+    s, g, *_ = rescaled(None, i["s"], jnp.full_like(i["s"][:, :1], -jnp.inf))
+    return slots(i, s, g, impl=impl)[:1]
+
+
+def least_squares(i, impl):
+    o, state = mesa(i["q"], i["k"], i["v"], i["beta"], i["g"], i["lamb"], impl=impl)
+    return o, *state
 
 
 def elementwise(i, impl):
@@ -138,8 +139,9 @@ OPS = {
     "fla_gdn2": Recorded(gdn2),
     "fla_comba": Recorded(comba),
     "fla_rwkv7": Recorded(lambda i, impl: general(i, -i["kk"], i["kk"] * i["a"], impl=impl)),
-    "fla_gsa": Recorded(slots, ("hkt", "hvt")),
+    "fla_gsa": Recorded(lambda i, impl: slots(i, i["s"], i["g"], impl=impl), ("hkt", "hvt")),
     "fla_abc": Recorded(bounded_memory, ()),
+    "fla_mesa_net": Recorded(least_squares, ("hkk_t", "hkv_t")),
     "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
 }
 #: The widest of each family: in float32 too.

@@ -8,6 +8,12 @@ import jax.numpy as jnp
 from ..shapes import Array, Float, Int, accumulator, typed
 
 
+def check_layer_fraction(layer_fraction: float) -> None:
+    """Raise unless it is the place of a layer in a model."""
+    if not 0 <= layer_fraction <= 1:
+        raise ValueError(f"layer_fraction={layer_fraction}; it is 0 for the first layer of a model, 1 for the last.")
+
+
 class Mixer(nn.Module):
     """A causal map `B T D → B T D` with a state. A subclass writes two methods:
 

@@ -18,12 +18,16 @@ def unit(x: jax.Array, epsilon: float = 1e-6, least: float | None = None) -> jax
     return (wide * jax.lax.rsqrt(square)).astype(x.dtype)
 
 
+def with_ones(value: jax.Array) -> jax.Array:
+    """Values and, beside them, a one: its read-out is the sum of the weights."""
+    return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+
 def normalised_attention(query, key, value, *, epsilon: float, **options) -> tuple[jax.Array, jax.Array]:
     """`ops.gated_linear_attention` as a mean: Σ_s w_ts v_s / (Σ_s w_ts + ε).
 
     The denominator is one more value, of ones, through the same op: its state `B H K V+1` has it in the last column.
     """
-    values = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-    o, state = ops.gated_linear_attention(query, key, values, **options)
+    o, state = ops.gated_linear_attention(query, key, with_ones(value), **options)
     wide = o.astype(accumulator(o.dtype))
     return (wide[..., :-1] / (wide[..., -1:] + epsilon)).astype(o.dtype), state

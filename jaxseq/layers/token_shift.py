@@ -4,6 +4,7 @@ import numpy as np
 
 from ..ops.convolution import taps
 from ..shapes import Array, Float, Int, typed, zeros_from
+from .mixer import check_layer_fraction
 
 
 @typed
@@ -20,6 +21,5 @@ def first_shares(width: int, layer_fraction: float, power: float) -> np.ndarray:
 
     1 − (i / D)^(power · (1 − layer_fraction)), as RWKV's authors start their models.
     """
-    if not 0 <= layer_fraction <= 1:
-        raise ValueError(f"layer_fraction={layer_fraction}; it is 0 for the first layer of a model, 1 for the last.")
+    check_layer_fraction(layer_fraction)
     return 1 - (np.arange(width) / width) ** (power * (1 - layer_fraction))

@@ -1,5 +1,6 @@
 """One file per paper; every class a Flax linen module of `layers.mixer.Mixer`'s contract."""
 
+from .abc import ABC as ABC
 from .attention import Attention as Attention
 from .based import Based as Based
 from .comba import Comba as Comba
@@ -11,8 +12,10 @@ from .hgrn import HGRN as HGRN
 from .hgrn2 import HGRN2 as HGRN2
 from .kda import KDA as KDA
 from .lightnet import LightNet as LightNet
+from .lightning import Lightning as Lightning
 from .linear_attention import LinearAttention as LinearAttention
 from .mamba import Mamba as Mamba
+from .mesa_net import MesaNet as MesaNet
 from .min_gru import MinGRU as MinGRU
 from .min_lstm import MinLSTM as MinLSTM
 from .mlstm import MLSTM as MLSTM

@@ -1,22 +1,18 @@
 """Comba: the delta rule as closed-loop control."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import softplus_decay
+from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
-from ..layers.short_convolution import convolved, empty_convolutions
+from ..layers.short_convolution import convolved
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
-
-
-class CombaState(NamedTuple):
-    matrix: Float[Array, "B H K V"]
-    conv: tuple[Float[Array, "B W-1 _"], ...]
 
 
 class Comba(Mixer):
@@ -60,13 +56,12 @@ class Comba(Mixer):
         )  # fmt: skip
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(projection(H * V, "gate_proj", self)(x))
-        return projection(self.d_model, "out_proj", self)(o), CombaState(matrix.astype(state.matrix.dtype), conv)
+        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap
-    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> CombaState:
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:
         H, (K, V) = self.num_heads, self._sizes()
-        conv = empty_convolutions(self, batch_size, (H * K, H * K, H * V), dtype)
-        return CombaState(jnp.zeros((batch_size, H, K, V), accumulator(dtype)), conv)
+        return empty_matrix_state(self, batch_size, (H, K, V), (H * K, H * K, H * V), dtype)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:

@@ -1,21 +1,17 @@
 """DeltaNet: keys overwrite the values they find."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
-from ..layers.short_convolution import convolved, empty_convolutions
+from ..layers.short_convolution import convolved
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
-
-
-class DeltaNetState(NamedTuple):
-    matrix: Float[Array, "B H K V"]
-    conv: tuple[Float[Array, "B W-1 _"], ...]
 
 
 class DeltaNet(Mixer):
@@ -57,14 +53,13 @@ class DeltaNet(Mixer):
         )  # fmt: skip
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         y = projection(self.d_model, "out_proj", self)(o.reshape(*x.shape[:2], -1))
-        return y, DeltaNetState(matrix.astype(state.matrix.dtype), conv)
+        return y, MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap
-    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> DeltaNetState:
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:
         K, V = self._sizes()
         H = self.num_heads
-        conv = empty_convolutions(self, batch_size, (H * K, H * K, H * V), dtype)
-        return DeltaNetState(jnp.zeros((batch_size, H, K, V), accumulator(dtype)), conv)
+        return empty_matrix_state(self, batch_size, (H, K, V), (H * K, H * K, H * V), dtype)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:

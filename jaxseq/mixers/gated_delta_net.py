@@ -1,22 +1,18 @@
 """Gated DeltaNet: the delta rule with a decay per head."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.decays import softplus_decay
 from ..layers.delta_product import delta_product
+from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
-from ..layers.short_convolution import convolved, empty_convolutions
+from ..layers.short_convolution import convolved
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
-
-
-class GatedDeltaNetState(NamedTuple):
-    matrix: Float[Array, "B H K V"]
-    conv: tuple[Float[Array, "B W-1 _"], ...]
 
 
 class GatedDeltaNet(Mixer):
@@ -65,16 +61,15 @@ class GatedDeltaNet(Mixer):
         )  # fmt: skip
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
-        return projection(self.d_model, "out_proj", self)(o), GatedDeltaNetState(
-            matrix.astype(state.matrix.dtype), conv
-        )
+        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap
-    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GatedDeltaNetState:
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:
         heads, K, V = self._sizes()
         n = self.num_householders
-        conv = empty_convolutions(self, batch_size, (self.num_heads * K, n * self.num_heads * K, n * heads * V), dtype)
-        return GatedDeltaNetState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
+        return empty_matrix_state(
+            self, batch_size, (heads, K, V), (self.num_heads * K, n * self.num_heads * K, n * heads * V), dtype
+        )
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int]:

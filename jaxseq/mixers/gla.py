@@ -1,6 +1,6 @@
 """Gated linear attention."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,17 +8,13 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import retention_log_decays
+from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
-from ..layers.short_convolution import convolved, empty_convolutions
+from ..layers.short_convolution import convolved
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 GATES = ("vector", "scalar", "fixed", "none")
-
-
-class GLAState(NamedTuple):
-    matrix: Float[Array, "B H K V"]
-    conv: tuple  # the inputs inside the windows of the query, key and value convolutions; empty without them
 
 
 class GLA(Mixer):
@@ -67,7 +63,7 @@ class GLA(Mixer):
         )  # fmt: skip
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
-        return projection(self.d_model, "out_proj", self)(o), GLAState(matrix.astype(state.matrix.dtype), conv)
+        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     def _log_decay(self, x):
         """One of the shapes that the op takes, for every query head."""
@@ -84,10 +80,9 @@ class GLA(Mixer):
         return jnp.repeat(g, heads // kv_heads, axis=2)
 
     @nn.nowrap
-    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GLAState:
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:
         heads, kv_heads, K, V = self._sizes()
-        conv = empty_convolutions(self, batch_size, (heads * K, kv_heads * K, kv_heads * V), dtype)
-        return GLAState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
+        return empty_matrix_state(self, batch_size, (heads, K, V), (heads * K, kv_heads * K, kv_heads * V), dtype)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int, int]:

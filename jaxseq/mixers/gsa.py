@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .. import ops
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
+from ..layers.slot_attention import slot_attention
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -58,12 +58,10 @@ class GSA(Mixer):
         served = lambda z: jnp.repeat(z, heads // kv_heads, axis=2)
         q, k, v, g = split_heads(q, K), served(split_heads(k, K)), served(split_heads(v, V)), served(g)
         s = -jnp.expm1(g).astype(v.dtype)
-        attend = lambda q, k, v, before, **options: ops.gated_linear_attention(
-            q, k, v, g, scale=1.0, initial_state=before, segment_ids=segment_ids, chunk_size=self.chunk_size,
-            impl=self.impl, **options,
+        o, keys, values = slot_attention(
+            q, k, v, s, g, state.keys, state.values, scale=1.0, segment_ids=segment_ids, chunk_size=self.chunk_size,
+            impl=self.impl,
         )  # fmt: skip
-        found, keys = attend(q, k, s, state.keys, decay_axis="value")
-        o, values = attend(nn.softmax(found), s, v, state.values)
         norm = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
         y = projection(self.d_model, "out_proj", self)(norm(nn.silu(o.reshape(*x.shape[:2], -1))))
         return y, GSAState(keys.astype(state.keys.dtype), values.astype(state.values.dtype), conv)

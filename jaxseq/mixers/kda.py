@@ -1,6 +1,6 @@
 """Kimi delta attention: the delta rule with a decay per key channel."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,16 +8,12 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import rate_and_step
+from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
-from ..layers.short_convolution import convolved, empty_convolutions
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
-
-
-class KDAState(NamedTuple):
-    matrix: Float[Array, "B H K V"]
-    conv: tuple[Float[Array, "B W-1 _"], ...]
+from ..layers.short_convolution import convolved
+from ..shapes import Array, Float, Int, check_width, typed
 
 
 class KDA(Mixer):
@@ -72,7 +68,7 @@ class KDA(Mixer):
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         gate = projection(heads * V, "gate_up", self, use_bias=True)(projection(V, "gate_down", self)(x))
         o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(gate)
-        return projection(self.d_model, "out_proj", self)(o), KDAState(matrix.astype(state.matrix.dtype), conv)
+        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     def _log_decay(self, x, heads, K, V):
         z = projection(heads * K, "decay_up", self)(projection(V, "decay_down", self)(x))
@@ -84,10 +80,11 @@ class KDA(Mixer):
         )
 
     @nn.nowrap
-    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> KDAState:
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:
         heads, K, V = self._sizes()
-        conv = empty_convolutions(self, batch_size, (self.num_heads * K, self.num_heads * K, heads * V), dtype)
-        return KDAState(jnp.zeros((batch_size, heads, K, V), accumulator(dtype)), conv)
+        return empty_matrix_state(
+            self, batch_size, (heads, K, V), (self.num_heads * K, self.num_heads * K, heads * V), dtype
+        )
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int]:

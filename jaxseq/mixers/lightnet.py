@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .. import ops
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
-from ..ops.convolution import taps
+from ..layers.rescaled import rescaled
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -47,18 +47,15 @@ class LightNet(Mixer):
         widths = {"q": K, "k": K, "v": V}
         q, k, v = (projection(self.num_heads * width, f"{name}_proj", self)(x) for name, width in widths.items())
         k = k.astype(accumulator(k.dtype))
-        z, log_sum = ops.log_recurrence(None, k, initial_state=state.log_sum[:, 0], segment_ids=segment_ids)
-        (before, _), _ = taps(z, state.log_sum.astype(z.dtype))
-        k, g = jnp.exp(k - z).astype(q.dtype), before - z
-        q, k, v, g = split_heads(nn.silu(q), K), split_heads(k, K), split_heads(v, V), split_heads(g, K)
+        k, g, _, log_sum = rescaled(None, k, state.log_sum, segment_ids)
+        q, k, v, g = (split_heads(a, w) for a, w in ((nn.silu(q), K), (k.astype(q.dtype), K), (v, V), (g, K)))
         o, matrix = ops.gated_linear_attention(
             q, k, v, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl
         )
         norm = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
         gate = projection(o.shape[2] * V, "gate_up", self)(projection(self.gate_rank, "gate_down", self)(x))
         y = projection(self.d_model, "out_proj", self)(norm(o.reshape(*x.shape[:2], -1)) * nn.silu(gate))
-        like = lambda new, old: new.astype(old.dtype)
-        return y, LightNetState(like(matrix, state.matrix), like(log_sum[:, None], state.log_sum))
+        return y, LightNetState(matrix.astype(state.matrix.dtype), log_sum)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> LightNetState:

@@ -11,9 +11,10 @@ from .. import ops
 from ..layers.block_linear import BlockLinear
 from ..layers.head_norm import head_norm
 from ..layers.mixer import Mixer
+from ..layers.normalised import with_ones
 from ..layers.projection import projection, split_heads
+from ..layers.rescaled import rescaled
 from ..layers.short_convolution import ShortConvolution
-from ..ops.convolution import taps
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -62,18 +63,11 @@ class MLSTM(Mixer):
         log_f, log_i = self._log_gates(jnp.concatenate([q, k, v], axis=-1))
         q, k, v = (split_heads(a, K) for a in (q, k, v))
 
-        m, maximum = ops.log_recurrence(
-            *map(jax.lax.stop_gradient, (log_f, log_i)), initial_state=state.maximum[:, 0], segment_ids=segment_ids,
-            semiring="max_plus",
-        )  # fmt: skip
-        (before, _), _ = taps(m, state.maximum.astype(m.dtype))
-        g = log_f + before - m
-        g -= jax.lax.stop_gradient(jnp.maximum(g, 0))  # what rounding left above zero, where m is log f + before
-        g = jnp.where(jnp.isneginf(before), -jnp.inf, g)
-        write = jnp.exp(log_i - m)[..., None].astype(v.dtype)
+        write, g, m, maximum = rescaled(log_f, log_i, state.maximum, segment_ids, "max_plus")
+        written = write[..., None].astype(v.dtype) * with_ones(v)
         o, matrix = ops.gated_linear_attention(
-            q, k, write * jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1), g, initial_state=state.matrix,
-            segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
+            q, k, written, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size,
+            impl=self.impl,
         )  # fmt: skip
         o = o.astype(m.dtype)
         h = (o[..., :-1] / jnp.maximum(jnp.abs(o[..., -1:]), jnp.exp(-m)[..., None])).astype(v.dtype)
@@ -81,8 +75,7 @@ class MLSTM(Mixer):
         h = head_norm(self, self.num_heads, self.norm_eps, use_bias=False)(h.reshape(u.shape))
         skip = self.param("skip", nn.initializers.ones, (width,), self.param_dtype).astype(c.dtype)[None, None]
         y = projection(self.d_model, "out_proj", self)((h + skip * c) * nn.silu(z))
-        like = lambda new, old: new.astype(old.dtype)
-        return y, MLSTMState(like(matrix, state.matrix), like(maximum[:, None], state.maximum), conv)
+        return y, MLSTMState(matrix.astype(state.matrix.dtype), maximum, conv)
 
     def _log_gates(self, qkv):
         """log f and log i, `B T H`, in at least float32."""

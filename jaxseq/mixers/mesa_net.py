@@ -1,0 +1,81 @@
+"""MesaNet: a linear layer fitted to the past, optimally."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..layers.mesa import MesaState, mesa
+from ..layers.mixer import Mixer
+from ..layers.normalised import unit
+from ..layers.projection import projection, split_heads
+from ..layers.short_convolution import convolved, empty_convolutions
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class MesaNetState(NamedTuple):
+    memory: MesaState
+    conv: tuple[Float[Array, "B W-1 _"], ...]
+
+
+class MesaNet(Mixer):
+    """Linear regression of values on keys, solved at every token (arXiv 2506.05233).
+
+        log γ_t = log σ(x_t W_a + b_a)        β_t = σ(x_t W_b + b_b)        Λ = softplus(λ) + ¼
+        H_t = γ_t H_{t-1} + β_t k_t k_tᵀ        G_t = γ_t G_{t-1} + β_t k_t v_tᵀ
+        o_t = G_tᵀ (H_t + diag Λ)⁻¹ q_t        y_t = RMSNorm(o_t) W_o
+
+    Queries and keys go through a causal convolution and SiLU, and are unit vectors. Λ starts at 1. The system is
+    solved by `solver_steps` conjugate gradients in at least float32. The norm is per head with one weight vector for
+    all heads.
+    """
+
+    d_model: int
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    solver_steps: int = 30
+    conv_window: int = 4
+    norm_eps: float = 1e-5
+    chunk_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "MesaNet")
+        H, (K, V) = self.num_heads, self._sizes()
+        state = self.start(x) if state is None else state
+        (q, k), conv = convolved(self, x, {"q": H * K, "k": H * K}, state.conv, segment_ids)
+        q, k = unit(split_heads(q, K)), unit(split_heads(k, K))
+        v = split_heads(projection(H * V, "v_proj", self)(x), V)
+        wide = accumulator(x.dtype)
+        gate = lambda name: projection(H, f"{name}_proj", self, use_bias=True)(x).astype(wide)
+        start = nn.initializers.constant(np.log(np.expm1(0.75)))
+        ridge = nn.softplus(self.param("ridge", start, (H, K), self.param_dtype).astype(wide)) + 0.25
+        o, memory = mesa(
+            q, k, v, nn.sigmoid(gate("beta")), jax.nn.log_sigmoid(gate("decay")), ridge, state.memory,
+            steps=self.solver_steps, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
+        )  # fmt: skip
+        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
+        y = projection(self.d_model, "out_proj", self)(o.reshape(*x.shape[:2], -1))
+        memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, state.memory)
+        return y, MesaNetState(memory, conv)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MesaNetState:
+        H, (K, V) = self.num_heads, self._sizes()
+        zeros = lambda width: jnp.zeros((batch_size, H, K, width), accumulator(dtype))
+        conv = empty_convolutions(self, batch_size, (H * K, H * K), dtype)
+        return MesaNetState(MesaState(zeros(K), zeros(V)), conv)
+
+    @nn.nowrap
+    def _sizes(self) -> tuple[int, ...]:
+        """Key width and value width per head."""
+        if self.solver_steps < 1:
+            raise ValueError(f"solver_steps={self.solver_steps}; MesaNet takes 1 or more.")
+        return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
