@@ -1,13 +1,23 @@
-"""What every test runs under: eight CPU devices, strict promotion, one compilation cache, a time limit that turns
-a hang into a trace."""
+"""What every test runs under: eight CPU devices, quick compilation, strict promotion, one compilation cache, a time
+limit that turns a hang into a trace."""
 
 import faulthandler
 import os
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # both: see experiments/__init__.py
 os.environ.setdefault("NPROC", "32")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time is compilation: a third of it is left, and the same mathematics. What XLA_FLAGS says comes last, and
+# so holds; jaxlib 0.11 has fusion emitters alone.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one test compiled, others load, in whichever process
     COMPILED = tempfile.TemporaryDirectory(prefix="jaxseq")

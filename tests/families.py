@@ -54,9 +54,6 @@ TOLERANCE = {
     "mixer bfloat16": 3e-2,  # against the same parameters in float32
 }
 
-#: For laws, where compilation is nearly all of the time: half of it, and the same mathematics.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
-
 
 def assert_close(actual, expected, tolerance: str | float):
     """Every leaf of `actual` is finite and within the tolerance of `expected`, of equal shape."""

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from families import quick_jit
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 recorded = pytest.mark.skipif(not REFERENCE.exists(), reason="the recorded outputs are not beside the repository")
@@ -44,4 +43,4 @@ def with_gradients(function, inputs, cotangents):
         values, pull = jax.vjp(function, inputs)
         return values, pull(cotangents)[0]
 
-    return quick_jit(both)(inputs, cotangents)
+    return jax.jit(both)(inputs, cotangents)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, cast, quick_jit
+from families import assert_close, cast
 from recorded import load, recorded, with_gradients
 
 from jaxseq import GLA, LanguageModel, ops
@@ -260,7 +260,7 @@ def test_layer(file):
         rest = jax.lax.scan(step, state, jax.tree.map(lambda a: a.swapaxes(0, 1), end))[1].swapaxes(0, 1)
         return jnp.concatenate([first, rest], axis=1)
 
-    assert_close(quick_jit(decode)(params, x), z["y"], 2e-6)
+    assert_close(jax.jit(decode)(params, x), z["y"], 2e-6)
 
 
 @recorded
@@ -318,12 +318,12 @@ def test_language_model():
         log_probability = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(log_probability, tokens[:, 1:, None], axis=-1).mean(), logits
 
-    (value, logits), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert_close(logits, z["logits"], 2e-6)
     assert_close(value, z["loss"], 1e-6)
     assert_close(gradients, model_params(z, "grad_w."), 5e-5)
 
-    @quick_jit
+    @jax.jit
     def greedy(params, prompt):
         logits, state = model.apply(params, prompt, model.init_state(2), method="prefill")
         pick = lambda logits: jnp.argmax(logits, -1).astype(jnp.int32)

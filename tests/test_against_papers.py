@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import cast, quick_jit
+from families import cast
 from recorded import REFERENCE, assert_near, groups, load, recorded, with_gradients
 
 from jaxseq import S4D, ops
@@ -56,7 +56,7 @@ def test_selective_scan(group):
         return y.swapaxes(1, 2), state
 
     with jax.enable_x64(True):
-        assert_near(quick_jit(scan)(cast(inputs, jnp.float64)), (z["out_fp64"], z["last_state_fp64"]), 1e-10)
+        assert_near(jax.jit(scan)(cast(inputs, jnp.float64)), (z["out_fp64"], z["last_state_fp64"]), 1e-10)
     # JAX pairs a complex cotangent without conjugation, and returns the conjugate of their gradient.
     cotangents = cast((z["grad_weight_out"], np.conj(z["grad_weight_state"])), jnp.float32)
     values, gradients = with_gradients(scan, cast(inputs, jnp.float32), cotangents)
@@ -81,7 +81,7 @@ def test_ssd(group):
     inputs = {name: z[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias") if name in z}
     with jax.enable_x64(True):
         exact, start = cast((inputs, z["initial_state"].swapaxes(2, 3)), jnp.float64)
-        all_of = quick_jit(lambda i, s: (ssd(i), ssd(i, s), ssd(i, limits=z["dt_limit"].tolist())[0]))
+        all_of = jax.jit(lambda i, s: (ssd(i), ssd(i, s), ssd(i, limits=z["dt_limit"].tolist())[0]))
         expected = (z["out_fp64"], z["final_state_fp64"]), (z["out_init_fp64"], z["final_state_init_fp64"])
         assert_near(all_of(exact, start), (*expected, z["out_dtlimit_fp64"]), 1e-10)
     cotangent = jnp.asarray(z["grad_weight_out"])
@@ -101,7 +101,7 @@ def test_ssd_minimal():
         return y, state.swapaxes(2, 3)
 
     with jax.enable_x64(True):
-        exact = quick_jit(minimal)(cast({n: z[n] for n in names}, jnp.float64))
+        exact = jax.jit(minimal)(cast({n: z[n] for n in names}, jnp.float64))
         assert_near(exact, (z["Y_fp64"], z["final_state_fp64"]), 1e-10)
     cotangents = jnp.asarray(z["grad_weight_Y"]), jnp.asarray(z["grad_weight_state"])
     values, gradients = with_gradients(minimal, cast({n: z[n] for n in names}, jnp.float32), cotangents)
@@ -142,7 +142,7 @@ def test_s4d_kernel_and_recurrence(group):
     z = load("s4_kernels", group)
     rule = DISCRETISATIONS["bilinear" if "bilinear" in group else "zoh"]
 
-    @quick_jit
+    @jax.jit
     def everything(A, B, C, dt, D, u, state):
         log_A, B = rule(A, B, dt.astype(A.dtype))
         run = partial(ops.diagonal_state_space, log_A=log_A, B=B, C=C)
@@ -260,7 +260,7 @@ def test_grid_recurrence(impl):
     one_way = "triangular" if impl == "wavefront" else impl  # the form that takes nothing else
     op = partial(ops.grid_recurrence, impl=impl)
 
-    @quick_jit
+    @jax.jit
     def everything(a1, a2, a3, a4, u1, u2, c1, c2, lti_a, lti_b):
         h1, h2 = op(a1, a2, a3, a4, u1, u2)
         impulse = jnp.zeros((1, *z["lti_kernel_h1"].shape, 1)).at[0, 0, 0, 0].set(1)
@@ -287,7 +287,7 @@ def test_based():
     z = load("zoology_layers")
     names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
     params = {ours: {"kernel": jnp.asarray(z[f"based.p.proj_{theirs}.weight"].T)} for ours, theirs in names.items()}
-    y = quick_jit(Based(16, num_heads=2, feature_width=4).apply)({"params": params}, jnp.asarray(z["x"]))
+    y = jax.jit(Based(16, num_heads=2, feature_width=4).apply)({"params": params}, jnp.asarray(z["x"]))
     assert_near(y, z["based.y"], 1e-6)
 
 
@@ -318,7 +318,7 @@ def test_hidden_markov_inference(impl):
             gradients = jax.grad(likelihood, argnums=(0, 1, 2))(*arrays)
             return log_alpha, ops.hidden_markov_smoother(*arrays, impl=impl), gradients, ops.viterbi(*arrays, impl=impl)
 
-        log_alpha, posterior, gradients, (path, _) = quick_jit(everything)(*arrays)
+        log_alpha, posterior, gradients, (path, _) = jax.jit(everything)(*arrays)
     expected = ops.HiddenMarkovPosterior(z["log_marginal"][None], z["gamma"][None], z["xi"][None])
     for actual, recorded_value in zip((log_alpha[0], *posterior), (z["log_alpha"], *expected), strict=True):
         np.testing.assert_allclose(actual, recorded_value, rtol=0, atol=1e-9)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, quick_jit
+from families import assert_close
 
 from jaxseq import GLA, Classifier, LanguageModel
 from jaxseq.layers import Bidirectional
@@ -36,7 +36,7 @@ def test_every_token_sees_its_segment_and_no_other():
     module, x = Bidirectional(WIDTH, gla), draw(9, batch=1)
     params = module.init(jax.random.key(0), x)
     ids = jnp.asarray([[3, 3, 3, 3, 1, 1, 2, 2, 2]])
-    jacobian = quick_jit(jax.jacrev(lambda x: module.apply(params, x, ids)[0].sum(-1)))(x)[:, 0]
+    jacobian = jax.jit(jax.jacrev(lambda x: module.apply(params, x, ids)[0].sum(-1)))(x)[:, 0]
     size = np.abs(np.asarray(jacobian)).max(-1)
     depends = size > 1e-5 * size.max()  # the gradient of decays is a sum that cancels up to rounding
     np.testing.assert_array_equal(depends, np.asarray(ids[0][:, None] == ids[0][None]))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, quick_jit
+from families import assert_close
 
 from jaxseq import ops
 from jaxseq.layers.feature_maps import FEATURE_MAPS, Hedgehog, dpfp, quadratic, taylor
@@ -79,7 +79,7 @@ def test_recurrences_against_loops():
     with jax.enable_x64(True):
         common = dict(initial_state=start, segment_ids=ids)
         for impl in ("sequential", "chunked"):
-            op = quick_jit(partial(ops.gated_linear_attention, chunk_size=8, impl=impl))
+            op = jax.jit(partial(ops.gated_linear_attention, chunk_size=8, impl=impl))
             assert_close(op(q, k, v, g, **common), (o, S), 1e-12)
             assert_close(op(q, k, v, g, bonus=u, **common), (with_bonus, S), 1e-12)
 
@@ -91,7 +91,7 @@ def test_recurrences_against_loops():
             h[b] = np.exp(dt[b, t][:, None] * A) * h[b] + np.outer(dt[b, t] * x[b, t], Bs[b, t])
             states[b, t], y[b, t] = h[b], h[b] @ Cs[b, t] + D * x[b, t]
         for impl in ("sequential", "chunked"):
-            scan = quick_jit(partial(ops.selective_scan, chunk_size=8, impl=impl))
+            scan = jax.jit(partial(ops.selective_scan, chunk_size=8, impl=impl))
             assert_close(scan(x, dt, A, Bs, Cs, D, segment_ids=ids), (y, h), 1e-12)
         decay, inputs = np.exp(dt[..., None] * A), (dt * x)[..., None] * Bs[:, :, None]
         assert_close(ops.linear_recurrence(decay, inputs, segment_ids=ids), (states, h), 1e-12)
@@ -123,7 +123,7 @@ def test_attention_against_numpy(options):
                 q, k, v, segment_ids=query_ids, key_segment_ids=ids, impl=impl, chunk_size=4, **options
             )
             loss = lambda *args, op=op: (jnp.sum(op(*args) ** 2), op(*args))
-            gradients, actual = quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*map(jnp.asarray, (q, k, v)))
+            gradients, actual = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*map(jnp.asarray, (q, k, v)))
             assert_close(actual, expected, 1e-12)
             assert all(np.isfinite(x).all() for x in gradients)
 
@@ -142,7 +142,7 @@ def test_convolutions_against_numpy():
         circular[b, t, d] = sum(kernel[(t - s) % 15, d] * x[b, s, d] for s in range(15))
     last = np.where((segment[:, 15:] == ids[:, -1:])[..., None], inputs[:, 15:], 0)
     with jax.enable_x64(True):
-        actual = quick_jit(ops.short_convolution)(x, weight, bias, initial_state=before, segment_ids=ids)
+        actual = jax.jit(ops.short_convolution)(x, weight, bias, initial_state=before, segment_ids=ids)
         assert_close(actual, (short, last), 1e-12)
         assert_close(ops.long_convolution(x, kernel), long, 1e-12)
         assert_close(ops.long_convolution(x, kernel, causal=False), circular, 1e-12)

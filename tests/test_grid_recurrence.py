@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, cast, normals, quick_jit, segments
+from families import assert_close, cast, normals, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -32,7 +32,7 @@ def case(shape, dtype=jnp.float64, none=(), coefficients=None, seed=0, scale=0.6
     return cast(inputs, dtype), cast(normals(rng, (inputs["u1"], inputs["u2"])), dtype)
 
 
-def run(impls, jit=quick_jit, **options):
+def run(impls, **options):
     """A jitted function: inputs, cotangents → for each form, both states and every gradient."""
 
     def everything(inputs, cotangents):
@@ -42,7 +42,7 @@ def run(impls, jit=quick_jit, **options):
 
         return [one(impl) for impl in impls]
 
-    return jit(everything)
+    return jax.jit(everything)
 
 
 def loop(a1, a2, a3, a4, u1, u2, initial_state, ids):
@@ -65,7 +65,7 @@ def test_the_definition_is_a_loop(none):
         ids = segments(np.random.default_rng(1), 2, 7)
         expected = loop(**jax.device_get(inputs), ids=ids)
         for impl in ("sequential", None):
-            assert_close(quick_jit(partial(grid, impl=impl))(**inputs, segment_ids=ids), expected, "float64")
+            assert_close(jax.jit(partial(grid, impl=impl))(**inputs, segment_ids=ids), expected, "float64")
 
 
 @pytest.mark.parametrize("impl", [*GENERAL, "triangular"])
@@ -107,7 +107,7 @@ def test_second_derivatives():
         inputs, _ = case((1, 4, 3, 2))
         loss = lambda inputs, impl: sum(jnp.sum(jnp.sin(h)) for h in grid(**inputs, impl=impl))
         steep = lambda inputs, impl: sum(jnp.sum(d**2) for d in jax.tree.leaves(jax.grad(loss)(inputs, impl)))
-        expected, actual = quick_jit(lambda i: [jax.grad(steep)(i, impl) for impl in ("sequential", None)])(inputs)
+        expected, actual = jax.jit(lambda i: [jax.grad(steep)(i, impl) for impl in ("sequential", None)])(inputs)
         assert_close(actual, expected, "float64")
 
 
@@ -128,7 +128,7 @@ def test_two_parts_are_the_whole(reverse):
             return tuple(jnp.concatenate(x[::-1] if reverse else x, axis=1) for x in zip(*outputs, strict=True))
 
         whole = lambda inputs: grid(**inputs, segment_ids=ids, reverse=reverse)
-        weighted = lambda f: quick_jit(lambda i: (f(i), jax.vjp(f, i)[1](cotangents)))(inputs)
+        weighted = lambda f: jax.jit(lambda i: (f(i), jax.vjp(f, i)[1](cotangents)))(inputs)
         assert_close(weighted(two_parts), weighted(whole), "float64")
 
 
@@ -136,11 +136,11 @@ def test_segments_are_runs_of_their_own():
     with jax.enable_x64(True):
         inputs, _ = case((1, 9, 4, 2))
         ids = np.array([[3, 3, 3, 0, 5, 5, 5, 5, 3]])
-        packed = quick_jit(grid)(**inputs, segment_ids=ids)
+        packed = jax.jit(grid)(**inputs, segment_ids=ids)
         for start, stop in ((0, 3), (3, 4), (4, 8), (8, 9)):
             own = {name: x[:, start:stop] for name, x in inputs.items() if name != "initial_state"}
             state = None if start else inputs["initial_state"]
-            alone = quick_jit(partial(grid, impl="sequential"))(**own, initial_state=state)
+            alone = jax.jit(partial(grid, impl="sequential"))(**own, initial_state=state)
             assert_close(tuple(h[:, start:stop] for h in packed), alone, "float64")
 
 
@@ -148,13 +148,13 @@ def test_reversal_is_a_flip():
     with jax.enable_x64(True):
         inputs, _ = case((2, 6, 5, 2))
         s1, s2 = inputs.pop("initial_state")
-        sequential = quick_jit(partial(grid, impl="sequential"))
+        sequential = jax.jit(partial(grid, impl="sequential"))
         flipped = lambda axes: {name: jnp.flip(x, axes) for name, x in inputs.items()}
         for axes in ((1,), (2,), (1, 2)):
             state = tuple(jnp.flip(s, 1) if 2 in axes else s for s in (s1, s2))
             h = sequential(**flipped(axes), initial_state=state)
             options = dict(reverse=1 in axes, reverse_variates=2 in axes)
-            actual = quick_jit(partial(grid, **options))(**inputs, initial_state=(s1, s2))
+            actual = jax.jit(partial(grid, **options))(**inputs, initial_state=(s1, s2))
             assert_close(actual, tuple(jnp.flip(x, axes) for x in h), "float64")
 
 
@@ -163,7 +163,7 @@ def test_sweeps_converge_and_end(shape):
     """Geometrically, exactly after min(T, V + 1), and not one before; the residual says how far they are."""
     last, flips = min(shape[1], shape[2] + 1), dict(reverse=True, reverse_variates=True)
 
-    @quick_jit
+    @jax.jit
     def residuals(initial_state, **operands):
         common = dict(initial_state=initial_state, **flips)
         swept = [grid(**operands, **common, impl="sweeps", sweeps=k) for k in range(1, last + 1)]
@@ -173,7 +173,7 @@ def test_sweeps_converge_and_end(shape):
         inputs, _ = case(shape)
         left, swept = residuals(**inputs)
         assert left[-1] < 1e-14 < 1e-7 < left[-2] and jnp.all(left[1:] < left[:-1]), left
-        assert_close(swept, quick_jit(partial(grid, impl="sequential", **flips))(**inputs), "float64")
+        assert_close(swept, jax.jit(partial(grid, impl="sequential", **flips))(**inputs), "float64")
 
 
 def test_the_impulse_response_in_closed_form():
@@ -199,12 +199,12 @@ def test_contractive_coefficients_are_stable_and_decays_alone_are_not():
         a1, a2, a3, a4 = ops.contractive(*(3 * x for x in z), rho=0.9)
         assert jnp.all(jnp.abs(a1) + jnp.abs(a2) < 1) and jnp.all(jnp.abs(a3) + jnp.abs(a4) < 1)
         assert_close((a1, a4), tuple(jnp.exp(-jax.nn.softplus(3 * x)) for x in (z[0], z[3])), "float64")
-        largest = max(float(jnp.abs(h).max()) for h in quick_jit(grid)(a1, a2, a3, a4, u1, u2))
+        largest = max(float(jnp.abs(h).max()) for h in jax.jit(grid)(a1, a2, a3, a4, u1, u2))
         slack = min(float((1 - a).min()) for a in (a1, a4)) * (1 - 0.9)
         assert largest <= min(1e3, max(float(jnp.abs(u).max()) for u in (u1, u2)) / slack)
 
         ones = jnp.ones((1, 48, 48, 1))
-        corner = quick_jit(lambda *a: grid(*(jnp.asarray(x) for x in a), ones, ones)[0][0, -1, -1, 0])
+        corner = jax.jit(lambda *a: grid(*(jnp.asarray(x) for x in a), ones, ones)[0][0, -1, -1, 0])
         assert corner(0.9, 0.9, 0.9, 0.9) > 1e23
         assert 70 < corner(0.9, 0.1, 0.1, 0.9) < 80  # a2 a3 = (1 − a1)(1 − a4): linear growth
         np.testing.assert_allclose(corner(0.7, 0.5, 0.15, 0.5), 13.3, atol=0.05)
@@ -250,23 +250,23 @@ def test_a_scan_of_blocks_over_both_axes_is_not_the_recurrence():
         a1, a2, a3, a4, u1, u2 = (inputs[name] for name in ("a1", "a2", "a3", "a4", "u1", "u2"))
         matrix = jnp.stack([jnp.stack([a1, a2], -1), jnp.stack([a3, a4], -1)], -2)
         elements = monoid.MatrixAffine(matrix, jnp.stack([u1, u2], -1))
-        composed = lambda axis: quick_jit(partial(lax.associative_scan, monoid.matrix_affine.combine, axis=axis))
+        composed = lambda axis: jax.jit(partial(lax.associative_scan, monoid.matrix_affine.combine, axis=axis))
         over_time = composed(1)(elements)
         nested = composed(2)(over_time).inputs
-        h1, h2 = quick_jit(grid)(a1, a2, a3, a4, u1, u2)
+        h1, h2 = jax.jit(grid)(a1, a2, a3, a4, u1, u2)
         assert jnp.abs(nested[..., 0] - h1).max() > 0.1 and jnp.abs(nested[..., 1] - h2).max() > 0.1
         # Along one axis alone it does what it should.
-        along, _ = quick_jit(partial(scan.sequential, monoid.matrix_affine))(elements, jnp.zeros((1, 5, 2, 2)))
+        along, _ = jax.jit(partial(scan.sequential, monoid.matrix_affine))(elements, jnp.zeros((1, 5, 2, 2)))
         assert_close(over_time.inputs, along, "float64")
 
 
 def test_vmap_and_numpy():
     inputs, _ = case((2, 5, 4, 2), jnp.float32)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), inputs)
-    one = quick_jit(lambda inputs: grid(**inputs))
+    one = jax.jit(lambda inputs: grid(**inputs))
     expected = [one(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
     for impl in (None, "sweeps"):
-        actual = quick_jit(jax.vmap(lambda inputs, impl=impl: grid(**inputs, impl=impl)))(stacked)
+        actual = jax.jit(jax.vmap(lambda inputs, impl=impl: grid(**inputs, impl=impl)))(stacked)
         assert_close(actual, jax.tree.map(lambda *x: jnp.stack(x), *expected), "float32")
     assert_close(grid(**jax.device_get(inputs)), expected[0], "float32")
 
@@ -294,7 +294,7 @@ def test_batches_on_their_own_devices():
         return jax.shard_map(total, mesh=mesh, in_specs=(specs, P("data")), out_specs=P())
 
     everything = lambda *args: [jax.grad(f)(*args) for f in (partial(loss, impl=None), *map(apart, GENERAL))]
-    expected, *others = quick_jit(everything)(inputs, cotangents)
+    expected, *others = jax.jit(everything)(inputs, cotangents)
     for actual in others:
         assert_close(actual, expected, "mixer")
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, quick_jit
+from families import assert_close
 
 from jaxseq import ops
 
@@ -44,7 +44,7 @@ def test_every_quantity_is_the_sum_over_all_paths(impl, moving):
     with jax.enable_x64(True):
         arrays = model(batch=2, moving=moving)
         everything = lambda *a: (ops.hidden_markov_smoother(*a, impl=impl), ops.viterbi(*a, impl=impl))
-        posterior, (path, joint) = quick_jit(everything)(*arrays)
+        posterior, (path, joint) = jax.jit(everything)(*arrays)
         for row, one in enumerate(zip(arrays[0], arrays[1] if moving else [arrays[1]] * 2, arrays[2], strict=True)):
             expected, best, best_joint = enumerated(*map(np.asarray, one))
             assert_close(jax.tree.map(lambda x, row=row: x[row], posterior), expected, 1e-12)
@@ -57,8 +57,8 @@ def test_the_gradient_of_the_likelihood_is_the_posterior(impl):
     with jax.enable_x64(True):
         arrays = model(batch=2, length=70)
         likelihood = lambda *a: ops.hidden_markov_log_likelihood(*a, impl=impl).sum()
-        start, transition, emissions = quick_jit(jax.grad(likelihood, argnums=(0, 1, 2)))(*arrays)
-        posterior = quick_jit(ops.hidden_markov_smoother)(*arrays)
+        start, transition, emissions = jax.jit(jax.grad(likelihood, argnums=(0, 1, 2)))(*arrays)
+        posterior = jax.jit(ops.hidden_markov_smoother)(*arrays)
         assert_close(start, posterior.states[:, 0], 1e-12)
         assert_close(transition, posterior.transitions.sum((0, 1)), 1e-12)
         assert_close(emissions, posterior.states, 1e-12)
@@ -70,7 +70,7 @@ def test_the_curvature_of_the_likelihood_is_the_covariance_of_the_states():
         start, transition, emissions = model()
         value = lambda e, impl: ops.hidden_markov_log_likelihood(start, transition, e, impl=impl).sum()
         for impl in ("parallel", "chunked"):
-            gamma, curvature = quick_jit(lambda e, i=impl: (jax.grad(value)(e, i), jax.jacrev(jax.grad(value))(e, i)))(
+            gamma, curvature = jax.jit(lambda e, i=impl: (jax.grad(value)(e, i), jax.jacrev(jax.grad(value))(e, i)))(
                 emissions
             )
             for t in range(LENGTH):
@@ -95,10 +95,10 @@ def test_a_shorter_sequence_is_the_sequence_cut(impl):
 
     with jax.enable_x64(True):
         start, transition, emissions = model(batch=3)
-        together = quick_jit(everything)(start, transition, emissions, jnp.asarray(lengths))
+        together = jax.jit(everything)(start, transition, emissions, jnp.asarray(lengths))
         for row, length in enumerate(lengths):
             cut = start[row : row + 1], transition, emissions[row : row + 1, :length]
-            in_time, (transitions, *others) = quick_jit(everything)(*cut)
+            in_time, (transitions, *others) = jax.jit(everything)(*cut)
             of_row = jax.tree.map(lambda x, row=row: x[row : row + 1], together)
             assert_close(tuple(x[:, :length] for x in of_row[0]), in_time, 1e-12)
             assert_close(of_row[1][0][:, : length - 1], transitions, 1e-12)
@@ -125,14 +125,14 @@ def test_bin_by_bin_is_the_whole():
             filtered, evidence, start = ops.hidden_markov_filter(start, transition, emission[:, None])
             return start, (filtered[:, 0], evidence[:, 0])
 
-        final, (filtered, evidence) = quick_jit(lambda s, e: jax.lax.scan(step, s, e))(start, emissions.swapaxes(0, 1))
+        final, (filtered, evidence) = jax.jit(lambda s, e: jax.lax.scan(step, s, e))(start, emissions.swapaxes(0, 1))
         whole = _filter(start, transition, emissions)
-        posterior = quick_jit(ops.hidden_markov_smoother)(start, transition, emissions)
+        posterior = jax.jit(ops.hidden_markov_smoother)(start, transition, emissions)
         assert_close((filtered.swapaxes(0, 1), evidence.swapaxes(0, 1), final), whole, 1e-12)
         assert_close(jnp.exp(whole[0][:, -1]), posterior.states[:, -1], 1e-12)
 
 
-_filter = quick_jit(ops.hidden_markov_filter)
+_filter = jax.jit(ops.hidden_markov_filter)
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -149,7 +149,7 @@ def test_states_that_cannot_be_are_no_nan(impl):
         values = ops.hidden_markov_filter(*arrays, impl=impl), ops.hidden_markov_smoother(*arrays, impl=impl)
         return values, [jax.grad(f, argnums=(0, 1, 2))(*arrays) for f in (likelihood, second)]
 
-    ((filtered, evidence, following), posterior), gradients = quick_jit(everything)(emissions)
+    ((filtered, evidence, following), posterior), gradients = jax.jit(everything)(emissions)
     assert not any(np.isnan(x).any() for x in (filtered, evidence, following))
     assert all(np.isfinite(x).all() for x in (posterior.states, posterior.transitions, *jax.tree.leaves(gradients)))
     assert np.isfinite(evidence[0]).all() and (posterior.states[0, :5, 2] < 1e-6).all()
@@ -162,10 +162,10 @@ def test_states_that_cannot_be_are_no_nan(impl):
 def test_long_sequences_do_not_overflow(impl):
     """T = 10⁴ in float32, emissions of −1000 nats a bin, against the same in float64; digits go as log T does."""
     arrays = model(length=10_000, dtype=jnp.float32)
-    posterior = quick_jit(partial(ops.hidden_markov_smoother, impl=impl))(*arrays[:2], arrays[2] - 1000)
+    posterior = jax.jit(partial(ops.hidden_markov_smoother, impl=impl))(*arrays[:2], arrays[2] - 1000)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        expected = quick_jit(ops.hidden_markov_smoother)(*wide)
+        expected = jax.jit(ops.hidden_markov_smoother)(*wide)
         expected = expected._replace(log_likelihood=expected.log_likelihood - 1e7)
     assert_close(posterior, expected, 1e-3)
 
@@ -175,7 +175,7 @@ def test_packed_sequences_need_no_more_than_a_transition():
     with jax.enable_x64(True):
         start, transition, emissions = model(length=8)
         moving = jnp.broadcast_to(transition, (1, 8, STATES, STATES)).at[:, 3].set(start)
-        value = quick_jit(ops.hidden_markov_log_likelihood)
+        value = jax.jit(ops.hidden_markov_log_likelihood)
         apart = [value(start, transition, e) for e in (emissions[:, :4], emissions[:, 4:])]
         assert_close(value(start, moving, emissions), sum(apart), 1e-12)
 

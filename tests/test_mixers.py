@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CHUNK, FULL_MIXERS, MIXERS, WIDTH, assert_close, initialised, quick_jit
+from families import CHUNK, FULL_MIXERS, MIXERS, WIDTH, assert_close, initialised
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
@@ -74,7 +74,7 @@ def test_call_is_two_parts_is_steps(name, built):
     """Also a part of one token, and a cut inside a chunk."""
     module, params = built(name)
 
-    @quick_jit
+    @jax.jit
     def everything(params, x):
         parts, state = in_parts(module, params, x, (x.shape[1] // 2,) * (x.shape[1] > 1))
         return (module.apply(params, x), state), (parts, state), by_steps(module, params, x)
@@ -97,7 +97,7 @@ def test_no_state_is_the_start(name, built):
         with pytest.raises(ValueError, match="max_length=None"):
             jax.eval_shape(first, params)
         return
-    y, state = quick_jit(first)(params)
+    y, state = jax.jit(first)(params)
     rest, _ = module.apply(params, x[:, 5:], state, method="prefill")
     assert_close(jnp.concatenate([y, rest], axis=1), module.apply(params, x), "mixer")
 
@@ -113,7 +113,7 @@ def test_gradients_flow_through_the_state(name, built):
     weight = draw(2 * CHUNK + 3, seed=1)
     run = {"whole": module.apply, "parts": lambda params, x: in_parts(module, params, x, (CHUNK + 1,))[0]}
     loss = lambda params, x, name: jnp.sum(weight * run[name](params, x))
-    both = quick_jit(lambda params, x: [jax.grad(loss, (0, 1))(params, x, name) for name in run])
+    both = jax.jit(lambda params, x: [jax.grad(loss, (0, 1))(params, x, name) for name in run])
     whole, parts = both(params, draw(2 * CHUNK + 3))
     assert_close(parts, whole, MIXERS[name].gradient)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(whole))
@@ -123,7 +123,7 @@ def test_gradients_flow_through_the_state(name, built):
 def test_every_setting_steps_as_it_calls(name, built):
     module, params = built(name)
     x = draw(9)
-    both = quick_jit(lambda params, x: (module.apply(params, x), by_steps(module, params, x)[0]))
+    both = jax.jit(lambda params, x: (module.apply(params, x), by_steps(module, params, x)[0]))
     whole, steps = both(params, x)
     assert_close(steps, whole, "mixer")
 
@@ -135,7 +135,7 @@ def test_packed_is_separate(name, built):
     x, borders = draw(17), (0, 6, 13, 17)
     ids = jnp.asarray(np.repeat([4, 2, 9], np.diff(borders)))[None].repeat(2, axis=0)
 
-    @quick_jit
+    @jax.jit
     def everything(params, x):
         alone = [module.apply(params, x[:, a:b]) for a, b in zip(borders, borders[1:], strict=False)]
         parts, state = in_parts(module, params, x, (9,), ids)
@@ -154,7 +154,7 @@ def test_causal_by_gradient(name, built):
     """dy_t/dx_s is zero to the bit after t, and nowhere zero from t back to as far as the mixer sees."""
     module, params = built(name, **MIXERS[name].exact)
     length = 11
-    jacobian = quick_jit(jax.jacrev(lambda x: module.apply(params, x)[0].sum(-1)))(draw(length, batch=1))[:, 0]
+    jacobian = jax.jit(jax.jacrev(lambda x: module.apply(params, x)[0].sum(-1)))(draw(length, batch=1))[:, 0]
     depends = np.abs(np.asarray(jacobian)).max(-1)
     t, s = np.indices(depends.shape)
     seen = (s <= t) & (t - s < MIXERS[name].reach)
@@ -171,7 +171,7 @@ def test_extreme_gates_are_finite(name, built):
     flat |= {path: jnp.full_like(flat[path], level) for path, level in MIXERS[name].extreme.items()}
     loss = lambda params, x: jnp.sum(jnp.sin(module.apply(params, x)))
     extreme = {"params": traverse_util.unflatten_dict(flat, sep="/")}
-    leaves = jax.tree.leaves(quick_jit(jax.value_and_grad(loss, (0, 1)))(extreme, draw(11)))
+    leaves = jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1)))(extreme, draw(11)))
     assert all(np.isfinite(x).all() for x in leaves)
 
 
@@ -182,10 +182,10 @@ def test_bfloat16(name, built):
     half = MIXERS[name].build(dtype=jnp.bfloat16)
     assert jax.eval_shape(module.apply, params, x).dtype == jnp.float32
     with jax.numpy_dtype_promotion("standard"):  # flax's own norms promote
-        y, state = quick_jit(lambda p, x: in_parts(half, p, x, (6,)))(params, x.astype(jnp.bfloat16))
+        y, state = jax.jit(lambda p, x: in_parts(half, p, x, (6,)))(params, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert all(s.dtype in (jnp.float32, jnp.complex64, jnp.int32) for s in jax.tree.leaves(state))
-    assert_close(y, quick_jit(module.apply)(params, x), "mixer bfloat16")
+    assert_close(y, jax.jit(module.apply)(params, x), "mixer bfloat16")
 
 
 @pytest.mark.parametrize("name", FULL_MIXERS)
@@ -205,12 +205,12 @@ def test_inside_other_things(name, built):
     """`nn.Sequential`, `vmap`, an NNX model, and `shard_map` with the batch over eight devices."""
     module, params = built(name)
     x = draw(5, batch=8)
-    expected = quick_jit(module.apply)(params, x)
-    assert_close(quick_jit(jax.vmap(lambda x: module.apply(params, x[None])[0]))(x), expected, "mixer")
+    expected = jax.jit(module.apply)(params, x)
+    assert_close(jax.jit(jax.vmap(lambda x: module.apply(params, x[None])[0]))(x), expected, "mixer")
 
     stacked = nn.Sequential([nn.Dense(WIDTH), MIXERS[name].build()])
     held = {"layers_0": {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}, "layers_1": params["params"]}
-    assert_close(quick_jit(stacked.apply)({"params": held}, x), expected, "mixer")
+    assert_close(jax.jit(stacked.apply)({"params": held}, x), expected, "mixer")
 
     bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
     assert bridged(x).shape == expected.shape
@@ -224,9 +224,9 @@ def test_inside_other_things(name, built):
         in_specs=(P(), P("data")),
         out_specs=P("data"),
     )
-    assert_close(quick_jit(split)(params, x), expected, "mixer")
+    assert_close(jax.jit(split)(params, x), expected, "mixer")
     gradients = lambda params: [jax.grad(lambda p, f=f: jnp.sum(f(p, x) ** 2))(params) for f in (split, module.apply)]
-    assert_close(*quick_jit(gradients)(params), MIXERS[name].gradient)
+    assert_close(*jax.jit(gradients)(params), MIXERS[name].gradient)
 
 
 WRONG = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, quick_jit
+from families import assert_close
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
 from jaxseq.layers import NgramEmbedding
@@ -40,7 +40,7 @@ def test_call_is_prefill_and_steps(name):
     model = MODELS[name]
     params = initialised(model, tokens)
 
-    @quick_jit
+    @jax.jit
     def both(params):
         state = model.init_state(2, max_length=tokens.shape[1])
         prompt, state = model.apply(params, tokens[:, :4], state, method="prefill")
@@ -59,7 +59,7 @@ def test_packed_documents_do_not_meet(name):
     model = MODELS[name]
     params = initialised(model, tokens)
     ids = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * 2)
-    apply = quick_jit(model.apply)
+    apply = jax.jit(model.apply)
     alone = jnp.concatenate([apply(params, tokens[:, :4]), apply(params, tokens[:, 4:])], axis=1)
     assert_close(apply(params, tokens, ids), alone, "mixer")
 
@@ -124,7 +124,7 @@ def test_remat_changes_memory_alone():
     model = MODELS["one mixer"]
     params = initialised(model, tokens)
     loss = lambda p, remat: jnp.sum(jnp.sin(model.clone(remat=remat).apply(p, tokens)))
-    with_remat, without = quick_jit(lambda p: [jax.value_and_grad(loss)(p, remat) for remat in (True, False)])(params)
+    with_remat, without = jax.jit(lambda p: [jax.value_and_grad(loss)(p, remat) for remat in (True, False)])(params)
     assert_close(with_remat, without, "mixer")
 
 
@@ -134,7 +134,7 @@ def test_a_classifier_reads_only_its_lengths(pool, features):
     model = Classifier(5, WIDTH, (partial(S4D, state_size=4),) * 2, vocab_size=vocab_size, pool=pool)
     rng = np.random.default_rng(0)
     x = tokens if features is None else jnp.asarray(rng.standard_normal((2, 9, features)), jnp.float32)
-    params, apply = initialised(model, x), quick_jit(model.apply)
+    params, apply = initialised(model, x), jax.jit(model.apply)
     padded = x.at[0, 4:].set(x[1, :5])
     logits = apply(params, padded, jnp.asarray([4, 9]))
     assert logits.shape == (2, 5)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import MONOIDS, PLAIN_MONOIDS, assert_close, normals, quick_jit
+from families import MONOIDS, PLAIN_MONOIDS, assert_close, normals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +39,7 @@ def sides(name):
             "at rest": (act(identity(e), state), state),
         }
 
-    return quick_jit(laws)
+    return jax.jit(laws)
 
 
 @pytest.mark.parametrize("name", MONOIDS)
@@ -79,7 +79,7 @@ def test_forms_are_sequential_in_value_and_gradient(name, reverse):
 
                 return [value_and_gradients(form) for form in (scan.sequential, *FORMS.values())]
 
-            expected, *others = quick_jit(everything)(differentiable, state, cotangents)
+            expected, *others = jax.jit(everything)(differentiable, state, cotangents)
             for actual in others:
                 assert_close(_finite(actual), _finite(expected), "float64")
 
@@ -113,7 +113,7 @@ def test_segments_are_runs_of_their_own(length):
         elements, state = drawn(member.elements, rng, (1, length)), drawn(member.state, rng, (1,))
         ids = np.cumsum(rng.random((1, length)) < 0.3, axis=1)
         starts = segment_starts(jnp.asarray(ids))
-        whole = quick_jit(partial(scan.parallel, monoid.segmented(monoid.affine)))
+        whole = jax.jit(partial(scan.parallel, monoid.segmented(monoid.affine)))
         packed, _ = whole(monoid.Segmented(starts, elements), state)
         for segment in np.unique(ids):
             own = jax.tree.map(lambda x, own=ids[0] == segment: x[:, own], elements)
@@ -134,7 +134,7 @@ def test_hidden_markov_model_against_brute_force():
         for matrices, best in ((monoid.log_sum_exp, np.log(np.exp(scores).sum())), (monoid.max_plus, scores.max())):
             total = lambda e, m=matrices: scan.parallel(m, e, jnp.asarray(log_start + log_likelihood[0])[None])[1]
             reduce = jax.nn.logsumexp if matrices is monoid.log_sum_exp else jnp.max
-            value, marginals = quick_jit(jax.value_and_grad(lambda e, t=total, r=reduce: r(t(e))))(elements)
+            value, marginals = jax.jit(jax.value_and_grad(lambda e, t=total, r=reduce: r(t(e))))(elements)
             assert_close(value, best, "float64")
             # The gradient is the posterior of every transition: of all paths, or of the best one.
             weights = np.exp(scores - best) if matrices is monoid.log_sum_exp else (scores == best).astype(float)
@@ -152,6 +152,6 @@ def test_the_softmax_monoid_is_softmax_attention():
     with jax.enable_x64(True):  # one query a batch entry, the keys are time
         elements = monoid.Softmax.from_token(jnp.asarray(logits), jnp.broadcast_to(jnp.asarray(v), (6, 6, 4)))
         empty = monoid.softmax.identity(jax.tree.map(lambda x: x[:, 0], elements))
-        _, final = quick_jit(partial(scan.parallel, monoid.softmax))(elements, empty)
+        _, final = jax.jit(partial(scan.parallel, monoid.softmax))(elements, empty)
         assert_close(final.average(), weights / weights.sum(1, keepdims=True) @ v, "float64")
         assert not np.isnan(empty.average()).any()

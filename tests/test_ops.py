@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CHUNK, OPS, assert_close, cast, log_decays, normals, quick_jit, segments
+from families import CHUNK, OPS, assert_close, cast, log_decays, normals, segments
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -25,14 +25,14 @@ def case(name, length=LENGTH, strength="mild", dtype=jnp.float64, segmented=True
     return inputs, cast(normals(rng, shapes), jnp.float64), ids
 
 
-def run(name, impl, jit=quick_jit):
+def run(name, impl):
     """A jitted function: inputs, cotangents, segment ids → values, final state and every gradient."""
 
     def everything(inputs, cotangents, ids):
         values, pull = jax.vjp(lambda inputs: OPS[name].call(inputs, ids, impl), inputs)
         return {"value": values, "gradient": pull(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values))[0]}
 
-    return jit(everything)
+    return jax.jit(everything)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_forms_are_sequential_in_float64(name, impl, truth):
 
 @pytest.mark.parametrize("name, impl", [(name, form) for name in SWEPT for form in OPS[name].forms])
 def test_accuracy_in_float32(name, impl, truth):
-    form = run(name, impl, jax.jit)
+    form = run(name, impl)
     for strength in ("mild", "strong"):
         inputs, cotangents, ids = case(name, strength=strength, dtype=jnp.float32)
         tolerance = OPS[name].float32 if strength == "mild" else "float32 strong"
@@ -110,7 +110,7 @@ def test_two_parts_are_the_whole(name):
 
         if ids is not None:
             ids = ids.at[:, 5:].set(jnp.where(ids[:, 5:] == ids[:, 5:6], ids[:, 4:5], ids[:, 5:]))
-        weighted = lambda f: quick_jit(lambda i: (f(i), jax.vjp(f, i)[1]((d_out, d_final))))
+        weighted = lambda f: jax.jit(lambda i: (f(i), jax.vjp(f, i)[1]((d_out, d_final))))
         assert_close(weighted(two_parts)(inputs), weighted(lambda i: member.call(i, ids, None))(inputs), "float64")
 
 
@@ -144,8 +144,8 @@ def test_the_delta_rule_solves_for_any_keys(keys, strength):
         return values, pull(jax.tree.map(jnp.ones_like, values))[0]
 
     with jax.enable_x64(True):
-        expected = quick_jit(partial(everything, "sequential", jnp.float64))()
-        assert_close(quick_jit(partial(everything, "chunked", jnp.float64))(), expected, 1e-10)
+        expected = jax.jit(partial(everything, "sequential", jnp.float64))()
+        assert_close(jax.jit(partial(everything, "chunked", jnp.float64))(), expected, 1e-10)
     actual = jax.jit(partial(everything, "chunked", jnp.float32))()
     assert_close(actual, expected, "float32 repeated keys" if keys == "one key" else "float32 strong")
 
@@ -156,8 +156,8 @@ def test_vmap_and_numpy(name):
     inputs, _, ids = case(name, 5, dtype=jnp.float32)
     call = lambda inputs: OPS[name].call(inputs, ids, None)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), inputs)
-    expected = [quick_jit(call)(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
-    assert_close(quick_jit(jax.vmap(call))(stacked), jax.tree.map(lambda *x: jnp.stack(x), *expected), "float32")
+    expected = [jax.jit(call)(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
+    assert_close(jax.jit(jax.vmap(call))(stacked), jax.tree.map(lambda *x: jnp.stack(x), *expected), "float32")
     assert_close(call(jax.device_get(inputs)), expected[0], "float32")
 
 
@@ -263,7 +263,7 @@ def test_weights_that_all_devices_share_keep_their_gradient():
         in_specs=(P(), P("data"), P("data"), P("data")),
         out_specs=P(),
     )
-    whole, apart = quick_jit(lambda *args: [jax.grad(f)(*args) for f in (loss, split)])(shared, q, k, v)
+    whole, apart = jax.jit(lambda *args: [jax.grad(f)(*args) for f in (loss, split)])(shared, q, k, v)
     assert_close(apart, whole, "mixer")
 
 
@@ -275,7 +275,7 @@ def test_weights_of_zero_have_logs(semiring):
     for impl in ("sequential", "parallel", "chunked"):
         run = lambda x, impl=impl: ops.log_recurrence(None, x, semiring=semiring, impl=impl)[0]
         total = lambda x, run=run: (jnp.sum(jnp.where(jnp.isfinite(run(x)), run(x), 0)), run(x))
-        gradient, h = quick_jit(jax.grad(total, has_aux=True))(inputs)
+        gradient, h = jax.jit(jax.grad(total, has_aux=True))(inputs)
         np.testing.assert_allclose(h[0, :, 0], expected, rtol=1e-6)
         assert np.isfinite(gradient).all()
         np.testing.assert_allclose(gradient.sum(), 3, rtol=1e-6)

@@ -17,7 +17,6 @@ from families import (
     cast,
     initialised,
     normals,
-    quick_jit,
     segments,
 )
 from hypothesis import given, settings
@@ -45,7 +44,7 @@ def split(function, devices, times, result):
 def scanned(name, devices, reverse):
     run = lambda form, e, s: form(MONOIDS[name].monoid, e, s, reverse=reverse)
     apart = split(partial(run, sharded), devices, (IN_TIME, P()), (IN_TIME, P()))
-    return quick_jit(lambda e, s: (apart(e, s), run(scan.sequential, e, s)))
+    return jax.jit(lambda e, s: (apart(e, s), run(scan.sequential, e, s)))
 
 
 @settings(deadline=None, max_examples=14, derandomize=True)
@@ -87,7 +86,7 @@ def test_every_op_in_value_and_gradient(name, devices):
             values, pull = jax.vjp(lambda inputs: form(inputs, ids), inputs)
             return values, pull(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values))
 
-        actual, expected = quick_jit(lambda: (everything(apart), everything(call)))()
+        actual, expected = jax.jit(lambda: (everything(apart), everything(call)))()
         assert_close(actual, expected, "float64")
 
 
@@ -100,7 +99,7 @@ def test_bfloat16_stays_what_it_is(name):
     times = {name: IN_TIME if name in moving else P() for name in inputs}
     call = lambda inputs, ids: member.call(inputs, ids, None)
     apart = split(call, 4, (times, IN_TIME), (IN_TIME, P() if member.moving else ()))
-    (out, final), expected = (quick_jit(form)(inputs, ids) for form in (apart, call))
+    (out, final), expected = (jax.jit(form)(inputs, ids) for form in (apart, call))
     assert out.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(final))
     assert_close(out, expected[0], "bfloat16")
     assert_close(final, expected[1], "bfloat16 exchanged")
@@ -127,7 +126,7 @@ def test_every_mixer_from_a_state(name):
         loss = lambda params, x: jnp.sum(jnp.sin(form(params, x, ids, state)[0]))
         return form(params, x, ids, state), jax.grad(loss, argnums=(0, 1))(params, x)
 
-    actual, expected = quick_jit(lambda: (everything(apart), everything(call)))()
+    actual, expected = jax.jit(lambda: (everything(apart), everything(call)))()
     assert_close(actual, expected, "mixer")
 
 
@@ -138,7 +137,7 @@ def test_attention_to_keys_of_other_segments():
     keys = jnp.where(jnp.asarray(rng.random((2, LENGTH)) < 0.3), -1, FAR)
     call = lambda q, k, v, ids, keys: ops.softmax_attention(q, k, v, segment_ids=ids, key_segment_ids=keys)
     apart = split(call, 4, (IN_TIME,) * 5, IN_TIME)
-    assert_close(quick_jit(apart)(q, k, v, FAR, keys), quick_jit(call)(q, k, v, FAR, keys), "mixer")
+    assert_close(jax.jit(apart)(q, k, v, FAR, keys), jax.jit(call)(q, k, v, FAR, keys), "mixer")
 
 
 @pytest.mark.parametrize("pool", ["mean", "last"])
@@ -149,14 +148,14 @@ def test_a_classifier_pools_all_of_the_time(pool):
     params = model.init(jax.random.key(0), x)
     for inputs, specs in (((x,), (IN_TIME,)), ((x, lengths), (IN_TIME, P()))):
         apart = split(lambda *args: model.apply(*args), 4, (P(), *specs), P())
-        assert_close(quick_jit(apart)(params, *inputs), quick_jit(model.apply)(params, *inputs), "mixer")
+        assert_close(jax.jit(apart)(params, *inputs), jax.jit(model.apply)(params, *inputs), "mixer")
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_convolution_as_long_as_the_sequence(causal):
     x, kernel = cast(normals(np.random.default_rng(0), (np.zeros((2, 16, 4)), np.zeros((16, 4)))), jnp.float32)
     call = partial(ops.long_convolution, causal=causal)
-    apart = quick_jit(split(call, 4, (IN_TIME, P()), IN_TIME))
+    apart = jax.jit(split(call, 4, (IN_TIME, P()), IN_TIME))
     assert_close(apart(x, kernel), call(x, kernel), "float32 transform")
 
 
@@ -223,7 +222,7 @@ def test_mixers_of_fixed_state_communicate_states_alone(name):
     """The bytes of a layer, forward and backward, do not grow with the time that is split."""
     module, params = initialised(MIXERS[name])
     apart = split(lambda *args: module.apply(*args), 8, (P(), IN_TIME, IN_TIME), IN_TIME)
-    gradient = quick_jit(jax.grad(lambda *args: jnp.sum(jnp.sin(apart(*args))), argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(apart(*args))), argnums=(0, 1)))
     sizes = [(1, 64, WIDTH), (1, 256, WIDTH)]
     args = [(params, jnp.zeros(size), jnp.zeros(size[:2], jnp.int32)) for size in sizes]
     moved = [communicated(gradient.lower(*each).compile()) for each in args]

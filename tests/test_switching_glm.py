@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from families import assert_close, quick_jit
+from families import assert_close
 from scipy import stats
 
 from jaxseq.analysis import matched_states
@@ -27,7 +27,7 @@ S, N, T = 3, 4, 60
 @pytest.fixture(scope="module")
 def drawn():
     draw = partial(switching_spikes, num_sequences=2, length=T, num_states=S, num_neurons=N)
-    return jax.device_get(quick_jit(draw)(jax.random.key(0)))
+    return jax.device_get(jax.jit(draw)(jax.random.key(0)))
 
 
 def test_the_simulation_is_what_it_says():
@@ -59,7 +59,7 @@ def test_emissions_are_poisson_given_the_past(drawn):
     for link, g in (("sigmoid", lambda u: 1 / (1 + np.exp(-u))), ("softplus", lambda u: np.log1p(np.exp(u)))):
         expected = stats.poisson.logpmf(counts[:, :, None], g(drive)).sum(-1)
         params = {"params": {"weight": drawn.weights, "bias": drawn.bias}}
-        assert_close(quick_jit(model.clone(link=link).apply)(params, drawn.counts), expected, 1e-5)
+        assert_close(jax.jit(model.clone(link=link).apply)(params, drawn.counts), expected, 1e-5)
 
 
 def test_the_gaussian_prior_is_the_best_over_its_mean():
@@ -81,7 +81,7 @@ def test_the_one_hot_prior_draws_in_training_and_rounds_in_evaluation():
     model, params = SwitchingGLM(2, 2, "one_hot"), one_hot_parameters(weights, np.zeros(2))
     rounded = model.apply(params, method="weights")
     assert_close(rounded, np.where(np.abs(weights) > 0.3, weights, 0), 1e-6)
-    draw = quick_jit(lambda key: model.apply(params, method="weights", rngs={"gumbel": key}))
+    draw = jax.jit(lambda key: model.apply(params, method="weights", rngs={"gumbel": key}))
     one, same, other = draw(jax.random.key(0)), draw(jax.random.key(0)), draw(jax.random.key(1))
     assert np.array_equal(one, same) and not np.allclose(one, other)
     assert (np.abs(one) <= np.abs(np.log1p(np.exp(params["params"]["strength"]))) + 1e-6).all()
@@ -107,7 +107,7 @@ def fit(rule, model, params, counts, optimizer, rounds, inner=1):
     """The objective before every round, and the last state."""
     state = hidden_markov_start(params, optimizer, S, jax.random.key(1), 0.7, transition=rule is gradient_ascent)
     run = lambda s: jax.lax.scan(lambda s, _: rule(model, optimizer, inner)(s, counts), s, length=rounds)
-    return quick_jit(run)(state)
+    return jax.jit(run)(state)
 
 
 def test_an_exact_transition_step_never_loses(drawn):
@@ -121,7 +121,7 @@ def test_an_exact_transition_step_never_loses(drawn):
         start, emissions = jnp.full(S, -jnp.log(S)), model.apply(params, counts)
         likelihood = lambda logits: hidden_markov_log_likelihood(start, jax.nn.log_softmax(logits), emissions).sum()
         begun = hidden_markov_start(params, optax.sgd(0.0), S, jax.random.key(1), 0.7).log_transition
-        slope, first_slope = (quick_jit(jax.grad(likelihood))(P) for P in (state.log_transition, begun))
+        slope, first_slope = (jax.jit(jax.grad(likelihood))(P) for P in (state.log_transition, begun))
         assert np.abs(slope).max() < 0.05 * np.abs(first_slope).max()
 
 
@@ -146,7 +146,7 @@ def test_one_step_of_either_rule_moves_the_emissions_alike(drawn):
 
         def moved(rule, counts):
             state = hidden_markov_start(params, optimizer, S, jax.random.key(1), transition=rule is gradient_ascent)
-            return quick_jit(rule(model, optimizer, 1))(state, counts, lengths)[0].params
+            return jax.jit(rule(model, optimizer, 1))(state, counts, lengths)[0].params
 
         expected = moved(expectation_maximisation, counts)
         assert_close(moved(expectation_maximisation, other), expected, 1e-12)
@@ -162,7 +162,7 @@ def test_a_state_never_entered_keeps_its_transition(drawn):
     optimizer = optax.sgd(0.0)
     state = HiddenMarkovState(params, never, optimizer.init(params), jax.random.key(0))
     counts = jnp.ones((1, T, N), jnp.int32)
-    state, objective = quick_jit(expectation_maximisation(model, optimizer, 1))(state, counts)
+    state, objective = jax.jit(expectation_maximisation(model, optimizer, 1))(state, counts)
     assert np.isfinite(objective) and not np.isnan(state.log_transition).any()
     assert_close(jnp.exp(state.log_transition), jnp.exp(never), 1e-5)
 

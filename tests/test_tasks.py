@@ -5,13 +5,12 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from families import quick_jit
 
 from jaxseq.tasks import reset_recall
 
 
 def test_reset_recall_asks_for_what_can_be_known():
-    draw = quick_jit(partial(reset_recall, num_examples=200, length=64, num_keys=8, num_values=8))
+    draw = jax.jit(partial(reset_recall, num_examples=200, length=64, num_keys=8, num_values=8))
     inputs, labels = jax.device_get(draw(jax.random.key(0)))
     asked = np.zeros(labels.shape, bool)
     for row, tokens in enumerate(inputs):
