@@ -10,9 +10,10 @@ from .. import scan
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, diagonal, inverse, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, per_head, prepared, total_map, unless_restart
+from .within_chunk import diagonal, inverse, product, scores
 
 # The forms take queries, keys, a and b `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32
 # state `B H K V`.

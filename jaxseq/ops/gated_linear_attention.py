@@ -11,9 +11,10 @@ from .. import scan
 from ..monoid import OuterProduct, outer_product
 from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise, decayed_values, diagonal, product, scores
+from .chunkwise import CHUNK, Roles, chunkwise
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, prepared, unless_restart
+from .within_chunk import decayed_values, diagonal, product, scores
 
 # The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32 state
 # `B H K V`. With decays of values `B T H V` keys and values change places, the state is Sᵀ, and a query reads along its
