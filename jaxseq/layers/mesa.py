@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import ops
-from ..shapes import Array, Float, accumulator, typed
+from ..shapes import Array, Float, accumulator, typed, zeros_from
 
 
 class MesaState(NamedTuple):
@@ -41,9 +41,13 @@ def mesa(
     wide = accumulator(query.dtype)
     written = beta[..., None].astype(wide) * key.astype(wide)
     keys, values = (None, None) if state is None else state
+    # The solve wants all that it closes over to vary over the same axes of a mesh.
+    batch, _, heads, K = key.shape
+    keys = zeros_from(query, (batch, heads, K, K), wide, plus=keys)
+    ridge = zeros_from(query, (heads, K), wide, plus=ridge)
     attend = partial(ops.gated_linear_attention, key=written, log_decay=log_decay, scale=1.0, **options)
     over_keys = partial(attend, value=key.astype(wide), initial_state=keys)
-    system = lambda p: over_keys(p)[0] + ridge.astype(wide)[None, None] * p
+    system = lambda p: over_keys(p)[0] + ridge[None, None] * p
     solve = partial(conjugate_gradients, steps=steps)
     x = lax.custom_linear_solve(system, query.astype(wide), solve, symmetric=True)
     o, values = attend(x, value=value.astype(wide), initial_state=values)
