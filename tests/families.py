@@ -15,14 +15,18 @@ from jaxseq.layers.feature_maps import FEATURE_MAPS
 from jaxseq.layers.initialisers import S4D_INITIALISATIONS
 from jaxseq.mixers import (
     ABC,
+    DSS,
     GSA,
     HGRN,
     HGRN2,
     KDA,
+    LRU,
     MLSTM,
     RGLRU,
     RWKV6,
     RWKV7,
+    S4,
+    S5,
     Based,
     Comba,
     DeltaNet,
@@ -30,6 +34,7 @@ from jaxseq.mixers import (
     LightNet,
     Lightning,
     LinearAttention,
+    Mamba2,
     MesaNet,
     MinGRU,
     MinLSTM,
@@ -260,6 +265,29 @@ def _state_space(inputs, segment_ids, impl):
     return ops.diagonal_state_space(**inputs, segment_ids=segment_ids, impl=impl)
 
 
+def _mimo_inputs(rng, T, strength):
+    decay = np.exp(log_decays(rng, 4, strength) + 1j * rng.uniform(-3, 3, 4))
+    B, C = _complex(rng, (4, 3)), _complex(rng, (2, 4))
+    return dict(u=rng.standard_normal((2, T, 3)), decay=decay, B=B, C=C, initial_state=_complex(rng, (2, 4)))
+
+
+def _mimo(inputs, segment_ids, impl):
+    return ops.mimo_state_space(**inputs, segment_ids=segment_ids, impl=impl)
+
+
+def _dplr_state_space_inputs(rng, T, strength):
+    Lambda = log_decays(rng, (3, 4), strength) - 0.3 + 1j * rng.uniform(-3, 3, (3, 4))
+    P, B, C = 0.5 * _complex(rng, (3, 2, 4)), _complex(rng, (3, 4)), _complex(rng, (3, 4))
+    dt = rng.uniform(0.1, 2, 3)
+    return dict(
+        u=rng.standard_normal((2, T, 3)), Lambda=Lambda, P=P, B=B, C=C, dt=dt, initial_state=_complex(rng, (2, 3, 4))
+    )
+
+
+def _dplr_state_space(inputs, segment_ids, impl):
+    return ops.dplr_state_space(**inputs, segment_ids=segment_ids, impl=impl)
+
+
 def _attention_inputs(rng, T, strength, groups=2):
     scale = 1 if strength == "mild" else 30  # a logit in the hundreds is attention's strong gate
     shapes = dict(query=(2, T, 4, 6), key=(2, T, groups, 6), value=(2, T, groups, 5))
@@ -331,6 +359,17 @@ OPS = {
     "diagonal_state_space convolution": OpMember(
         _state_space_inputs,
         _state_space,
+        forms=("sequential", "convolution"),
+        segments=False,
+        moving=("u",),
+        sweep=True,
+        float32="float32 transform",
+    ),
+    "mimo_state_space": OpMember(_mimo_inputs, _mimo, moving=("u",)),
+    "dplr_state_space": OpMember(_dplr_state_space_inputs, _dplr_state_space, forms=("sequential",), moving=("u",)),
+    "dplr_state_space convolution": OpMember(
+        _dplr_state_space_inputs,
+        _dplr_state_space,
         forms=("sequential", "convolution"),
         segments=False,
         moving=("u",),
@@ -506,6 +545,35 @@ MIXERS = {
     "Mamba": MixerMember(
         partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK, impl="chunked"), extreme={"dt_bias": 100.0}
     ),
+    "Mamba2": MixerMember(
+        partial(Mamba2, WIDTH, state_size=4, num_heads=4, num_groups=2, chunk_size=CHUNK),
+        extreme={"dt_bias": 100.0},
+        slow=True,
+    ),
+    "Mamba2 limited": MixerMember(
+        partial(Mamba2, WIDTH, state_size=4, num_heads=2, dt_limit=(0.01, 0.05), channel_skip=True, use_bias=True),
+        cheap=True,
+    ),
+    "S4": MixerMember(
+        partial(S4, WIDTH, state_size=4),
+        gradient="mixer strong",
+        extreme={"log_dt": 6.0},
+        exact={"impl": "sequential"},
+        slow=True,
+    ),
+    "S4 shared": MixerMember(partial(S4, WIDTH, state_size=8, measure="legt", num_copies=2, rate=2.0), cheap=True),
+    "DSS": MixerMember(
+        partial(DSS, WIDTH, state_size=3), extreme={"log_dt": 6.0}, exact={"impl": "chunked"}, slow=True
+    ),
+    "DSS softmax": MixerMember(partial(DSS, WIDTH, state_size=3, version="softmax", length=9), cheap=True),
+    "DSS clip": MixerMember(partial(DSS, WIDTH, state_size=3, version="clip", separate_dt=False), cheap=True),
+    "DSS no scale": MixerMember(partial(DSS, WIDTH, state_size=3, version="exp_no_scale"), cheap=True),
+    "S5": MixerMember(partial(S5, WIDTH, state_size=8, num_blocks=2), extreme={"log_step": 6.0}, slow=True),
+    "S5 bilinear": MixerMember(
+        partial(S5, WIDTH, state_size=8, discretisation="bilinear", clip=True, rate=2.0, output="full_glu"), cheap=True
+    ),
+    "S5 whole spectrum": MixerMember(partial(S5, WIDTH, state_size=4, conjugate=False, output="half_glu2"), cheap=True),
+    "LRU": MixerMember(partial(LRU, WIDTH, state_size=4), extreme={"nu_log": 6.0}, slow=True),
     # Λ so low that nothing decays: √(1 − a²) has no slope there that is finite.
     "RGLRU": MixerMember(partial(RGLRU, WIDTH, num_heads=2), extreme={"Lambda": -100.0}, slow=True),
     "MinGRU": MixerMember(partial(MinGRU, WIDTH, expand=2), extreme={"gate_proj/bias": 1e4}, slow=True),

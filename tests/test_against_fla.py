@@ -1,7 +1,7 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
 Waiting for the work that builds what they check: fla_log_linear_attn, fla_forgetting_attn, fla_path_attn and
-fla_ttt_linear; and fla_layer_mamba2.
+fla_ttt_linear.
 """
 
 from collections.abc import Callable
@@ -210,6 +210,7 @@ LAYERS = {
     ),
     "fla_layer_simple_gla": ("SimpleGatedLinearAttention", dict(num_heads=2, expand_k=1.0, conv_window=4)),
     "fla_layer_mamba": ("Mamba", dict(state_size=8)),
+    "fla_layer_mamba2": ("Mamba2", dict(num_heads=4, state_size=12)),
     "fla_layer_delta_net": ("DeltaNet", dict(num_heads=2)),
     "fla_layer_gated_deltanet": ("GatedDeltaNet", dict(num_heads=2, expand_k=1.0, expand_v=2.0)),
     "fla_layer_gated_deltaproduct": ("GatedDeltaProduct", dict(num_heads=2, expand_k=1.0, expand_v=1.0)),

@@ -1,29 +1,24 @@
 """Independent truth: outputs recorded from the authors' own code.
 
-Covered (fla.md: tests/test_against_fla.py):
+Covered (fla.md: tests/test_against_fla.py; the linear state spaces of ssm.md: tests/test_against_state_spaces.py):
 - seeds-models.md: hmm_glm.
-- ssm.md: mamba_ops (all but rmsnorm_gated_*); s4_kernels s4d_* and hippo_legs_*; s4_layers s4d_layer_*.
+- ssm.md: mamba_ops.
 - models.md: chimera_2dssm; zoology_layers based.
-Waiting for the work that builds what they check: rmsnorm_gated_* (Mamba-2's norm); S4's own kernels, DSS and the
-bidirectional blocks (s4_*, dss_*, s4_block_*); s5_lru; hf_mamba*.
 """
 
-import json
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import cast
-from recorded import REFERENCE, assert_near, groups, load, recorded, with_gradients
+from recorded import assert_near, groups, load, recorded, with_gradients
 
-from jaxseq import S4D, ops
-from jaxseq.layers.initialisers import hippo_legs, legs_diagonal
+from jaxseq import ops
+from jaxseq.layers.gated_norm import GatedRMSNorm
 from jaxseq.mixers import Based
 from jaxseq.models import gumbel_softmax_log_density
-from jaxseq.ops.state_space import DISCRETISATIONS
 
 # ---- mamba_ops -----------------------------------------------------------------------------------------------------
 
@@ -124,129 +119,28 @@ def test_one_decoding_step(group):
 
 
 @recorded
+@pytest.mark.parametrize("group", groups("mamba_ops", "rmsnorm_gated_"))
+def test_gated_norm(group):
+    z = load("mamba_ops", group)
+    size = z["x"].shape[-1]
+    module = GatedRMSNorm(size // int(z["group_size"]), gate_first=not bool(z["norm_before_gate"]))
+    names = ("x", "z", "weight")
+    run = lambda i: module.apply({"params": {"scale": i["weight"]}}, i["x"][None], i["z"][None])[0]
+    inputs = {name: z[name].reshape(-1, size) if name != "weight" else z[name] for name in names}
+    value, gradients = with_gradients(
+        run, cast(inputs, jnp.float32), jnp.asarray(z["grad_weight_out"]).reshape(-1, size)
+    )
+    assert_near(value, z["out"].reshape(-1, size), 1e-5)
+    assert_near(gradients, {name: z[f"grad_{name}"].reshape(inputs[name].shape) for name in names}, 1e-4)
+
+
+@recorded
 @pytest.mark.parametrize("group", ["causal_conv1d_k4", "causal_conv1d_k2"])
 def test_causal_convolution(group):
     z = cast(load("mamba_ops", group), jnp.float32)
     y, state = ops.short_convolution(z["x"].swapaxes(1, 2), z["weight"][:, 0].T, z["bias"])
     assert_near(jax.nn.silu(y), z["out"].swapaxes(1, 2), 1e-5)
     assert_near(state, z["conv_state"][..., 1:].swapaxes(1, 2), 1e-7)
-
-
-# ---- S4D -----------------------------------------------------------------------------------------------------------
-
-
-@recorded
-@pytest.mark.parametrize("group", groups("s4_kernels", "s4d_"))
-def test_s4d_kernel_and_recurrence(group):
-    """In float64 from the stored A, B, C, dt: discretisation, kernel, convolution, states and eight steps."""
-    z = load("s4_kernels", group)
-    rule = DISCRETISATIONS["bilinear" if "bilinear" in group else "zoh"]
-
-    @jax.jit
-    def everything(A, B, C, dt, D, u, state):
-        log_A, B = rule(A, B, dt.astype(A.dtype))
-        run = partial(ops.diagonal_state_space, log_A=log_A, B=B, C=C)
-        step = lambda state, u: run(u[:, None], initial_state=state)[::-1]
-        (y, final), (y0, final0) = run(u), run(u, initial_state=state)
-        (z, z_final), skip = run(u, initial_state=state, impl="sequential"), D[None, None] * u
-        eight = jax.lax.scan(step, jnp.zeros_like(state), u[:, :8].swapaxes(0, 1))[1][:, :, 0].swapaxes(0, 1)
-        return {
-            "A_bar": jnp.exp(log_A),
-            "B_bar": B,
-            "K_fp64": ops.diagonal_kernel(log_A, B, C, u.shape[1]).T,
-            "y": (y + skip).swapaxes(1, 2),
-            "final_state": final,
-            "y_state0": [(y0 + skip).swapaxes(1, 2), (z + skip).swapaxes(1, 2)],
-            "final_state_state0": [final0, z_final],
-        }, (eight + skip[:, :8]).swapaxes(1, 2)
-
-    with jax.enable_x64(True):
-        operands = cast([z[name] for name in ("A", "B", "C", "dt", "D")], jnp.float64)
-        actual, eight = everything(
-            *operands, jnp.asarray(z["u"].swapaxes(1, 2), jnp.float64), jnp.asarray(z["state0"], jnp.complex128)
-        )
-    assert_near(actual, {k: [z[k]] * len(v) if isinstance(v, list) else z[k] for k, v in actual.items()}, 1e-10)
-    np.testing.assert_allclose(eight, z["step8_fp32"], atol=1e-5)
-
-
-class Discretised(S4D):
-    """What the layer's own parameters become."""
-
-    @nn.compact
-    def prefill(self, x, state, segment_ids=None):
-        return self._discrete(x.dtype), None
-
-
-S4D_FIELDS = {
-    "re_none": dict(real_map="none"), "re_relu": dict(real_map="relu"), "re_softplus": dict(real_map="softplus"),
-    "im_exp": dict(imag_map="exp"), "dtsoftplus": dict(dt_map="softplus"), "untied_dt": dict(untied_dt=True),
-    "shared_ab": dict(num_copies=1),
-}  # fmt: skip
-
-
-@recorded
-@pytest.mark.parametrize("group", groups("s4_kernels", "s4d_"))
-def test_s4d_parameters(group):
-    """In float32 from the raw parameters through the layer's maps: the kernel, and the gradient of each."""
-    z = load("s4_kernels", group)
-    fields = next((fields for suffix, fields in S4D_FIELDS.items() if group.endswith(suffix)), {})
-    rule = "bilinear" if "bilinear" in group else "zoh"
-    H, L = z["u"].shape[1:]
-    layer = Discretised(H, state_size=2 * z["A"].shape[1], discretisation=rule, **fields)
-    pairs = lambda a: np.stack([a.real, a.imag], axis=-1)
-    ours = lambda prefix: {
-        "log_dt": z[f"{prefix}inv_dt"],
-        "A_real": z[f"{prefix}A_real"],
-        "A_imag": z[f"{prefix}A_imag"],
-        "B": pairs(z[f"{prefix}B"][0]),
-        "C": pairs(z[f"{prefix}C"][0]),
-    }
-
-    def kernel(params):
-        log_A, B, C, _ = layer.apply({"params": params | {"D": jnp.zeros(H)}}, jnp.zeros((1, 1, H)))
-        return ops.diagonal_kernel(log_A, B, C, L).T
-
-    K, gradients = with_gradients(kernel, cast(ours("raw_"), jnp.float32), jnp.asarray(z["grad_weight"]))
-    assert_near(K, z["K_fp64"], 2e-5)
-    assert_near(gradients, ours("grad_"), 2e-4)
-
-
-@recorded
-@pytest.mark.parametrize("group", ["s4d_layer_0", "s4d_layer_1"])
-def test_s4d_layer(group):
-    """The authors' small layer takes imaginary parts with the other sign and B = 1."""
-    z = load("s4_layers", group)
-    H, M = z["kernel.A_imag"].shape
-    module = S4D(H, state_size=2 * M)
-    ones = np.stack([np.ones((H, M)), np.zeros((H, M))], axis=-1)
-
-    def ours(prefix):
-        get = lambda name: jnp.asarray(z[prefix + name])
-        return {
-            "log_dt": get("kernel.log_dt")[:, None],
-            "A_real": get("kernel.log_A_real"),
-            "A_imag": -get("kernel.A_imag"),
-            "C": get("kernel.C"),
-            "D": get("D"),
-            "out_proj": {"kernel": get("output_linear.0.weight")[..., 0].T, "bias": get("output_linear.0.bias")},
-        }
-
-    layer = lambda i: module.apply({"params": i[0] | {"B": jnp.asarray(ones, jnp.float32)}}, i[1].swapaxes(1, 2))
-    inputs, cotangent = (ours(""), jnp.asarray(z["u"])), jnp.asarray(z["grad_weight"].swapaxes(1, 2))
-    y, gradients = with_gradients(layer, inputs, cotangent)
-    np.testing.assert_allclose(y.swapaxes(1, 2), z["out"], atol=1e-5)
-    assert_near(gradients, (ours("grad_"), z["grad_u"]), 2e-4)
-
-
-@recorded
-@pytest.mark.parametrize("size", [4, 8, 16, 64])
-def test_hippo(size):
-    z = load("s4_kernels", f"hippo_legs_N{size}")
-    A, B = hippo_legs(size)
-    eigenvalues, VB = legs_diagonal(size)
-    assert_near([A, B, eigenvalues], [z["A"], z["B"], z["Lambda"]], 1e-10)
-    clipped = np.abs(VB.imag) >= 2
-    assert_near(np.abs(VB[~clipped]) ** 2, z["absVB2"][~clipped], 1e-8)
 
 
 # ---- Chimera -------------------------------------------------------------------------------------------------------
@@ -289,14 +183,6 @@ def test_based():
     params = {ours: {"kernel": jnp.asarray(z[f"based.p.proj_{theirs}.weight"].T)} for ours, theirs in names.items()}
     y = jax.jit(Based(16, num_heads=2, feature_width=4).apply)({"params": params}, jnp.asarray(z["x"]))
     assert_near(y, z["based.y"], 1e-6)
-
-
-def test_the_index_lists_what_is_run():
-    """No recorded S4D case goes unnoticed."""
-    if not REFERENCE.exists():
-        pytest.skip("the recorded outputs are not beside the repository")
-    index = json.loads(bytes(np.load(REFERENCE / "s4_kernels.npz")["index_json"]).decode())
-    assert {case["name"] for case in index if case["name"].startswith("s4d_")} == set(groups("s4_kernels", "s4d_"))
 
 
 # ---- hidden Markov models ------------------------------------------------------------------------------------------

@@ -76,6 +76,18 @@ LAYERS = {
             "out_proj.weight": "out_proj/kernel",
         },
     ),
+    "Mamba2": Layer(
+        mixers.Mamba2,
+        DT
+        | {
+            "in_proj.weight": "in_proj/kernel",
+            "conv1d.weight": "conv/kernel",
+            "conv1d.bias": "conv/bias",
+            "D": "D",
+            "norm.weight": "norm/scale",
+            "out_proj.weight": "out_proj/kernel",
+        },
+    ),
     "DeltaNet": Layer(mixers.DeltaNet, CONVOLVED | NORM | OUT | {"b_proj.weight": "beta_proj/kernel"}),
     "GatedDeltaNet": Layer(mixers.GatedDeltaNet, GATED_DELTA),
     "GatedDeltaProduct": Layer(

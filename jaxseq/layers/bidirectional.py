@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ..ops.convolution import taps
 from ..shapes import Array, Float, Int, typed
 from ..sharded import check_whole
 
@@ -33,5 +34,20 @@ class Bidirectional(nn.Module):
         build = lambda name: self.mixer(d_model=self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
         forwards = build("forwards")
         backwards = forwards if self.shared else build("backwards")
-        flip = lambda a: None if a is None else jnp.flip(a, axis=1)
-        return forwards(x, segment_ids) + flip(backwards(flip(x), flip(segment_ids)))
+        return forwards(x, segment_ids) + _flip(backwards(_flip(x), _flip(segment_ids)))
+
+
+def two_sided(causal: Callable, x: Array, segment_ids: Array | None = None) -> Array:
+    """causal(x, segment_ids, 0), and causal(…, 1) backwards in time on the tokens after each: none counts twice.
+
+    Raises:
+      NotImplementedError: time is split over devices.
+    """
+    check_whole("bidirectional=True", "give every device whole sequences")
+    ids = _flip(segment_ids)
+    (later, _), _ = taps(_flip(x), jnp.zeros_like(x[:, :1]), ids)
+    return causal(x, segment_ids, 0) + _flip(causal(later, ids, 1))
+
+
+def _flip(a: Array | None) -> Array | None:
+    return None if a is None else jnp.flip(a, axis=1)

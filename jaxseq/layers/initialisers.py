@@ -1,34 +1,31 @@
 """How state spaces and decays start: eigenvalues, input vectors, step sizes. Computed on the host, in float64."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def hippo_legs(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """HiPPO-LegS: the matrix A `N N` and vector B `N` (S4, arXiv 2111.00396, eq. 2)."""
-    root = np.sqrt(2 * np.arange(size) + 1.0)
-    A = -np.tril(np.outer(root, root), -1) - np.diag(np.arange(size) + 1.0)
-    return A, root
+from .hippo import eigenbasis, hippo
 
 
 def legs_diagonal(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The normal part of HiPPO-LegS in its eigenbasis: the half of (eigenvalues, V*B) with negative imaginary part.
+    """The normal part of HiPPO-LegS in its eigenbasis: one of each pair of (eigenvalues, V*B).
 
-    A + PPᵀ = −I/2 + a skew matrix; the real parts are the mean diagonal, the imaginary parts come from a Hermitian
-    eigenproblem. The imaginary part of V*B is clipped to ±2, as in the authors' code (their theory would halve B).
+    The imaginary part of V*B is clipped to ±2, as in the authors' code (their theory would halve B).
     """
-    A, B = hippo_legs(size)
-    P = np.sqrt(np.arange(size) + 0.5)
-    normal = A + np.outer(P, P)
-    frequencies, V = np.linalg.eigh(-1j * (normal - np.diag(np.diag(normal))))
-    half = slice(0, size // 2)  # ascending: the negative ones first
+    A, B, P = hippo("legs", size)
+    eigenvalues, V = eigenbasis(A, P)
     VB = V.conj().T @ B
-    return np.mean(np.diag(normal)) + 1j * frequencies[half], VB.real[half] + 1j * np.clip(VB.imag[half], -2, 2)
+    return eigenvalues, VB.real + 1j * np.clip(VB.imag, -2, 2)
 
 
-def s4d_eigenvalues(name: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(A, B) `N/2` of one copy, one state of each conjugate pair (S4D, arXiv 2206.11893, section 4.3)."""
+@cache
+def s4d_eigenvalues(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(A, B) `N/2` of one copy, one state of each conjugate pair (S4D, arXiv 2206.11893, section 4.3).
+
+    The imaginary parts of "random" are drawn by the layer, log-normal.
+    """
     n = np.arange(size // 2)
     if name == "legs":
         return legs_diagonal(size)
@@ -37,7 +34,7 @@ def s4d_eigenvalues(name: str, size: int, rng: np.random.Generator) -> tuple[np.
         "lin": (-0.5 * np.ones_like(n), np.pi * n),
         "quad": (-0.5 * np.ones_like(n), (2 * n + 1) ** 2 / np.pi),
         "real": (-(n + 1.0), 0.0 * n),
-        "random": (-0.5 * np.ones_like(n), np.exp(rng.standard_normal(n.shape))),
+        "random": (-0.5 * np.ones_like(n), 0.0 * n),
     }[name]
     return real - 1j * imaginary, np.ones(n.shape, complex)
 

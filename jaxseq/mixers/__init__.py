@@ -5,6 +5,7 @@ from .attention import Attention as Attention
 from .based import Based as Based
 from .comba import Comba as Comba
 from .delta_net import DeltaNet as DeltaNet
+from .dss import DSS as DSS
 from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
 from .gsa import GSA as GSA
@@ -14,7 +15,9 @@ from .kda import KDA as KDA
 from .lightnet import LightNet as LightNet
 from .lightning import Lightning as Lightning
 from .linear_attention import LinearAttention as LinearAttention
+from .lru import LRU as LRU
 from .mamba import Mamba as Mamba
+from .mamba2 import Mamba2 as Mamba2
 from .mesa_net import MesaNet as MesaNet
 from .min_gru import MinGRU as MinGRU
 from .min_lstm import MinLSTM as MinLSTM
@@ -25,4 +28,6 @@ from .rglru import RGLRU as RGLRU
 from .rodimus import Rodimus as Rodimus
 from .rwkv6 import RWKV6 as RWKV6
 from .rwkv7 import RWKV7 as RWKV7
+from .s4 import S4 as S4
 from .s4d import S4D as S4D
+from .s5 import S5 as S5

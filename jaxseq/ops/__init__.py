@@ -4,6 +4,8 @@ from .convolution import long_convolution as long_convolution
 from .convolution import short_convolution as short_convolution
 from .delta_rule import delta_rule as delta_rule
 from .dplr_recurrence import dplr_recurrence as dplr_recurrence
+from .dplr_state_space import dplr_kernel as dplr_kernel
+from .dplr_state_space import dplr_state_space as dplr_state_space
 from .gated_linear_attention import gated_linear_attention as gated_linear_attention
 from .grid_recurrence import contractive as contractive
 from .grid_recurrence import coupling_residual as coupling_residual
@@ -20,3 +22,4 @@ from .selective_scan import selective_scan as selective_scan
 from .softmax_attention import softmax_attention as softmax_attention
 from .state_space import diagonal_kernel as diagonal_kernel
 from .state_space import diagonal_state_space as diagonal_state_space
+from .state_space import mimo_state_space as mimo_state_space

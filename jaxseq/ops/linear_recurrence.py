@@ -108,12 +108,15 @@ def linear_recurrence(
         raise ValueError(f"inputs has shape {inputs.shape}; linear_recurrence takes at least one step of time.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}; linear_recurrence takes 1 or more.")
+    shared = decay.shape != inputs.shape
     try:
         decay = jnp.broadcast_to(decay, inputs.shape)
     except ValueError:
         raise ValueError(f"decay of shape {decay.shape} does not broadcast against inputs {inputs.shape}.") from None
     dtype = promoted(decay.dtype, inputs.dtype)
     decay, inputs = (x.astype(accumulator(dtype)) for x in (decay, inputs))
+    if shared:  # what all sequences share has to vary over the axes of a mesh as they do
+        decay = zeros_from(inputs, decay.shape, decay.dtype, plus=decay)
     if segment_ids is not None:
         starts = segment_starts(segment_ids, reverse=reverse)
         decay = jnp.where(lax.expand_dims(starts, range(2, decay.ndim)), 0, decay)

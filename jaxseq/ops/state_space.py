@@ -1,15 +1,17 @@
-"""Diagonal state spaces x' = A x + B u, y = 2 Re(C x): discretisation, convolution kernel, and the recurrence."""
+"""Diagonal state spaces x' = A x + B u: discretisation, the convolution kernel of one input, and the recurrences."""
 
 from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
+from jax import lax
 
 from ..monoid import Affine, affine
 from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed
 from ..sharded import across_devices, is_split
 from .convolution import fourier_convolution
 from .dispatch import dispatch
+from .linear_recurrence import linear_recurrence
 from .selective_scan import selective_scan
 
 
@@ -115,3 +117,36 @@ def diagonal_state_space(
     operands = (M.astype(complex_dtype) for M in (log_A, B, C))
     y, final = dispatch("diagonal_state_space", impl, forms, best)(u.astype(dtype), *operands, state)
     return y.astype(u.dtype), final
+
+
+@typed
+def mimo_state_space(
+    u: Float[Array, "B T D"],
+    decay: Complex[Array, "N"],
+    B: Complex[Array, "N D"],
+    C: Complex[Array, "F N"],
+    *,
+    initial_state: Complex[Array, "B N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    reverse: bool = False,
+    impl: str | None = None,
+) -> tuple[Float[Array, "B T F"], Complex[Array, "B N"]]:
+    """A discretised diagonal state space of all inputs at once, as in S5 (arXiv 2208.04933, section 3) and the LRU.
+
+        x_t = decay ⊙ x_{t-1} + B u_t        y_t = Re(C x_t)
+
+    `initial_state` is x_0, zeros when None; a change of `segment_ids` restarts from zero; in reverse time runs
+    backwards. The forms are those of `linear_recurrence`, O(T·N) beside the products with B and C.
+
+    Raises:
+      ValueError: shapes disagree, or T = 0.
+      NotImplementedError: `impl` is none of the forms.
+    """
+    wide = accumulator(u.dtype)
+    inputs = lax.complex(*(jnp.einsum("btd,nd->btn", u.astype(wide), M.astype(wide)) for M in (B.real, B.imag)))
+    x, final = linear_recurrence(
+        decay.astype(inputs.dtype)[None, None], inputs,
+        initial_state=initial_state, segment_ids=segment_ids, reverse=reverse, impl=impl,
+    )  # fmt: skip
+    re, im = (jnp.einsum("btn,fn->btf", a, M.astype(wide)) for a, M in ((x.real, C.real), (x.imag, C.imag)))
+    return (re - im).astype(u.dtype), final

@@ -1,0 +1,114 @@
+"""What linear state spaces with one input and one output a channel share: S4, S4D, DSS."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..shapes import Array, Complex, accumulator, promoted
+from .bidirectional import two_sided
+from .gated_output import gated_output
+from .initialisers import inverse_softplus, log_uniform
+from .mixer import Mixer
+
+#: Maps from a free parameter to a positive number, and their inverses.
+POSITIVE: dict[str, tuple[Callable, Callable]] = {
+    "exp": (jnp.exp, jnp.log),
+    "none": (lambda x: x, lambda x: x),
+    "relu": (lambda x: nn.relu(x) + 1e-4, lambda x: x - 1e-4),
+    "softplus": (nn.softplus, inverse_softplus),
+    "sigmoid": (nn.sigmoid, lambda x: jnp.log(x / (1 - x))),
+}
+
+
+def parameter(module: nn.Module, dtype) -> Callable[..., Array]:
+    """`(name, initialiser, *shape) -> array`: a parameter of the module, computed with in `dtype`."""
+    return lambda name, start, *shape: module.param(name, start, shape, module.param_dtype).astype(dtype)
+
+
+def positive(value, kind: str) -> Callable:
+    """An initialiser: what the map `kind` takes to these positive numbers, 1e-4 at least."""
+    return lambda _, shape, dtype: jnp.broadcast_to(POSITIVE[kind][1](jnp.maximum(value, 1e-4)).astype(dtype), shape)
+
+
+def pairs(value: np.ndarray) -> Callable:
+    """An initialiser: complex numbers as pairs of a real and an imaginary part."""
+    parts = np.stack([value.real, value.imag], axis=-1)
+    return lambda _, shape, dtype: jnp.broadcast_to(jnp.asarray(parts, dtype), shape)
+
+
+def as_complex(pair: Array) -> Array:
+    """`… 2` → `…`."""
+    return jax.lax.complex(pair[..., 0], pair[..., 1])
+
+
+def step_size(module: Mixer, param: Callable, *shape: int, kind: str = "exp") -> Array:
+    """dt: the parameter log_dt, log-uniform between the module's `dt_min` and `dt_max`, times its `rate`."""
+    drawn = log_uniform(module.dt_min, module.dt_max)
+    start = drawn if kind == "exp" else lambda *args: inverse_softplus(jnp.exp(drawn(*args)))
+    return module.rate * POSITIVE[kind][0](param("log_dt", start, *shape))
+
+
+def readouts(module: Mixer, param: Callable, *shape: int) -> list[Array]:
+    """C, and one for the other direction of time where there is one; complex, of unit variance."""
+    names = ("C", "C_backward") if module.bidirectional else ("C",)
+    return [as_complex(param(name, nn.initializers.normal(0.5**0.5), *shape, 2)) for name in names]
+
+
+def check_steps(module: Mixer) -> None:
+    """Raise on step sizes and a sampling rate that are none."""
+    name = type(module).__name__
+    if not 0 < module.dt_min < module.dt_max:
+        raise ValueError(f"dt_min={module.dt_min} and dt_max={module.dt_max}; {name} takes 0 < dt_min < dt_max.")
+    if not module.rate > 0:
+        raise ValueError(f"rate={module.rate}; {name} takes a positive ratio of sampling intervals.")
+
+
+def check_choice(module: Mixer, allowed, *names: str) -> None:
+    """Raise unless the fields of these names are among those allowed."""
+    for name in names:
+        if (value := getattr(module, name)) not in allowed:
+            raise ValueError(
+                f"{name}={value!r} is unknown to {type(module).__name__}; choose one of {', '.join(allowed)}."
+            )
+
+
+def check_pairs(module: Mixer) -> None:
+    """Raise unless states come in conjugate pairs."""
+    if (size := module.state_size) < 2 or size % 2:
+        raise ValueError(f"state_size={size}; {type(module).__name__} takes an even number: states come in pairs.")
+
+
+class StateSpaceState(NamedTuple):
+    ssm: Complex[Array, "B D N"]
+
+
+def state_space_layer(module: Mixer, run: Callable, x: Array, state: StateSpaceState | None, segment_ids):
+    """out = a ⊙ σ(b),  (a, b) = GELU(y + D ⊙ x) W + bias, and the state after x.
+
+    `run(u, direction, initial_state=…, segment_ids=…)` makes y and a state; direction 1 is that of `two_sided`, where
+    the module is bidirectional. D is a parameter.
+
+    Raises:
+      NotImplementedError: the module is bidirectional, and there is a state or time is split over devices.
+    """
+    u = x.astype(accumulator(x.dtype))
+    if module.bidirectional:
+        if state is not None:
+            module.check_causal()
+        y, after = two_sided(lambda u, ids, direction: run(u, direction, segment_ids=ids)[0], u, segment_ids), None
+    else:
+        initial = None if state is None else state.ssm
+        y, ssm = run(u, 0, initial_state=initial, segment_ids=segment_ids)
+        after = StateSpaceState(ssm if state is None else ssm.astype(state.ssm.dtype))
+    D = parameter(module, u.dtype)("D", nn.initializers.normal(1.0), x.shape[-1])
+    return gated_output(module, (y + D[None, None] * u).astype(x.dtype), approximate=False), after
+
+
+def empty_state_space(module: Mixer, batch_size: int, states: int, dtype) -> StateSpaceState:
+    """Zeros, for a causal module with this many complex states a channel."""
+    module.check_causal()
+    return StateSpaceState(jnp.zeros((batch_size, module.d_model, states), promoted(dtype, jnp.complex64)))

@@ -1,0 +1,90 @@
+"""S4: one state space a channel, its matrix diagonal plus low rank."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import ops
+from ..layers.hippo import MEASURES, eigenbasis, hippo
+from ..layers.mixer import Mixer
+from ..layers.state_space import (
+    StateSpaceState,
+    as_complex,
+    check_choice,
+    check_pairs,
+    check_steps,
+    empty_state_space,
+    pairs,
+    parameter,
+    positive,
+    readouts,
+    state_space_layer,
+    step_size,
+)
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+
+class S4(Mixer):
+    """The structured state space in HiPPO's basis, then GELU and a gated linear map (arXiv 2111.00396).
+
+        x' = (Λ − P P*) x + B u,  y = 2 Re(C x) + D u        Λ = −exp(A_real) − i A_imag,  dt = exp(log_dt)
+        out = a ⊙ σ(b),  (a, b) = GELU(y) W + bias
+
+    Discretised by the bilinear rule: a convolution in training, a recurrence through the discretised step in decoding.
+    `state_size` N counts conjugate pairs in full. `measure` is the HiPPO matrix that Λ, P and B start from: "legs",
+    "legt" (of rank 2), "lagt" or "fout"; `num_copies` sets of them are shared by the channels, channel h using copy
+    h mod num_copies (None: one a channel). `rate` and `bidirectional` are as in S4D, `impl` is a form of
+    `ops.dplr_state_space`. P is parametrised as itself.
+    """
+
+    d_model: int
+    state_size: int = 64
+    measure: str = "legs"
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    num_copies: int | None = None
+    rate: float = 1.0
+    bidirectional: bool = False
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "S4")
+        self._check()
+        Lambda, P, B, dt, *C = self._continuous(accumulator(x.dtype))
+        run = lambda u, direction, **options: ops.dplr_state_space(
+            u, Lambda, P, B, C[direction], dt, impl=self.impl, **options
+        )
+        return state_space_layer(self, run, x, state, segment_ids)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:
+        self._check()
+        return empty_state_space(self, batch_size, self.state_size // 2, dtype)
+
+    def _continuous(self, dtype):
+        """Λ, P, B, dt, C, and a C for the other direction of time, from the parameters."""
+        H, M, S = self.d_model, self.state_size // 2, self.num_copies or self.d_model
+        A0, B0, P0 = hippo(self.measure, self.state_size)
+        eigenvalues, V = eigenbasis(A0, P0)
+        param = parameter(self, dtype)
+        A_real = param("A_real", positive(-eigenvalues.real, "exp"), S, M)
+        A_imag = param("A_imag", positive(-eigenvalues.imag, "none"), S, M)
+        P = as_complex(param("P", pairs(P0 @ V.conj()), S, len(P0), M, 2))
+        B = as_complex(param("B", pairs(V.conj().T @ B0), S, M, 2))
+        each = lambda x: jnp.tile(x, (H // S, *(1,) * (x.ndim - 1)))
+        dt = step_size(self, param, H)
+        return *map(each, (jax.lax.complex(-jnp.exp(A_real), -A_imag), P, B)), dt, *readouts(self, param, H, M)
+
+    @nn.nowrap
+    def _check(self) -> None:
+        check_choice(self, MEASURES, "measure")
+        check_pairs(self)
+        check_steps(self)
+        if self.num_copies is not None:
+            self.checked_heads(num_copies=self.num_copies)

@@ -1,0 +1,122 @@
+"""S5: one diagonal state space of all channels."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import ops
+from ..layers.gated_output import GATED_OUTPUTS, gated_output
+from ..layers.hippo import eigenbasis, hippo
+from ..layers.initialisers import log_uniform
+from ..layers.mixer import Mixer
+from ..layers.state_space import as_complex, check_choice, check_steps, parameter
+from ..ops.state_space import DISCRETISATIONS
+from ..shapes import Array, Complex, Float, Int, accumulator, check_width, promoted, typed
+from ..sharded import check_whole
+
+
+class S5State(NamedTuple):
+    hidden: Complex[Array, "B N"]
+
+
+class S5(Mixer):
+    """A multi-input, multi-output diagonal state space, then a gate (arXiv 2208.04933, section 3).
+
+        x' = Λ x + B̃ u,  y = 2 Re(C̃ x) + D ⊙ u        Λ̄, B̄ from Λ, B̃ and a step exp(log_step) a state
+
+    `state_size` N counts conjugate pairs in full, N/2 states are kept; with `conjugate` False all N are, and the
+    factor 2 goes. Λ starts as the normal part of HiPPO-LegS of size N / `num_blocks`, once a block; B̃ = V*B and
+    C̃ = C V. `clip` keeps Re Λ at −1e-4 or below; `rate` r reads an input sampled at 1/r of the training rate. With
+    `bidirectional` a second scan runs backwards on the same inputs: the mixer looks at the whole sequence and has no
+    state. `output` is a gate of `layers.gated_output`.
+    """
+
+    d_model: int
+    state_size: int = 64
+    num_blocks: int = 1
+    conjugate: bool = True
+    discretisation: str = "zoh"
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    clip: bool = False
+    rate: float = 1.0
+    bidirectional: bool = False
+    output: str = "half_glu1"
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "S5")
+        self._check()
+        if state is not None:
+            self.check_causal()
+        u = x.astype(accumulator(x.dtype))
+        decay, B, C, D = self._discrete(u.dtype)
+        N = decay.shape[0]
+        run = lambda C, **options: ops.mimo_state_space(
+            u, decay, B, (2 if self.conjugate else 1) * C, segment_ids=segment_ids, impl=self.impl, **options
+        )
+        if self.bidirectional:
+            check_whole("S5(bidirectional=True)", "give every device whole sequences")
+            y, after = run(C[:, :N])[0] + run(C[:, N:], reverse=True)[0], None
+        else:
+            state = self.start(x) if state is None else state
+            y, hidden = run(C, initial_state=state.hidden)
+            after = S5State(hidden.astype(state.hidden.dtype))
+        return gated_output(self, (y + D * u).astype(x.dtype), self.output), after
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> S5State:
+        self._check()
+        self.check_causal()
+        size = self.state_size // 2 if self.conjugate else self.state_size
+        return S5State(jnp.zeros((batch_size, size), promoted(dtype, jnp.complex64)))
+
+    def _discrete(self, dtype):
+        """Λ̄ `N`, B̄ `N D`, C̃ `D N`, or twice as wide, and D `1 1 D`, from the parameters."""
+        H, directions = self.d_model, 2 if self.bidirectional else 1
+        A, _, P = hippo("legs", self.state_size // self.num_blocks)
+        eigenvalues, V = eigenbasis(A, P)
+        if not self.conjugate:
+            eigenvalues, V = np.concatenate([eigenvalues, eigenvalues.conj()]), np.concatenate([V, V.conj()], axis=1)
+        eigenvalues, V = np.tile(eigenvalues, self.num_blocks), np.kron(np.eye(self.num_blocks), V)
+        lecun, each_row = nn.initializers.lecun_normal(), nn.initializers.lecun_normal(batch_axis=(0, 1))
+        pairs = lambda M, dtype: jnp.stack([M.real, M.imag], axis=-1).astype(dtype)
+
+        def initial_B(key, shape, dtype):
+            drawn = lecun(key, (self.state_size, H), dtype)
+            return pairs(
+                jax.lax.complex(jnp.asarray(V.real.T, dtype) @ drawn, jnp.asarray(-V.imag.T, dtype) @ drawn), dtype
+            )
+
+        def initial_C(key, shape, dtype):
+            drawn = each_row(key, (directions, H, self.state_size, 2), dtype)
+            C = as_complex(drawn) @ jnp.asarray(V, promoted(dtype, jnp.complex64))
+            return pairs(jnp.concatenate(list(C), axis=-1), dtype)
+
+        param = parameter(self, dtype)
+        start = lambda value: lambda _, shape, dtype: jnp.asarray(value, dtype)
+        N = len(eigenvalues)
+        re, im = param("Lambda_re", start(eigenvalues.real), N), param("Lambda_im", start(eigenvalues.imag), N)
+        step = self.rate * jnp.exp(param("log_step", log_uniform(self.dt_min, self.dt_max), N, 1))
+        B, C = param("B", initial_B, N, H, 2), param("C", initial_C, H, directions * N, 2)
+        D = param("D", nn.initializers.normal(1.0), H)
+        Lambda = jax.lax.complex(jnp.minimum(re, -1e-4) if self.clip else re, im)[:, None]
+        B, C = as_complex(B), as_complex(C)
+        log_decay, B = DISCRETISATIONS[self.discretisation](Lambda, B, step.astype(Lambda.dtype))
+        return jnp.exp(log_decay[:, 0]), B, C, D[None, None]
+
+    @nn.nowrap
+    def _check(self) -> None:
+        check_choice(self, tuple(DISCRETISATIONS), "discretisation")
+        check_choice(self, GATED_OUTPUTS, "output")
+        check_steps(self)
+        size, blocks = self.state_size, self.num_blocks
+        if blocks < 1 or size < 2 * blocks or size % (2 * blocks):
+            raise ValueError(f"state_size={size}, num_blocks={blocks}; S5 takes an even number of states a block.")
