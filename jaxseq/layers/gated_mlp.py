@@ -23,6 +23,11 @@ class GatedMLP(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        hidden = self.hidden or -(-(8 * self.d_model // 3) // 64) * 64
+        hidden = self.width()
         gate = nn.silu(projection(hidden, "gate_proj", self)(x))
         return projection(self.d_model, "down_proj", self)(gate * projection(hidden, "up_proj", self)(x))
+
+    @nn.nowrap
+    def width(self) -> int:
+        """Channels between."""
+        return self.hidden or -(-(8 * self.d_model // 3) // 64) * 64

@@ -34,6 +34,7 @@ class Mamba(Mixer):
     state_size: int = 16
     expand: int = 2
     conv_window: int = 4
+    conv_bias: bool = True
     dt_rank: int | None = None
     dt_min: float = 1e-3
     dt_max: float = 0.1
@@ -52,7 +53,7 @@ class Mamba(Mixer):
         state = self.start(x) if state is None else state
         width, N, rank = self.expand * self.d_model, self.state_size, self.dt_rank or math.ceil(self.d_model / 16)
         u, z = jnp.split(projection(2 * width, "in_proj", self, self.use_bias)(x), 2, axis=-1)
-        convolution = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, name="conv")
+        convolution = ShortConvolution(self.conv_window, self.conv_bias, self.dtype, self.param_dtype, name="conv")
         u, conv = convolution(u, state.conv, segment_ids)
         r, B, C = jnp.split(projection(rank + 2 * N, "x_proj", self)(u), (rank, rank + N), axis=-1)
         # The step size, A and the states stay in float32: bfloat16 rounds exp(dt A) to 1.

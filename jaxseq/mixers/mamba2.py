@@ -38,6 +38,7 @@ class Mamba2(Mixer):
     num_groups: int = 1
     expand: int = 2
     conv_window: int = 4
+    conv_bias: bool = True
     dt_limit: tuple[float, float] = (0.0, float("inf"))
     channel_skip: bool = False
     use_bias: bool = False
@@ -56,7 +57,7 @@ class Mamba2(Mixer):
         state = self.start(x) if state is None else state
         inputs = projection(2 * width + 2 * groups + heads, "in_proj", self, self.use_bias)(x)
         z, u, r = jnp.split(inputs, (width, 2 * width + 2 * groups), axis=-1)
-        convolution = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, name="conv")
+        convolution = ShortConvolution(self.conv_window, self.conv_bias, self.dtype, self.param_dtype, name="conv")
         u, conv = convolution(u, state.conv, segment_ids)
         u, B, C = jnp.split(u, (width, width + groups), axis=-1)
         rate, step = rate_and_step(self, r, heads, slowest=1.0)
