@@ -1,17 +1,17 @@
-"""Continue a prompt from the checkpoint of `experiments.language_model`, streaming to standard output.
+"""Continue a prompt from the checkpoint of `experiments.language_model`, or of another library, streaming.
 
 Run     python -m experiments.generate --run runs/language_model --prompt "def " [--max-tokens 256 --temperature 0.8]
+        python -m experiments.generate --hf FOLDER --prompt "Once upon" (with its tokenizer.json)
 """
 
-import codecs
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from jaxseq.data import BEGIN, VOCABULARY, encode
-from jaxseq.decode import stream
+from jaxseq.data import VOCABULARY
+from jaxseq.decode import byte_text, stream
+from jaxseq.interop import load_huggingface, tokenizer_text
 from jaxseq.models import ModelConfig, named_language_model
 from jaxseq.train import command_line, exit_codes, read_config, restore_parameters
 
@@ -29,16 +29,18 @@ class Options:
 
     run: Path = Path("runs/language_model")
     """The folder of the run."""
+    hf: str | None = None
+    """Instead of a run: a folder in the Hugging Face format, or owner/name on the hub."""
     prompt: str = "def "
     """The text to continue."""
     max_tokens: int = 256
-    """Bytes to generate."""
+    """Bytes, or tokens of the folder's tokenizer, to generate."""
     temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest byte."""
+    """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
-    """Draw among this many likeliest bytes; 0: among all."""
+    """Draw among this many likeliest tokens; 0: among all."""
     top_p: float = 1.0
-    """Draw among the fewest bytes that hold this share of the probability."""
+    """Draw among the fewest tokens that hold this share of the probability."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -46,29 +48,26 @@ class Options:
 def main() -> None:
     options = command_line(Options, description=__doc__)
     with exit_codes():
-        model = named_language_model(read_config(options.run, Trained).model, VOCABULARY)
-        params = restore_parameters(options.run / "checkpoints")
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        if options.hf is None:
+            model = named_language_model(read_config(options.run, Trained).model, VOCABULARY)
+            params, text = restore_parameters(options.run / "checkpoints"), byte_text()
+        else:
+            (model, params), text = load_huggingface(options.hf), tokenizer_text(options.hf)
         print(options.prompt, end="", flush=True)
         blocks = stream(
             model,
             params,
-            encode(options.prompt)[None],
+            text.encode(options.prompt)[None],
             max_tokens=options.max_tokens,
             key=jax.random.key(options.seed),
-            stop=BEGIN,
+            stop=text.stop,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
         )
-        for block in blocks:
-            produced = block[0].tolist()
-            ended = BEGIN in produced
-            produced = produced[: produced.index(BEGIN)] if ended else produced
-            print(text.decode(bytes(produced)), end="", flush=True)
-            if ended:
-                break
-        print(text.decode(b"", final=True), file=sys.stdout)
+        for piece in text.pieces(block[0] for block in blocks):
+            print(piece, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

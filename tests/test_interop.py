@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from recorded import REFERENCE, assert_near, load, recorded
 
+from experiments import generate as generation
 from jaxseq import GLA, LanguageModel, Mamba
-from jaxseq.decode import generate
-from jaxseq.interop import load_huggingface, save_huggingface
+from jaxseq.decode import byte_text, generate
+from jaxseq.interop import load_huggingface, save_huggingface, tokenizer_text
 from jaxseq.layers import GatedMLP
 from jaxseq.mixers import Mamba2
 from jaxseq.train import MeshConfig, device_mesh
@@ -289,3 +290,38 @@ def test_all_wrong_weights_are_in_one_error(tmp_path):
         "backbone.layers.1.mixer.A_log is (64, 8) and should be (64, 16)",
     ):
         assert part in str(caught.value)
+
+
+@recorded
+def test_generation_with_the_folder_s_own_tokenizer(tmp_path, monkeypatch, capsys):
+    """The script prints the prompt and the greedy continuation; a character of several tokens comes out whole."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile(REFERENCE / "hf_mamba_tiny" / file, tmp_path / file)
+    arguments = ["generate", "--hf", str(tmp_path), "--prompt", "ab é c", "--max-tokens", "20", "--temperature", "0"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit):
+        generation.main()
+    assert "tokenizer.json is missing" in capsys.readouterr().err
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:97]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    generation.main()
+    printed = capsys.readouterr().out
+    model, params = load_huggingface(tmp_path)
+    text = tokenizer_text(tmp_path)
+    prompt = text.encode("ab é c")[None]
+    drawn = generate(model, params, prompt, max_tokens=20, key=jax.random.key(0), temperature=0.0, stop=text.stop)
+    tokens = [token for token in drawn[0].tolist() if token != text.stop]
+    assert printed == "ab é c" + text.decode(tokens) + "\n"
+
+
+def test_pieces_are_whole_characters():
+    text = byte_text()
+    drawn = np.frombuffer("naïve €".encode(), np.uint8).astype(np.int32)
+    pieces = list(text.pieces(np.append(drawn, [text.stop, 65])[i : i + 1] for i in range(len(drawn) + 2)))
+    assert "".join(pieces) == "naïve €" and "ï" in pieces and "€" in pieces

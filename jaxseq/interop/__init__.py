@@ -3,3 +3,4 @@
 from .fla import fla_layer as fla_layer
 from .huggingface import load_huggingface as load_huggingface
 from .huggingface import save_huggingface as save_huggingface
+from .huggingface import tokenizer_text as tokenizer_text

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from ..decode import Text
 from ..models import LanguageModel
 from ..train.files import atomically, write_text
 from ..train.sharding import shardings
@@ -85,6 +86,30 @@ def save_huggingface(model: LanguageModel, params: dict, folder: str | Path) -> 
     with atomically(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def tokenizer_text(folder: str | Path) -> Text:
+    """The tokenizer of a folder, its tokenizer.json, and the token that ends a text.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: the file is damaged.
+    """
+    folder = _local(folder)
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: without it there is no way from text to tokens.")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ImportError("tokenizers is not installed: pip install jaxseq[huggingface].") from None
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is damaged ({error}).") from error
+    stop = _json(folder / "config.json").get("eos_token_id")
+    encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)
+    return Text(encode, tokenizer.decode, stop[0] if isinstance(stop, list) else stop)
 
 
 # ---- names and layouts ----------------------------------------------------------------------------------------------

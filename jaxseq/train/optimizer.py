@@ -7,7 +7,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from .config import TrainConfig
 from .paths import matching
 
-STATE_SPACE = r"(^|/)(log_dt|A_log|A_real|A_imag|B|dt_bias)$"
+STATE_SPACE = r"(^|/)(log_dt|log_step|A_log|A_real|A_imag|Lambda_\w+|nu_log|theta_log|gamma_log|P|B|dt_bias)$"
 DECAYED = r"(^|/)(kernel|dt_kernel|embedding)$"
 HIDDEN = r"_proj/kernel$"
 
