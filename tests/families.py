@@ -17,6 +17,7 @@ from jaxseq.mixers import (
     ABC,
     DSS,
     GSA,
+    H3,
     HGRN,
     HGRN2,
     KDA,
@@ -573,6 +574,12 @@ MIXERS = {
         partial(S5, WIDTH, state_size=8, discretisation="bilinear", clip=True, rate=2.0, output="full_glu"), cheap=True
     ),
     "S5 whole spectrum": MixerMember(partial(S5, WIDTH, state_size=4, conjugate=False, output="half_glu2"), cheap=True),
+    "H3": MixerMember(
+        partial(H3, WIDTH, head_width=2, state_size=4, shift_size=3),
+        extreme={"ssm/log_dt": 6.0},
+        exact={"impl": "chunked"},
+        slow=True,
+    ),
     "LRU": MixerMember(partial(LRU, WIDTH, state_size=4), extreme={"nu_log": 6.0}, slow=True),
     # Λ so low that nothing decays: √(1 − a²) has no slope there that is finite.
     "RGLRU": MixerMember(partial(RGLRU, WIDTH, num_heads=2), extreme={"Lambda": -100.0}, slow=True),

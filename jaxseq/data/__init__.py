@@ -3,6 +3,10 @@ from .config import TextConfig as TextConfig
 from .corpus import Corpus as Corpus
 from .corpus import Document as Document
 from .corpus import joined as joined
+from .labelled import Labelled as Labelled
+from .labelled import listops_table as listops_table
+from .labelled import mnist as mnist
+from .labelled import spoken_digits as spoken_digits
 from .spikes import spike_counts as spike_counts
 from .text import BEGIN as BEGIN
 from .text import VOCABULARY as VOCABULARY

@@ -87,7 +87,7 @@ class StateSpaceState(NamedTuple):
 
 
 def state_space_layer(module: Mixer, run: Callable, x: Array, state: StateSpaceState | None, segment_ids):
-    """out = a ⊙ σ(b),  (a, b) = GELU(y + D ⊙ x) W + bias, and the state after x.
+    """y + D ⊙ x through the module's `output`, an exact GELU in it, and the state after x.
 
     `run(u, direction, initial_state=…, segment_ids=…)` makes y and a state; direction 1 is that of `two_sided`, where
     the module is bidirectional. D is a parameter.
@@ -105,7 +105,7 @@ def state_space_layer(module: Mixer, run: Callable, x: Array, state: StateSpaceS
         y, ssm = run(u, 0, initial_state=initial, segment_ids=segment_ids)
         after = StateSpaceState(ssm if state is None else ssm.astype(state.ssm.dtype))
     D = parameter(module, u.dtype)("D", nn.initializers.normal(1.0), x.shape[-1])
-    return gated_output(module, (y + D[None, None] * u).astype(x.dtype), approximate=False), after
+    return gated_output(module, (y + D[None, None] * u).astype(x.dtype), module.output, approximate=False), after
 
 
 def empty_state_space(module: Mixer, batch_size: int, states: int, dtype) -> StateSpaceState:

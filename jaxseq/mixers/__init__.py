@@ -9,6 +9,7 @@ from .dss import DSS as DSS
 from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
 from .gsa import GSA as GSA
+from .h3 import H3 as H3
 from .hgrn import HGRN as HGRN
 from .hgrn2 import HGRN2 as HGRN2
 from .kda import KDA as KDA

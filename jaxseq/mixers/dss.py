@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.gated_output import GATED_OUTPUTS
 from ..layers.hippo import eigenbasis, hippo
 from ..layers.mixer import Mixer
 from ..layers.state_space import (
@@ -33,7 +34,7 @@ class DSS(Mixer):
     `version` "softmax" normalises over the first `length` lags, those of the training sequences, and leaves the sign of
     Re Λ free; "exp" has Re Λ = −exp(A_real), "exp_no_scale" also drops the factor, "clip" keeps Re Λ at 1e-4 or below.
     `state_size` N complex states are kept. Λ starts as the upper half of the spectrum of HiPPO-LegS of size 2 N. dt is
-    one number a channel unless `separate_dt`. `rate` and `bidirectional` are as in S4D, `impl` is a form of
+    one number a channel unless `separate_dt`. `rate`, `bidirectional` and `output` are as in S4D, `impl` is a form of
     `ops.diagonal_state_space`. Where Re Λ is positive the forms hold while Re z · length stays under 80.
     """
 
@@ -46,6 +47,7 @@ class DSS(Mixer):
     dt_max: float = 0.1
     rate: float = 1.0
     bidirectional: bool = False
+    output: str = "full_glu"
     impl: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -100,6 +102,7 @@ class DSS(Mixer):
     def _check(self) -> None:
         check_choice(self, VERSIONS, "version")
         check_steps(self)
+        check_choice(self, GATED_OUTPUTS, "output")
         if self.state_size < 1:
             raise ValueError(f"state_size={self.state_size}; DSS takes 1 or more.")
         if self.version == "softmax" and (self.length is None or self.length < 1):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.gated_output import GATED_OUTPUTS
 from ..layers.hippo import MEASURES, eigenbasis, hippo
 from ..layers.mixer import Mixer
 from ..layers.state_space import (
@@ -35,7 +36,7 @@ class S4(Mixer):
     Discretised by the bilinear rule: a convolution in training, a recurrence through the discretised step in decoding.
     `state_size` N counts conjugate pairs in full. `measure` is the HiPPO matrix that Λ, P and B start from: "legs",
     "legt" (of rank 2), "lagt" or "fout"; `num_copies` sets of them are shared by the channels, channel h using copy
-    h mod num_copies (None: one a channel). `rate` and `bidirectional` are as in S4D, `impl` is a form of
+    h mod num_copies (None: one a channel). `rate`, `bidirectional` and `output` are as in S4D, `impl` is a form of
     `ops.dplr_state_space`. P is parametrised as itself.
     """
 
@@ -47,6 +48,7 @@ class S4(Mixer):
     num_copies: int | None = None
     rate: float = 1.0
     bidirectional: bool = False
+    output: str = "full_glu"
     impl: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -86,5 +88,6 @@ class S4(Mixer):
         check_choice(self, MEASURES, "measure")
         check_pairs(self)
         check_steps(self)
+        check_choice(self, GATED_OUTPUTS, "output")
         if self.num_copies is not None:
             self.checked_heads(num_copies=self.num_copies)

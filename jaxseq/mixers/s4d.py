@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import ops
+from ..layers.gated_output import GATED_OUTPUTS
 from ..layers.initialisers import S4D_INITIALISATIONS, s4d_eigenvalues
 from ..layers.mixer import Mixer
 from ..layers.state_space import (
@@ -39,8 +40,8 @@ class S4D(Mixer):
     or a tuple of names for the copies in turn; `num_copies` sets of (A, B) are shared by the channels, channel h using
     copy h mod num_copies (None: one a channel). `rate` r reads an input sampled at 1/r of the training rate.
     With `bidirectional` a second kernel, of another C, adds what comes after each token: the mixer looks at the whole
-    sequence and has no state. `impl` is a form of `ops.diagonal_state_space`. The imaginary parts are negative, as in
-    the authors' code.
+    sequence and has no state. `output` is a gate of `layers.gated_output`, `impl` a form of `ops.diagonal_state_space`.
+    The imaginary parts are negative, as in the authors' code.
     """
 
     d_model: int
@@ -56,6 +57,7 @@ class S4D(Mixer):
     untied_dt: bool = False
     rate: float = 1.0
     bidirectional: bool = False
+    output: str = "full_glu"
     impl: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -112,5 +114,6 @@ class S4D(Mixer):
                 raise ValueError(f"initialisation={name!r} is unknown to S4D; choose one of {known}.")
         check_pairs(self)
         check_steps(self)
+        check_choice(self, GATED_OUTPUTS, "output")
         if self.num_copies is not None:
             self.checked_heads(num_copies=self.num_copies)

@@ -13,6 +13,7 @@ from .metrics import read_metrics
 COLORS = {"train": "#3b6fb6", "validation": "#d1602f", "test": "#3f8f5b"}
 #: One for each of several models of a run.
 PARTS = ("#3b6fb6", "#d1602f", "#3f8f5b", "#7a5195", "#b58900", "#4aa3a3", "#a83254", "#6b6b6b")
+MANY = tuple(matplotlib.colormaps["tab20"](range(20)).tolist())
 LABELS = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy (fraction)"}
 
 
@@ -38,7 +39,8 @@ def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, floa
         if row.get(metric) is not None:
             curves.setdefault(row["split"], []).append((row["tokens" if tokens else "step"], row[metric]))
     parts = dict.fromkeys(part for split in curves if (part := split.partition("/")[2]))
-    colors = dict(zip(parts, itertools.cycle(PARTS), strict=False))
+    many = len(parts) > len(PARTS)  # then a colour each, and the legend beside
+    colors = dict(zip(parts, itertools.cycle(MANY if many else PARTS), strict=False))
     for split, points in curves.items():
         kind, _, part = split.partition("/")
         color = colors[part] if part else COLORS.get(kind, "#7a5195")
@@ -50,7 +52,11 @@ def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, floa
     axes.xaxis.set_major_formatter(EngFormatter(sep=" ") if tokens else "{x:,.0f}")
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False)
+    if many:
+        figure.set_figwidth(10)
+        figure.legend(frameon=False, loc="outside right center", fontsize=6)
+    else:
+        axes.legend(frameon=False)
     path = folder / "plots" / f"{metric}.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

@@ -1,0 +1,147 @@
+"""Sequences with one label each: digits as pixels, spoken digits as samples, and tables of ListOps."""
+
+import csv
+import gzip
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..tasks.listops import VOCABULARY, padded
+
+
+class Labelled(NamedTuple):
+    """Sequences, padded after their ends."""
+
+    inputs: np.ndarray  # N T F float32, or tokens N T int32
+    labels: np.ndarray  # N int32
+    lengths: np.ndarray  # N int32
+
+    def batch(self, rows) -> dict[str, np.ndarray]:
+        return {"inputs": self.inputs[rows], "labels": self.labels[rows], "lengths": self.lengths[rows]}
+
+    def batches(self, size: int, seed: int):
+        """`step -> batch`, a function of the step alone: each epoch in an order of its own, whole batches.
+
+        Raises:
+          ValueError: there are fewer sequences than one batch takes.
+        """
+        per_epoch = len(self.labels) // size
+        if per_epoch < 1:
+            raise ValueError(f"batch_size={size} is more than the {len(self.labels)} sequences there are.")
+
+        def batch(step: int) -> dict[str, np.ndarray]:
+            epoch, place = divmod(step, per_epoch)
+            order = np.random.default_rng((seed, epoch)).permutation(len(self.labels))
+            return self.batch(order[place * size : (place + 1) * size])
+
+        return batch
+
+
+def mnist(folder: str | os.PathLike[str], *, pool: int = 1) -> tuple[Labelled, Labelled]:
+    """Train and test digits, pixel after pixel: `N 784 1`, from the four idx files, which may be gzipped.
+
+    `pool` p takes means of p × p pixels first. Pixels are shifted and scaled to mean 0 and variance 1 of the train set.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is no idx file, or `pool` does not divide the width of the images.
+    """
+    folder = Path(folder).expanduser()
+    splits = []
+    for split in ("train", "t10k"):
+        images, labels = _idx(folder, f"{split}-images-idx3-ubyte", 3), _idx(folder, f"{split}-labels-idx1-ubyte", 1)
+        size = images.shape[1]
+        if pool < 1 or size % pool:
+            raise ValueError(f"pool={pool} does not divide the {size} pixels of a row.")
+        if len(images) != len(labels):
+            raise ValueError(f"{folder} has {len(images)} {split} images and {len(labels)} labels.")
+        cells = images.reshape(len(images), size // pool, pool, images.shape[2] // pool, pool)
+        splits.append((cells.mean(axis=(2, 4), dtype=np.float32).reshape(len(images), -1, 1), labels.astype(np.int32)))
+    mean, deviation = splits[0][0].mean(), splits[0][0].std() + 1e-6
+    train, test = (_whole((pixels - mean) / deviation, labels) for pixels, labels in splits)
+    return train, test
+
+
+def spoken_digits(
+    path: str | os.PathLike[str], *, length: int = 8192, keep_every: int = 1
+) -> tuple[Labelled, Labelled]:
+    """Train and test recordings of the Free Spoken Digit Dataset, raw samples at 8 kHz: `N T 1`.
+
+    The file holds all samples end to end: `audio`, `offsets`, `digit`, `index`. Recordings 0 to 4 of each speaker and
+    digit are the test set. The first `length` samples are taken, divided by the deviation of all, and every
+    `keep_every`-th of them kept: a lower sampling rate.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: the file lacks an array, or a number is below 1.
+    """
+    path = Path(path).expanduser()
+    path = path / "fsdd_recordings.npz" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name the recordings as one npz file.")
+    if length < 1 or keep_every < 1:
+        raise ValueError(f"length={length} and keep_every={keep_every} must be at least 1.")
+    with np.load(path) as file:
+        if missing := [name for name in ("audio", "offsets", "digit", "index") if name not in file.files]:
+            raise ValueError(f"{path} has no array {missing[0]}.")
+        audio, offsets, digits, index = (file[name] for name in ("audio", "offsets", "digit", "index"))
+    scale = audio.astype(np.float32).std()
+    kept = [audio[a : min(a + length, b) : keep_every] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    inputs = np.zeros((len(kept), -(-length // keep_every), 1), np.float32)
+    for row, samples in zip(inputs, kept, strict=True):
+        row[: len(samples), 0] = samples / scale
+    lengths = np.array([len(samples) for samples in kept], np.int32)
+    everything = Labelled(inputs, digits.astype(np.int32), lengths)
+    train, test = (Labelled(*(array[rows] for array in everything)) for rows in (index > 4, index <= 4))
+    return train, test
+
+
+def listops_table(path: str | os.PathLike[str], *, test_share: float = 0.2) -> tuple[Labelled, Labelled]:
+    """Train and test trees of a table `Source<TAB>Target`, which may be gzipped; the last share of it is for the test.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: the file is no such table.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name a table Source<TAB>Target.")
+    tokens = {word: i for i, word in enumerate(VOCABULARY)}
+    try:
+        with _open(path, "rt") as file:
+            rows = [(row["Source"], int(row["Target"])) for row in csv.DictReader(file, delimiter="\t")]
+        trees = [[tokens[word] for word in source.replace("(", "").replace(")", "").split()] for source, _ in rows]
+    except (KeyError, ValueError, TypeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is no table of ListOps ({error!r}).") from None
+    inputs, labels = padded(trees), np.array([target for _, target in rows], np.int32)
+    lengths = np.array([len(tree) for tree in trees], np.int32)
+    cut = round(len(rows) * (1 - test_share))
+    train, test = (Labelled(inputs[part], labels[part], lengths[part]) for part in (slice(cut), slice(cut, None)))
+    return train, test
+
+
+def _whole(inputs: np.ndarray, labels: np.ndarray) -> Labelled:
+    return Labelled(inputs, labels, np.full(len(labels), inputs.shape[1], np.int32))
+
+
+def _open(path: Path, mode: str):
+    return gzip.open(path, mode) if path.suffix == ".gz" else open(path, mode)
+
+
+def _idx(folder: Path, name: str, rank: int) -> np.ndarray:
+    """An idx file of bytes: two zeros, 8, the rank, a size an axis, big-endian, and the bytes."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder / name} does not exist, gzipped or not.")
+    try:
+        with _open(path, "rb") as file:
+            content = file.read()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}).") from None
+    header = 4 * (rank + 1)
+    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
+    if content[:4] != bytes([0, 0, 8, rank]) or len(content) != header + int(np.prod(shape)):
+        raise ValueError(f"{path} is no idx file of rank {rank}.")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

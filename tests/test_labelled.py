@@ -1,0 +1,110 @@
+"""Sequences with labels: ListOps against files of its format, and what readers refuse."""
+
+import gzip
+
+import numpy as np
+import pytest
+from recorded import REFERENCE
+
+from jaxseq.data import Labelled, listops_table, mnist, spoken_digits
+from jaxseq.tasks import listops
+from jaxseq.tasks.listops import PADDING, evaluate
+
+DATA = REFERENCE.parent / "data"
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the data sets are not beside the repository")
+@pytest.mark.parametrize("name", ["listops_short", "listops_lra_length"])
+def test_every_tree_of_the_tables_has_its_value(name):
+    for split in listops_table(DATA / "listops" / f"{name}.tsv.gz"):
+        for tokens, label, length in zip(*split, strict=True):
+            assert evaluate(tokens[:length].tolist()) == label
+            assert (tokens[length:] == PADDING).all()
+
+
+def test_trees_are_distinct_and_of_the_lengths_asked_for():
+    tokens, labels, lengths = listops(3, 50, lengths=(30, 100), max_depth=6, max_arguments=5)
+    assert (lengths > 30).all() and (lengths < 100).all()
+    assert len({row.tobytes() for row in tokens}) == 50 and set(labels) <= set(range(10))
+    again = listops(3, 50, lengths=(30, 100), max_depth=6, max_arguments=5)
+    for a, b in zip((tokens, labels, lengths), again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="hardly any tree"):
+        listops(0, 1, lengths=(100, 200), max_depth=2, max_arguments=2)
+    for wrong in ([11], [10, 14], [1, 2], [14]):
+        with pytest.raises(ValueError, match="tokens="):
+            evaluate(wrong)
+
+
+def write_digits(folder, rng, count=30):
+    """Four idx files of tiny images."""
+    for split in ("train", "t10k"):
+        images, labels = rng.integers(0, 256, (count, 4, 4), np.uint8), rng.integers(0, 10, count, np.uint8)
+        for name, array in ((f"{split}-images-idx3-ubyte", images), (f"{split}-labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    return images, labels
+
+
+def test_digits(tmp_path):
+    images, labels = write_digits(tmp_path, np.random.default_rng(0))
+    train, test = mnist(tmp_path)
+    assert train.inputs.shape == (30, 16, 1) and train.inputs.dtype == np.float32
+    assert abs(train.inputs.mean()) < 1e-5 and abs(train.inputs.std() - 1) < 1e-4
+    np.testing.assert_array_equal(test.labels, labels)
+    line = np.polyfit(images.reshape(-1).astype(float), test.inputs.reshape(-1), 1)
+    np.testing.assert_allclose(np.polyval(line, images.reshape(30, 16)), test.inputs[..., 0], atol=1e-5)
+    pooled = mnist(tmp_path, pool=2)[1]
+    cells = images.reshape(30, 2, 2, 2, 2).mean(axis=(2, 4)).reshape(30, 4)
+    assert np.corrcoef(cells.reshape(-1), pooled.inputs.reshape(-1))[0, 1] > 0.99999
+    with pytest.raises(ValueError, match="pool=3 does not divide the 4 pixels"):
+        mnist(tmp_path, pool=3)
+    file = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
+    with pytest.raises(ValueError, match="is no idx file of rank 1"):
+        mnist(tmp_path)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        mnist(tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte does not exist"):
+        mnist(tmp_path)
+
+
+def test_recordings(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(5, 40, 20)
+    audio = rng.integers(-3000, 3000, sizes.sum()).astype(np.int16)
+    offsets, index = np.concatenate([[0], np.cumsum(sizes)]), np.tile(np.arange(10), 2)
+    digit = np.repeat([3, 7], 10).astype(np.int8)
+    np.savez(tmp_path / "fsdd_recordings.npz", audio=audio, offsets=offsets, digit=digit, index=index)
+    train, test = spoken_digits(tmp_path, length=30)
+    assert len(train.labels) == len(test.labels) == 10
+    np.testing.assert_array_equal(test.lengths, np.minimum(sizes[index <= 4], 30))
+    for row, i in enumerate(np.flatnonzero(index <= 4)):
+        part = audio[offsets[i] : offsets[i + 1]][:30]
+        np.testing.assert_allclose(test.inputs[row, : len(part), 0], part / audio.astype(np.float32).std(), rtol=1e-5)
+        assert (test.inputs[row, len(part) :] == 0).all()
+    half = spoken_digits(tmp_path, length=30, keep_every=2)[1]
+    np.testing.assert_array_equal(half.inputs[:, :15], test.inputs[:, ::2])
+    with pytest.raises(FileNotFoundError):
+        spoken_digits(tmp_path / "nothing.npz")
+
+
+def test_a_table_that_is_none(tmp_path):
+    for text in ("Source\tTarget\n[MIN 1 2 ]\tx\n", "a\tb\n1\t2\n", "Source\tTarget\n[FOO 1 ]\t1\n"):
+        (tmp_path / "t.tsv").write_text(text)
+        with pytest.raises(ValueError, match="is no table of ListOps"):
+            listops_table(tmp_path / "t.tsv")
+
+
+def test_an_epoch_uses_each_sequence_once():
+    data = Labelled(np.arange(10)[:, None, None].astype(np.float32), np.arange(10), np.ones(10, int))
+    batch = data.batches(3, seed=0)
+    first = np.concatenate([batch(step)["labels"] for step in range(3)])
+    assert len(set(first)) == 9
+    second = np.concatenate([batch(step)["labels"] for step in range(3, 6)])
+    assert len(set(second)) == 9 and not (first == second).all()
+    np.testing.assert_array_equal(batch(4)["labels"], data.batches(3, seed=0)(4)["labels"])
+    with pytest.raises(ValueError, match="batch_size=11"):
+        data.batches(11, seed=0)
