@@ -185,3 +185,22 @@ def test_bench_scan_measures_every_op_at_two_lengths(run, tmp_path):
     states = fits["gated_linear_attention/vector_gate", "parallel"]["training_mib"]
     assert 0.8 < states < 1.2  # a state a step
     assert set(json.loads((tmp_path / "run" / "result.json").read_text())["measured"]) >= {"raw / None, ms"}
+
+
+def test_long_range_reports_what_it_trained(run, tmp_path):
+    """Two models on generated trees: scores, curves, a plot; a claim about others does not hold."""
+    command = ("experiments.long_range", "--preset", "debug", "--models", "s4d-lin,lstm", "--out", str(tmp_path / "r"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert set(result["measured"]) == {"s4d-lin", "lstm"} and not result["holds"]
+    assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
+    refused = run("experiments.long_range", "--preset", "debug", "--models", "s4x", "--out", str(tmp_path / "s"))
+    assert refused.returncode == 2 and "none is called 's4x'" in refused.stderr
+
+
+def test_the_bench_of_a_checkpoint(run, tmp_path):
+    done = run("experiments.bench_checkpoint", "--preset", "debug", "--kind", "mamba2", "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "r" / "result.json").read_text())["measured"]
+    assert measured["forward"] > 0 and measured["decoding"] > 0

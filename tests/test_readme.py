@@ -7,10 +7,11 @@ import jax
 from families import assert_close
 
 
-def test_the_snippets_run():
+def test_the_snippets_run(tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     with jax.numpy_rank_promotion("allow"):  # a user's own settings
         for snippet in snippets:
