@@ -42,18 +42,8 @@ class Mixer(nn.Module):
         return y[:, 0], state
 
     def start(self, x: Array, *, max_length: int | None = None):
-        """The state at the start of the sequence x; `max_length=0` leaves no room for a cache after this call.
-
-        None for a mixer with `bidirectional` set, which looks at the whole sequence.
-        """
-        if getattr(self, "bidirectional", False):
-            return None
+        """The state at the start of the sequence x; `max_length=0` leaves no room for a cache after this call."""
         return self.init_state(x.shape[0], max_length=max_length, dtype=accumulator(x.dtype))
-
-    def check_causal(self) -> None:
-        """Raise where the mixer has no state, as it looks at the whole sequence."""
-        if self.bidirectional:
-            raise NotImplementedError(f"{type(self).__name__}(bidirectional=True) looks ahead: it has no state.")
 
     def checked_heads(self, **numbers: int) -> None:
         """Raise unless every number of heads divides `d_model`."""

@@ -86,7 +86,21 @@ class StateSpaceState(NamedTuple):
     ssm: Complex[Array, "B D N"]
 
 
-def state_space_layer(module: Mixer, run: Callable, x: Array, state: StateSpaceState | None, segment_ids):
+class StateSpace(Mixer):
+    """A mixer that may look both ways, with a field `bidirectional`; it has a state where it does not."""
+
+    bidirectional = False
+
+    def start(self, x, *, max_length: int | None = None):
+        """None: a convolution from the start costs less than one from a state of zeros."""
+
+    def check_causal(self) -> None:
+        """Raise where the mixer has no state, as it looks at the whole sequence."""
+        if self.bidirectional:
+            raise NotImplementedError(f"{type(self).__name__}(bidirectional=True) looks ahead: it has no state.")
+
+
+def state_space_layer(module: StateSpace, run: Callable, x: Array, state: StateSpaceState | None, segment_ids):
     """y + D ⊙ x through the module's `output`, an exact GELU in it, and the state after x.
 
     `run(u, direction, initial_state=…, segment_ids=…)` makes y and a state; direction 1 is that of `two_sided`, where
@@ -108,7 +122,7 @@ def state_space_layer(module: Mixer, run: Callable, x: Array, state: StateSpaceS
     return gated_output(module, (y + D[None, None] * u).astype(x.dtype), module.output, approximate=False), after
 
 
-def empty_state_space(module: Mixer, batch_size: int, states: int, dtype) -> StateSpaceState:
+def empty_state_space(module: StateSpace, batch_size: int, states: int, dtype) -> StateSpaceState:
     """Zeros, for a causal module with this many complex states a channel."""
     module.check_causal()
     return StateSpaceState(jnp.zeros((batch_size, module.d_model, states), promoted(dtype, jnp.complex64)))

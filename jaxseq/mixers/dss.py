@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS
 from ..layers.hippo import eigenbasis, hippo
-from ..layers.mixer import Mixer
 from ..layers.state_space import (
+    StateSpace,
     StateSpaceState,
     check_choice,
     check_steps,
@@ -25,7 +25,7 @@ from ..shapes import Array, Float, Int, accumulator, check_width, typed
 VERSIONS = ("softmax", "exp", "exp_no_scale", "clip")
 
 
-class DSS(Mixer):
+class DSS(StateSpace):
     """A diagonal state space a channel, Λ shared by all channels, then GELU and a gated linear map (arXiv 2203.14343).
 
         K_l = Re Σ_n (w_n / Λ_n) softmax_l(l z_n)        or        K_l = Re Σ_n w_n (exp(z_n) − 1) / Λ_n exp(l z_n)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS
 from ..layers.hippo import MEASURES, eigenbasis, hippo
-from ..layers.mixer import Mixer
 from ..layers.state_space import (
+    StateSpace,
     StateSpaceState,
     as_complex,
     check_choice,
@@ -27,7 +27,7 @@ from ..layers.state_space import (
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
-class S4(Mixer):
+class S4(StateSpace):
     """The structured state space in HiPPO's basis, then GELU and a gated linear map (arXiv 2111.00396).
 
         x' = (Λ − P P*) x + B u,  y = 2 Re(C x) + D u        Λ = −exp(A_real) − i A_imag,  dt = exp(log_dt)

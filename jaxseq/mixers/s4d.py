@@ -10,9 +10,9 @@ import numpy as np
 from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS
 from ..layers.initialisers import S4D_INITIALISATIONS, s4d_eigenvalues
-from ..layers.mixer import Mixer
 from ..layers.state_space import (
     POSITIVE,
+    StateSpace,
     StateSpaceState,
     as_complex,
     check_choice,
@@ -30,7 +30,7 @@ from ..ops.state_space import DISCRETISATIONS
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
-class S4D(Mixer):
+class S4D(StateSpace):
     """A diagonal state space a channel, then GELU and a gated linear map (arXiv 2206.11893).
 
         x' = A x + B u,  y = 2 Re(C x) + D u        A = −f(A_real) − i g(A_imag),  dt = exp(log_dt)

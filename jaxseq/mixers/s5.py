@@ -11,8 +11,7 @@ from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS, gated_output
 from ..layers.hippo import eigenbasis, hippo
 from ..layers.initialisers import log_uniform
-from ..layers.mixer import Mixer
-from ..layers.state_space import as_complex, check_choice, check_steps, parameter
+from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, parameter
 from ..ops.state_space import DISCRETISATIONS
 from ..shapes import Array, Complex, Float, Int, accumulator, check_width, promoted, typed
 from ..sharded import check_whole
@@ -22,7 +21,7 @@ class S5State(NamedTuple):
     hidden: Complex[Array, "B N"]
 
 
-class S5(Mixer):
+class S5(StateSpace):
     """A multi-input, multi-output diagonal state space, then a gate (arXiv 2208.04933, section 3).
 
         x' = Λ x + B̃ u,  y = 2 Re(C̃ x) + D ⊙ u        Λ̄, B̄ from Λ, B̃ and a step exp(log_step) a state
@@ -66,9 +65,8 @@ class S5(Mixer):
             check_whole("S5(bidirectional=True)", "give every device whole sequences")
             y, after = run(C[:, :N])[0] + run(C[:, N:], reverse=True)[0], None
         else:
-            state = self.start(x) if state is None else state
-            y, hidden = run(C, initial_state=state.hidden)
-            after = S5State(hidden.astype(state.hidden.dtype))
+            y, hidden = run(C, initial_state=None if state is None else state.hidden)
+            after = S5State(hidden if state is None else hidden.astype(state.hidden.dtype))
         return gated_output(self, (y + D * u).astype(x.dtype), self.output), after
 
     @nn.nowrap

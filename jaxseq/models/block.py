@@ -64,14 +64,15 @@ class Pattern(nn.Module):
         after = []
         for i, mixer in enumerate(self.mixers):
             x, state = Block(mixer=mixer, name=f"block_{i}", **self.block)(x, states and states[i], segment_ids)
-            after.append(state)
+            after.append(states and state)  # nobody asked for a state where the sequence ends: it is not computed
         return x, tuple(after)
 
 
 class Stack(nn.Module):
     """Blocks for a tuple of mixer slots, then a norm: `B T D → B T D`, with the states of all mixers.
 
-    With `states` None the sequence starts and ends in the call: caches have no room for tokens after it.
+    With `states` None the sequence starts and ends in the call: caches have no room for tokens after it, and the states
+    returned are None.
 
     Depth is a scan over the shortest repeating pattern of `mixers`, so compile time does not grow with it; each
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of

@@ -1,5 +1,7 @@
 """x' = (Λ − P P*) x + B u, y = 2 Re(C x), as in S4: the kernel by Woodbury's identity, and the recurrence."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jax import lax
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
 from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed, zeros_from
-from ..sharded import across_devices
+from ..sharded import across_devices, is_split
 from .convolution import fourier_convolution
 from .dispatch import dispatch
 
@@ -133,11 +135,11 @@ def sequential(u, starts, system, x):
     return y.swapaxes(0, 1), x
 
 
-def convolution(u, starts, system, x):
+def convolution(u, starts, system, x, from_zero):
     """The kernel by FFT. What is left of the first state, and the last one, come of the recurrence."""
     y = fourier_convolution(u, dplr_kernel(*system, u.shape[1]))
-    left, _ = sequential(jnp.zeros_like(u), starts, system, x)
-    return y + left, sequential(u, starts, system, x)[1]
+    y = y if from_zero else y + sequential(jnp.zeros_like(u), starts, system, x)[0]
+    return y, sequential(u, starts, system, x)[1]
 
 
 @typed
@@ -176,7 +178,8 @@ def dplr_state_space(
     Lambda, P, B, C = (M.astype(wide) for M in (Lambda, P, B, C))
     system = System(Lambda, P, B, C, dt.astype(dtype))
     starts = jnp.zeros(u.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
-    forms = {"sequential": sequential, "convolution": convolution}
+    from_zero = initial_state is None and not is_split()
+    forms: dict[str, Callable] = {"sequential": sequential, "convolution": partial(convolution, from_zero=from_zero)}
     best = "sequential" if u.shape[1] == 1 or segment_ids is not None else "convolution"
     run = lambda state: dispatch("dplr_state_space", impl, forms, best)(u.astype(dtype), starts, system, state)
     state = zeros_from(u, (u.shape[0], *Lambda.shape), wide, plus=initial_state)
