@@ -30,11 +30,17 @@ def _channels(B, channels):
     return jnp.repeat(B, channels // B.shape[-2], axis=-2)
 
 
+def _read(h, C):
+    """h C of one or many tokens, `… D`. As a product: a sum fused with what makes h is computed five times slower."""
+    grouped = h.reshape(*h.shape[:-2], C.shape[-2], -1, h.shape[-1])
+    return jnp.einsum("...gdn,...gn->...gd", grouped, C).reshape(h.shape[:-1])
+
+
 def sequential(x, dt, keep, A, B, C, h):
     def step(h, token):
         x, dt, keep, B, C = token
         h = affine.act(_element(x, dt, keep, A, B), h)
-        return h, jnp.sum(h * _channels(C, x.shape[-1]), axis=-1)
+        return h, _read(h, C)
 
     B, C = (jnp.broadcast_to(M, (*x.shape[:2], *M.shape[2:])) for M in (B, C))
     h, y = lax.scan(step, h, jax.tree.map(lambda a: a.swapaxes(0, 1), (x, dt, keep, B, C)))
@@ -45,7 +51,7 @@ def parallel(x, dt, keep, A, B, C, h, impl="parallel"):
     """Every state at once: T·D·N numbers."""
     decay, inputs = _element(x, dt, keep, A, B)
     states, h = recurrence(impl)(jnp.broadcast_to(decay, inputs.shape), inputs, h)
-    return jnp.sum(states * _channels(C, x.shape[-1]), axis=-1), h
+    return _read(states, C), h
 
 
 def chunked(x, dt, keep, A, B, C, h, chunk_size):
