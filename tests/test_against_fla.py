@@ -170,6 +170,7 @@ PACKED = {
     "fla_gla_packed": ops.gated_linear_attention,
     "fla_simple_gla_packed": ops.gated_linear_attention,
     "fla_gated_delta_rule_packed": ops.delta_rule,
+    "fla_hgrn_packed": lambda decay, inputs, **options: ops.linear_recurrence(jnp.exp(decay), inputs, **options),
 }
 
 
@@ -179,9 +180,10 @@ def test_packed(file):
     """One by one, each from its own state; and in one call with segment ids, from zero after the first."""
     z = load(file)
     names = dict(query="q", key="k", value="v", log_decay="g") | ({"beta": "beta"} if "beta" in z else {})
+    names = names if "q" in z else {"decay": "g", "inputs": "x"}
     cuts = list(zip(z["cu_seqlens"][:-1].tolist(), z["cu_seqlens"][1:].tolist(), strict=True))
     ids = jnp.asarray(np.repeat(np.arange(len(cuts)), np.diff(z["cu_seqlens"])))[None]
-    op = partial(PACKED[file], scale=float(z["const_scale"]), chunk_size=16)
+    op = partial(PACKED[file], scale=float(z["const_scale"]), chunk_size=16) if "q" in z else PACKED[file]
 
     def one_by_one(inputs):
         part = lambda a, b: {ours: inputs[theirs][:, a:b] for ours, theirs in names.items()}

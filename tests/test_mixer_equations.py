@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from families import assert_close, cast
 
-from jaxseq.mixers import MLSTM, RGLRU, MinGRU, MinLSTM
+from jaxseq.mixers import GSA, KDA, MLSTM, RGLRU, RWKV6, RWKV7, Comba, DeltaNet, GatedDeltaNet, MinGRU, MinLSTM
 
 LENGTH, WIDTH = 15, 6
 
@@ -121,3 +121,32 @@ def test_a_mixer_is_its_equations(name):
         gradient, y = jax.jit(jax.grad(weighted, has_aux=True))(jnp.asarray(x))
         assert_close(y, by_loop(x), "float64")
         np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), slope, rtol=1e-7)
+
+
+@pytest.mark.parametrize("conv", [4, None])
+@pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet, KDA, Comba, GSA])
+def test_silu_also_without_a_convolution(kind, conv):
+    """A convolution that takes its own token alone changes nothing: queries, keys and values are SiLU's either way."""
+    module = kind(8, num_heads=2, conv_window=conv)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 8)), jnp.float32)
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    for name, leaf in params.items():
+        if name.endswith("_conv"):
+            leaf["kernel"] = jnp.zeros_like(leaf["kernel"]).at[-1].set(1)
+    bare = kind(8, num_heads=2, conv_window=None)
+    without = {name: leaf for name, leaf in params.items() if not name.endswith("_conv")}
+    assert_close(jax.jit(bare.apply)({"params": without}, x), jax.jit(module.apply)({"params": params}, x), "mixer")
+
+
+def test_the_starts_of_rwkv():
+    """Uniform and of the authors' widths."""
+    x, D = jnp.zeros((1, 1, 64)), 64
+    six, seven = (jax.jit(m.init)(jax.random.key(0), x)["params"] for m in (RWKV6(D, 2), RWKV7(D, 2)))
+    for array, bound in (
+        (six["mix_up"], 0.01),
+        (six["decay_up"]["kernel"], 0.01),
+        (seven["r_proj"]["kernel"], 0.5 / 8),
+        (seven["k_proj"]["kernel"], 0.05 / 8),
+        (seven["v_proj"]["kernel"], 0.5 / 8),
+    ):
+        assert 0.9 * bound < array.max() <= bound and -bound <= array.min() < -0.9 * bound

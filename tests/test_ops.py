@@ -150,6 +150,50 @@ def test_the_delta_rule_solves_for_any_keys(keys, strength):
     assert_close(actual, expected, "float32 repeated keys" if keys == "one key" else "float32 strong")
 
 
+def matrix_inputs(op, level, keys, width=16, T=131):
+    """Unit queries, keys of a norm, and log decays of one level or mixed, for ops in chunks of their own size."""
+    rng = np.random.default_rng(0)
+    q, k, v, a = normals(rng, [np.zeros((1, T, 2, width))] * 4)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    k = np.broadcast_to(unit(k[:, :1]), k.shape) + 0.01 * k if keys == "repeated" else unit(k)
+    size = 10.0 if keys == "norm 10" else 1.0
+    g = log_decays(rng, k.shape, "strong") if level == "mixed" else np.full(k.shape, float(level))
+    inputs = dict(query=q, key=size * k, value=v, log_decay=g if op is not ops.gated_linear_attention else g[..., 0])
+    if op is ops.delta_rule:
+        inputs["beta"] = np.full(k.shape[:3], 1.9 / size**2)
+    if op is ops.dplr_recurrence:
+        inputs |= {"a": -unit(a), "b": unit(a) * 0.9}
+    return inputs
+
+
+@pytest.mark.parametrize("level", [-20, 0, "mixed"])
+@pytest.mark.parametrize("keys", ["norm 1", "norm 10", "repeated"])
+@pytest.mark.parametrize("op", [ops.gated_linear_attention, ops.delta_rule, ops.dplr_recurrence])
+def test_chunks_of_the_size_in_use(op, keys, level):
+    """At T = 131, in float32 and bfloat16: values, states and gradients near those of the loop on the same inputs.
+
+    The gradient of a log decay is bounded by ε times the largest of the others', not relative to itself: all but
+    nothing is left of it where everything decays by e^-20.
+    """
+    exact = matrix_inputs(op, level, keys)
+
+    def everything(inputs, cotangents, impl):
+        values, pull = jax.vjp(lambda i: op(**i, impl=impl), inputs)
+        return values, pull(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values))[0]
+
+    both = jax.jit(lambda i, c, r: (everything(i, c, "chunked"), everything(r, c, "sequential")))
+    for dtype, bound in ((jnp.float32, 1e-4 if keys == "repeated" else 2e-5), (jnp.bfloat16, 3e-2)):
+        rounded = cast(exact, dtype) | cast({k: exact[k] for k in ("log_decay", "beta") if k in exact}, jnp.float32)
+        shapes = jax.eval_shape(lambda i: op(**i), rounded)
+        cotangents = cast(normals(np.random.default_rng(1), shapes), jnp.float32)
+        (values, gradients), (true, expected) = both(rounded, cotangents, cast(rounded, jnp.float32))
+        assert_close(values, true, bound)
+        largest = max(np.abs(np.asarray(g, np.float64)).max() for n, g in expected.items() if n != "log_decay")
+        apart = np.abs(np.asarray(gradients.pop("log_decay"), np.float64) - expected.pop("log_decay"))
+        assert np.isfinite(apart).all() and apart.max() <= 10 * bound * largest
+        assert_close(gradients, expected, bound)
+
+
 @pytest.mark.parametrize("name", SWEPT)
 def test_vmap_and_numpy(name):
     """A leading axis is a batch; NumPy arrays are arrays."""

@@ -1,5 +1,6 @@
 """A linear map inside each block of channels, none between them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,13 +16,15 @@ class BlockLinear(nn.Module):
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.variance_scaling(
+        1, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=0
+    )
 
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width = x.shape[-1] // self.num_blocks
-        fan_in = nn.initializers.variance_scaling(1, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=0)
-        kernel = self.param("kernel", fan_in, (self.num_blocks, width, width), self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init, (self.num_blocks, width, width), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = jnp.einsum("btni,nij->btnj", x.reshape(*x.shape[:2], self.num_blocks, width), kernel).reshape(x.shape)

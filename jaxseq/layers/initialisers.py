@@ -51,6 +51,11 @@ def log_uniform(low: float, high: float):
     return initialise
 
 
+def symmetric_uniform(bound: float):
+    """An initialiser: uniform between −bound and bound."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def inverse_softplus(x):
     return x + jnp.log(-jnp.expm1(-x))
 

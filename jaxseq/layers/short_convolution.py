@@ -36,11 +36,16 @@ class ShortConvolution(nn.Module):
         return nn.silu(y) if self.activated else y, final if state is None else final.astype(state.dtype)
 
 
-def convolved(module: nn.Module, x: Array, widths: dict[str, int], states: tuple, segment_ids) -> tuple[list, tuple]:
-    """A projection `name_proj` of x for every width and, where the module has a `conv_window`, its convolution."""
+def convolved(
+    module: nn.Module, x: Array, widths: dict[str, int], states: tuple, segment_ids, activated: bool = True
+) -> tuple[list, tuple]:
+    """A projection `name_proj` of x for every width and, where the module has a `conv_window`, its convolution.
+
+    SiLU comes last, without a convolution only if `activated`.
+    """
     projected = [projection(width, f"{name}_proj", module)(x) for name, width in widths.items()]
     if not module.conv_window:
-        return projected, ()
+        return [nn.silu(x) if activated else x for x in projected], ()
     convolve = lambda name, x, before: ShortConvolution(
         module.conv_window, dtype=module.dtype, param_dtype=module.param_dtype, name=f"{name}_conv"
     )(x, before, segment_ids)

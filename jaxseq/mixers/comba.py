@@ -31,7 +31,7 @@ class Comba(Mixer):
     num_heads: int = 4
     expand_k: float = 1.0
     expand_v: float = 1.0
-    conv_window: int = 4
+    conv_window: int | None = 4
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None

@@ -28,7 +28,7 @@ class DeltaNet(Mixer):
     num_heads: int = 4
     expand_k: float = 1.0
     expand_v: float = 1.0
-    conv_window: int = 4
+    conv_window: int | None = 4
     negative_eigenvalues: bool = False
     norm_eps: float = 1e-5
     chunk_size: int | None = None

@@ -34,7 +34,7 @@ class GatedDeltaNet(Mixer):
     num_value_heads: int | None = None
     expand_k: float = 0.75
     expand_v: float = 1.5
-    conv_window: int = 4
+    conv_window: int | None = 4
     negative_eigenvalues: bool = False
     num_householders: int = 1
     norm_eps: float = 1e-5

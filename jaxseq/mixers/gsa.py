@@ -52,7 +52,6 @@ class GSA(Mixer):
         state = self.start(x) if state is None else state
         widths = {"q": heads * K, "k": kv_heads * K, "v": kv_heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
-        q, k, v = (z if self.conv_window else nn.silu(z) for z in (q, k, v))
         z = split_heads(projection(kv_heads * self.num_slots, "decay_proj", self)(x), self.num_slots)
         g = jax.nn.log_sigmoid(z.astype(accumulator(z.dtype))) / self.gate_temperature
         served = lambda z: jnp.repeat(z, heads // kv_heads, axis=2)

@@ -39,7 +39,7 @@ class KDA(Mixer):
     expand_v: float = 1.0
     min_log_decay: float | None = None
     channel_gates: bool = False
-    conv_window: int = 4
+    conv_window: int | None = 4
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None

@@ -9,6 +9,7 @@ from flax.linen.initializers import constant
 
 from .. import ops
 from ..layers.head_norm import head_norm
+from ..layers.initialisers import symmetric_uniform
 from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
@@ -59,7 +60,8 @@ class RWKV6(Mixer):
         x_r, x_w, x_k, x_v, x_g = self._mixes(x, shift)
         heads = lambda name, x, width: split_heads(projection(self.num_heads * width, f"{name}_proj", self)(x), width)
         r, k, v = heads("r", x_r, K), heads("k", x_k, K), heads("v", x_v, V)
-        decay = low_rank("decay", self, self.decay_rank, self.num_heads * K, nn.tanh, constant(self._first_decays()))
+        first, small = constant(self._first_decays()), symmetric_uniform(0.01)
+        decay = low_rank("decay", self, self.decay_rank, self.num_heads * K, nn.tanh, first, small)
         g = -jnp.exp(split_heads(decay(x_w).astype(accumulator(x.dtype)), K))
         bonus = self.param("bonus", constant(self._first_bonus()), (self.num_heads, K), self.param_dtype)
         o, matrix = ops.gated_linear_attention(
@@ -75,7 +77,7 @@ class RWKV6(Mixer):
         D, R = self.d_model, self.mix_rank
         mu = self.param("mix", constant(self._share(1.0)), (D,), self.param_dtype)
         bias = self.param("mix_bias", constant(self._first_mixes()), (5, D), self.param_dtype)
-        up = self.param("mix_up", nn.initializers.uniform(0.01), (5 * R, D), self.param_dtype)
+        up = self.param("mix_up", symmetric_uniform(0.01), (5 * R, D), self.param_dtype)
         mu, bias, up = (p.astype(x.dtype) for p in (mu, bias, up))
         down = nn.Dense(5 * R, False, self.dtype, self.param_dtype, kernel_init=nn.initializers.zeros, name="mix_down")
         low = nn.tanh(down(x + shift * mu[None, None])).reshape(*x.shape[:2], 5, R)

@@ -9,6 +9,7 @@ from flax.linen.initializers import constant
 
 from .. import ops
 from ..layers.head_norm import head_norm
+from ..layers.initialisers import symmetric_uniform
 from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
@@ -73,7 +74,11 @@ class RWKV7(Mixer):
         vector = lambda name, start: parameter(name, start).astype(x.dtype)[None, None]
         share = lambda power: first_shares(D, self.layer_fraction, power)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + shift * vector(f"mix_{c}", share(power)) for c, power in POWERS.items())
-        r, k, v = (projection(D, f"{name}_proj", self)(x) for name, x in (("r", x_r), ("k", x_k), ("v", x_v)))
+        start = lambda bound: {"kernel_init": symmetric_uniform(bound * D**-0.5)}
+        r, k, v = (
+            projection(D, f"{name}_proj", self, **start(bound))(x)
+            for name, bound, x in (("r", 0.5, x_r), ("k", 0.05, x_k), ("v", 0.5, x_v))
+        )
         decay_rank, a_rank, value_rank, gate_rank = self._ranks()
         lift = lambda name, rank, **options: low_rank(name, self, rank, D, **options)
         a = nn.sigmoid(lift("a", a_rank, bias_init=constant(self._first_a()))(x_a))

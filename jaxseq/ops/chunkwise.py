@@ -73,7 +73,7 @@ def _backward(chunk, roles, size, residuals, cotangents):
         Σ_v S_{t-1} ⊙ S̄_{t-1} = q_{t-1} ⊙ q̄_{t-1} + ḡ_t + Σ_early_reads a_t ⊙ ā_t
 
     which is a sum from the end of the chunk, without the decays between any two tokens (GLA, arXiv 2312.06635, section
-    4.3). Its rounding error is that of q ⊙ q̄, also where strong decays leave a far smaller gradient.
+    4.3). Its rounding error is ε times the other gradients, also where strong decays leave a far smaller one.
     """
     tokens, g, states = residuals
     d_o, d_S = cotangents

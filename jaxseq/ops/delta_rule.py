@@ -57,7 +57,7 @@ def _chunk(dtype, tokens, decays, S):
     q, k, v, a = (tokens[name] for name in "qkva")
     A_ak, A_qk = scores((a, q), (k,), decays, dtype)
     known = product("bhik,bhkv->bhiv", decays.from_start * a, S, dtype)
-    u = product("bhij,bhjv->bhiv", inverse(A_ak), v - known, dtype)
+    u = product("bhij,bhjv->bhiv", inverse(A_ak), v - known, S.dtype)  # repeated keys: an inverse in bfloat16 is none
     o = product("bhij,bhjv->bhiv", A_qk, u, dtype) + diagonal(q, k) * u
     o += product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, u, dtype)

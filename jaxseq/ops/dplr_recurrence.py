@@ -59,7 +59,7 @@ def _chunk(dtype, tokens, decays, S):
     read = product("bhij,bhjv->bhiv", A_ak, v, dtype) + diagonal(ahead, k) * v
     read += product("bhik,bhkv->bhiv", decays.from_start * ahead, S, dtype)
     read = delayed(read, 2, product("bhik,bhkv->bhiv", a[:, :, :1], S, dtype))
-    u = product("bhij,bhjv->bhiv", inverse(-delayed(A_ab, 2)), read, dtype)
+    u = product("bhij,bhjv->bhiv", inverse(-delayed(A_ab, 2)), read, S.dtype)
     o = product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
     S = decays.total * S
     for write, written, seen in ((k, v, A_qk), (b, u, A_qb)):
