@@ -243,6 +243,14 @@ BAD = {
     "gla value bonus": (
         partial(gla, q, q, q, -q, decay_axis="value", bonus=q[0, 0]), ValueError, "bonus and decay_axis='value'",
     ),
+    "positive decay": (partial(gla, q, q, q, q + 1), ValueError, "log_decay holds 1.0; gated_linear_attention takes"),
+    "NaN decay": (partial(ops.delta_rule, q, q, q, q[..., 0], q[..., 0] + jnp.nan), ValueError, "log_decay holds nan"),
+    "delta beta": (partial(ops.delta_rule, q, q, q, q[:, :3, :, 0]), ValueError, "beta has shape .2, 3, 4."),
+    "delta heads": (partial(ops.delta_rule, q[:, :, :3], q[:, :, :3], q, q[..., 0]), ValueError, "key has 3 heads"),
+    "dplr a": (partial(ops.dplr_recurrence, q, q, q, q[..., :3], q), ValueError, "a has shape .2, 5, 4, 3."),
+    "dplr state rank": (
+        partial(ops.dplr_state_space, x, A, jnp.zeros((3, 3, 2), A.dtype), A, A, jnp.ones(3)), ValueError, "rank 3",
+    ),
     "log recurrence": (partial(ops.log_recurrence, None, x[:, :0]), ValueError, "at least one step"),
     "log semiring": (partial(ops.log_recurrence, None, x, semiring="min"), ValueError, "semiring='min'"),
     "gla state": (partial(gla, q, q, q, initial_state=q), ValueError, "initial_state has shape"),

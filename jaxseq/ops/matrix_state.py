@@ -8,7 +8,7 @@ from jax import lax
 
 from ..monoid import MatrixMap
 from ..segments import segment_starts
-from ..shapes import accumulator, zeros_from
+from ..shapes import accumulator, known, zeros_from
 from ..sharded import own
 
 
@@ -30,6 +30,8 @@ def prepared(op, query, key, value, log_decay, scale, initial_state, segment_ids
         raise ValueError(f"key has {groups} heads, which do not divide the {heads} of value.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}; {op} takes 1 or more.")
+    if (values := known(log_decay)) is not None and not (values <= 0).all():
+        raise ValueError(f"log_decay holds {values[~(values <= 0)][0]}; {op} takes natural logs of 0 or less.")
     dtype = accumulator(value.dtype)
     g = _per_channel(log_decay, value, groups, dtype)
     if segment_ids is not None:
