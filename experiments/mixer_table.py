@@ -4,7 +4,7 @@ Claim   Mixers whose state does not grow decode as fast after 32,768 tokens as a
         them predicts text better than softmax attention of as many parameters after as many tokens.
 Source  The constant cost of a token is what recurrent models are made for (Mamba, arXiv 2312.00752, section 4.5, GLA,
         arXiv 2312.06635, section 5); the table itself is ours.
-Expect  The best 3.2 bits per byte, attention 3.9; a quarter of an hour on 2 CPU cores for 23 mixers.
+Expect  The best 3.2 bits per byte, attention 3.9; 25 minutes on 2 CPU cores for 32 mixers.
 Run     python -m experiments.mixer_table [--preset cpu|gpu] [--mixers gla,mamba,attention]
 """
 
