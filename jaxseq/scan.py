@@ -135,3 +135,9 @@ def _reversed(form, monoid, elements, initial_state, **options):
 
 def _swap(tree):
     return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
+
+
+def loop(step, state, tokens):
+    """`step(state, token) -> (state, output)` along axis 1 of the tokens, one after the other: `(outputs, state)`."""
+    state, outputs = lax.scan(step, state, _swap(tokens))
+    return _swap(outputs), state

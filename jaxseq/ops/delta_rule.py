@@ -2,9 +2,7 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import scan
 from ..monoid import MatrixMap, matrix_map
@@ -27,8 +25,7 @@ def sequential(q, k, v, beta, g, S):
         S = S + (beta * k)[..., None] * error[..., None, :]
         return S, jnp.einsum("bhkv,bhk->bhv", S, q)
 
-    S, o = lax.scan(step, S, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, beta, g)))
-    return o.swapaxes(0, 1), S
+    return scan.loop(step, S, (q, k, v, beta, g))
 
 
 def parallel(q, k, v, beta, g, S):

@@ -2,9 +2,7 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .. import scan
 from ..monoid import MatrixMap, matrix_map
@@ -26,8 +24,7 @@ def sequential(q, k, v, a, b, g, S):
         S = jnp.exp(g)[..., None] * S + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
         return S, jnp.einsum("bhkv,bhk->bhv", S, q)
 
-    S, o = lax.scan(step, S, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, a, b, g)))
-    return o.swapaxes(0, 1), S
+    return scan.loop(step, S, (q, k, v, a, b, g))
 
 
 def parallel(q, k, v, a, b, g, S):

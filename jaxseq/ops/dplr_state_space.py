@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import scan
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
 from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed, zeros_from
@@ -131,8 +132,7 @@ def sequential(u, starts, system, x):
         x = apply(jnp.where(start[:, None, None], 0, x)) + B[None] * u[..., None].astype(B.dtype)
         return x, 2 * jnp.einsum("bdn,dn->bd", x, system.C).real
 
-    x, y = lax.scan(step, x, (u.swapaxes(0, 1), starts.swapaxes(0, 1)))
-    return y.swapaxes(0, 1), x
+    return scan.loop(step, x, (u, starts))
 
 
 def convolution(u, starts, system, x, from_zero):

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -29,8 +28,7 @@ def sequential(q, k, v, g, S, read=BY_KEY):
         S = jnp.exp(g)[..., None] * S + k[..., None] * v[..., None, :]
         return S, jnp.einsum(read, S, q)
 
-    S, o = lax.scan(step, S, jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, g)))
-    return o.swapaxes(0, 1), S
+    return scan.loop(step, S, (q, k, v, g))
 
 
 def parallel(q, k, v, g, S, read=BY_KEY):

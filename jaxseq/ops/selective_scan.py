@@ -43,8 +43,7 @@ def sequential(x, dt, keep, A, B, C, h):
         return h, _read(h, C)
 
     B, C = (jnp.broadcast_to(M, (*x.shape[:2], *M.shape[2:])) for M in (B, C))
-    h, y = lax.scan(step, h, jax.tree.map(lambda a: a.swapaxes(0, 1), (x, dt, keep, B, C)))
-    return y.swapaxes(0, 1), h
+    return scan.loop(step, h, (x, dt, keep, B, C))
 
 
 def parallel(x, dt, keep, A, B, C, h, impl="parallel"):
