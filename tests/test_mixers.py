@@ -11,20 +11,26 @@ from families import CHUNK, FULL_MIXERS, MIXERS, WIDTH, assert_close, initialise
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
-from jaxseq import GLA, S4D, Attention, Mamba
+from jaxseq import GLA, S4D, Attention, LanguageModel, Mamba
 from jaxseq.mixers import (
+    DSS,
     GSA,
+    H3,
     HGRN,
     HGRN2,
+    LRU,
     MLSTM,
     RGLRU,
     RWKV6,
     RWKV7,
+    S4,
+    S5,
     Based,
     Comba,
     GatedDeltaNet,
     LightNet,
     LinearAttention,
+    Mamba2,
     MinGRU,
     MinLSTM,
     ReBased,
@@ -292,6 +298,21 @@ WRONG = {
     "mlstm blocks": (MLSTM(WIDTH, qkv_block=3), "qkv_block=3 does not divide the 16 channels inside MLSTM"),
     "mlstm window": (MLSTM(WIDTH, conv_window=0), "conv_window=0; MLSTM takes 1 or more"),
     "mamba step sizes": (Mamba(WIDTH, dt_min=-1.0), "dt_min=-1.0"),
+    "mamba2 heads": (Mamba2(WIDTH, num_heads=3), "num_heads=3 does not divide expand·d_model=16"),
+    "mamba2 groups": (Mamba2(WIDTH, num_heads=4, num_groups=3), "num_groups=3 does not divide num_heads=4"),
+    "mamba2 limits": (Mamba2(WIDTH, num_heads=2, dt_limit=(1.0, 0.1)), r"dt_limit=.1.0, 0.1."),
+    "s4 pairs": (S4(WIDTH, state_size=5), "state_size=5; S4 takes an even number"),
+    "s4 measure": (S4(WIDTH, measure="lin"), "measure='lin' is unknown to S4; choose one of legs"),
+    "s4 copies": (S4(WIDTH, num_copies=3), "num_copies=3 does not divide d_model=8"),
+    "s4 rate": (S4(WIDTH, rate=0.0), "rate=0.0; S4 takes a positive"),
+    "s4 output": (S4(WIDTH, output="glu"), "output='glu' is unknown to S4"),
+    "dss version": (DSS(WIDTH, version="tanh"), "version='tanh' is unknown to DSS"),
+    "dss length": (DSS(WIDTH, version="softmax"), "length=None; DSS"),
+    "s5 blocks": (S5(WIDTH, state_size=12, num_blocks=4), "state_size=12, num_blocks=4"),
+    "s5 steps": (S5(WIDTH, dt_min=0.1, dt_max=0.01), "dt_min=0.1 and dt_max=0.01"),
+    "lru ring": (LRU(WIDTH, r_min=0.9, r_max=0.5), "r_min=0.9 and r_max=0.5"),
+    "h3 heads": (H3(WIDTH, head_width=3), "head_width=3 does not divide d_model=8"),
+    "h3 shift": (H3(WIDTH, shift_size=0), "shift_size=0; H3 takes 1 or more"),
 }
 
 
@@ -318,6 +339,28 @@ def test_wrong_inputs_are_named(name, built):
         apply(draw(1), module.init_state(2, max_length=4), method="step")
     with pytest.raises(NotImplementedError, match="impl='fast'"):
         jax.eval_shape(MIXERS[name].build(impl="fast").apply, params, draw(3))
+
+
+@pytest.mark.parametrize("kind", [S4, S4D, DSS, S5])
+def test_both_directions(kind):
+    """Every output sees every input, segments stay apart, and there is no state; nor a language model."""
+    module = kind(WIDTH, state_size=4, bidirectional=True)
+    x = draw(9)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    apply = jax.jit(module.apply)
+    reached = jax.jacobian(lambda x: apply(params, x)[0, :, 0])(x)[:, 0]
+    assert (np.abs(reached).sum(-1) > 0).all()
+    ids = jnp.asarray([0] * 4 + [1] * 5)[None].repeat(2, axis=0)
+    alone = jnp.concatenate([apply(params, x[:, :4]), apply(params, x[:, 4:])], axis=1)
+    assert_close(apply(params, x, ids), alone, "mixer")
+    with pytest.raises(NotImplementedError, match=r"bidirectional=True. looks ahead: it has no state"):
+        module.init_state(2)
+    with pytest.raises(NotImplementedError, match="has no state"):
+        causal = kind(WIDTH, state_size=4)
+        jax.eval_shape(partial(module.apply, method="prefill"), params, x, causal.init_state(2))
+    with pytest.raises(NotImplementedError, match="has no state"):
+        model = LanguageModel(5, WIDTH, (partial(kind, state_size=4, bidirectional=True),))
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
 
 
 def test_a_cache_needs_its_length():
