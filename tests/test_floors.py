@@ -96,6 +96,6 @@ def test_what_takes_arrays_checks_them(package):
         if inspect.isclass(kind) and issubclass(kind, nn.Module):
             body = "prefill" if issubclass(kind, Mixer) else "__call__"
             functions |= {f"{name}.{body}": getattr(kind, body)} if kind is not Mixer else {}
-    elsewhere = {"generate", "stream", "named_language_model", "mixer_names", "typed"}
+    elsewhere = {"generate", "stream", "named_language_model", "mixer_names", "byte_text", "typed"}
     assert functions
     assert not [name for name, f in functions.items() if not hasattr(f, "is_typed") and name not in elsewhere]

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ..layers.diagonal_state_space import DiagonalStateSpace
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
 from ..layers.state_space import StateSpaceState
 from ..shapes import Array, Complex, Float, Int, check_width, typed
-from .s4d import S4D
 
 
 class H3State(NamedTuple):
@@ -68,9 +68,9 @@ class H3(Mixer):
         return H3State(jnp.moveaxis(ssm, 3, 1), jnp.zeros((batch_size, self.shift_size - 1, self.d_model), dtype))
 
     @nn.nowrap
-    def _ssm(self, **options) -> S4D:
+    def _ssm(self, **options) -> DiagonalStateSpace:
         """One channel a head."""
-        return S4D(
-            self.d_model // self.head_width, self.state_size, self.initialisation, output="identity", impl=self.impl,
-            dtype=self.dtype, param_dtype=self.param_dtype, **options,
+        return DiagonalStateSpace(
+            self.d_model // self.head_width, self.state_size, self.initialisation, impl=self.impl, dtype=self.dtype,
+            param_dtype=self.param_dtype, **options,
         )  # fmt: skip

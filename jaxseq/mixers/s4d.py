@@ -1,36 +1,9 @@
-"""S4D: one diagonal state space a channel, a global convolution in training and a recurrence in decoding."""
+"""S4D: one diagonal state space a channel."""
 
-from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from .. import ops
-from ..layers.gated_output import GATED_OUTPUTS
-from ..layers.initialisers import S4D_INITIALISATIONS, s4d_eigenvalues
-from ..layers.state_space import (
-    POSITIVE,
-    StateSpace,
-    StateSpaceState,
-    as_complex,
-    check_choice,
-    check_pairs,
-    check_steps,
-    empty_state_space,
-    pairs,
-    parameter,
-    positive,
-    readouts,
-    state_space_layer,
-    step_size,
-)
-from ..ops.state_space import DISCRETISATIONS
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..layers.diagonal_state_space import DiagonalStateSpace
 
 
-class S4D(StateSpace):
+class S4D(DiagonalStateSpace):
     """A diagonal state space a channel, then GELU and a gated linear map (arXiv 2206.11893).
 
         x' = A x + B u,  y = 2 Re(C x) + D u        A = −f(A_real) − i g(A_imag),  dt = exp(log_dt)
@@ -44,76 +17,4 @@ class S4D(StateSpace):
     The imaginary parts are negative, as in the authors' code.
     """
 
-    d_model: int
-    state_size: int = 64
-    initialisation: str | tuple[str, ...] = "lin"
-    discretisation: str = "zoh"
-    real_map: str = "exp"
-    imag_map: str = "none"
-    dt_map: str = "exp"
-    dt_min: float = 1e-3
-    dt_max: float = 0.1
-    num_copies: int | None = None
-    untied_dt: bool = False
-    rate: float = 1.0
-    bidirectional: bool = False
     output: str = "full_glu"
-    impl: str | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "S4D")
-        self._check()
-        log_A, B, *C = self._discrete(accumulator(x.dtype))
-        run = lambda u, direction, **options: ops.diagonal_state_space(
-            u, log_A, B, C[direction], impl=self.impl, **options
-        )
-        return state_space_layer(self, run, x, state, segment_ids)
-
-    @nn.nowrap
-    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:
-        self._check()
-        return empty_state_space(self, batch_size, self.state_size // 2, dtype)
-
-    def _discrete(self, dtype):
-        """log Ā, B̄, C, each `D N/2`, and a C for the other direction of time, from the parameters."""
-        H, M, S = self.d_model, self.state_size // 2, self.num_copies or self.d_model
-        names = [self._names()[i % len(self._names())] for i in range(S)]
-        A0, B0 = (
-            np.stack(values) for values in zip(*(s4d_eigenvalues(n, self.state_size) for n in names), strict=True)
-        )
-
-        def imaginary(key, shape, dtype):
-            random = np.array([name == "random" for name in names])[:, None]
-            value = jnp.where(random, jnp.exp(jax.random.normal(key, shape, dtype)), jnp.asarray(-A0.imag, dtype))
-            return positive(value, self.imag_map)(key, shape, dtype)
-
-        param = parameter(self, dtype)
-        dt = step_size(self, param, H, M if self.untied_dt else 1, kind=self.dt_map)
-        A_real, A_imag = param("A_real", positive(-A0.real, self.real_map), S, M), param("A_imag", imaginary, S, M)
-        B = as_complex(param("B", pairs(B0), S, M, 2))
-        A = jax.lax.complex(-POSITIVE[self.real_map][0](A_real), -POSITIVE[self.imag_map][0](A_imag))
-        A, B = (jnp.tile(a, (H // S, 1)) for a in (A, B))
-        return *DISCRETISATIONS[self.discretisation](A, B, dt.astype(A.dtype)), *readouts(self, param, H, M)
-
-    @nn.nowrap
-    def _names(self) -> tuple[str, ...]:
-        return self.initialisation if isinstance(self.initialisation, tuple) else (self.initialisation,)
-
-    @nn.nowrap
-    def _check(self) -> None:
-        check_choice(self, tuple(DISCRETISATIONS), "discretisation")
-        check_choice(self, tuple(POSITIVE), "real_map", "imag_map")
-        check_choice(self, ("exp", "softplus"), "dt_map")
-        for name in self._names():
-            if name not in S4D_INITIALISATIONS:
-                known = ", ".join(S4D_INITIALISATIONS)
-                raise ValueError(f"initialisation={name!r} is unknown to S4D; choose one of {known}.")
-        check_pairs(self)
-        check_steps(self)
-        check_choice(self, GATED_OUTPUTS, "output")
-        if self.num_copies is not None:
-            self.checked_heads(num_copies=self.num_copies)
