@@ -150,6 +150,17 @@ def test_the_delta_rule_solves_for_any_keys(keys, strength):
     assert_close(actual, expected, "float32 repeated keys" if keys == "one key" else "float32 strong")
 
 
+@pytest.mark.parametrize("impl", ["sequential", "chunked"])
+@pytest.mark.parametrize("name", ["gla bonus", "dplr_recurrence"])
+def test_one_channel_may_forget_alone(name, impl):
+    """A log decay of −∞ in one channel is the limit of low ones: no restart, and what is read before it stays."""
+    inputs, _, _ = case(name, 9)
+    at = lambda level: inputs | {"log_decay": jnp.asarray(inputs["log_decay"]).at[:, 4, :, 0].set(level)}
+    with jax.enable_x64(True):
+        run_at = lambda level: jax.jit(lambda i: OPS[name].call(i, None, impl))(cast(at(level), jnp.float64))
+        assert_close(run_at(-jnp.inf), run_at(-1e4), "float64")
+
+
 def matrix_inputs(op, level, keys, width=16, T=131):
     """Unit queries, keys of a norm, and log decays of one level or mixed, for ops in chunks of their own size."""
     rng = np.random.default_rng(0)
@@ -158,7 +169,7 @@ def matrix_inputs(op, level, keys, width=16, T=131):
     k = np.broadcast_to(unit(k[:, :1]), k.shape) + 0.01 * k if keys == "repeated" else unit(k)
     size = 10.0 if keys == "norm 10" else 1.0
     g = log_decays(rng, k.shape, "strong") if level == "mixed" else np.full(k.shape, float(level))
-    inputs = dict(query=q, key=size * k, value=v, log_decay=g if op is not ops.gated_linear_attention else g[..., 0])
+    inputs = dict(query=q, key=size * k, value=v, log_decay=g)
     if op is ops.delta_rule:
         inputs["beta"] = np.full(k.shape[:3], 1.9 / size**2)
     if op is ops.dplr_recurrence:

@@ -97,5 +97,5 @@ def _edge(x, axis):
 
 
 def unless_restart(x, g):
-    """x, but zero where g is −∞: such a token reads nothing before its decay."""
-    return jnp.where(jnp.isneginf(g), 0, x)
+    """x, but zero where g is −∞ in all channels: such a token reads nothing before its decay."""
+    return jnp.where(jnp.all(jnp.isneginf(g), axis=-1, keepdims=True), 0, x)
