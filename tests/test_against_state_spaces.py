@@ -384,3 +384,17 @@ def test_white_noise_keeps_its_power_in_the_lru():
     expected = np.log((1 - 0.9**2) / (1 - 0.999**2)) / (0.999**2 - 0.9**2)
     assert abs(power["normalised"] - 1) < 0.2
     assert abs(power["plain"] / expected - 1) < 0.2
+
+
+@recorded
+@pytest.mark.parametrize("measure, group", [("legs", "s4_legs"), ("legs", "s4_legs_N64"), ("legt", "s4_legt_rank2")])
+def test_s4_starts_as_theirs(measure, group):
+    """Λ, |B| and |P| of the layer that nobody trained."""
+    z = load("s4_kernels", group)
+    module = S4(len(z["Lambda"]), 2 * z["Lambda"].shape[1], measure)
+    params = module.init(jax.random.key(0), jnp.zeros((1, 2, len(z["Lambda"]))))["params"]
+    Lambda, P, B, *_ = inner(module)(params, "_continuous")
+    assert_near(Lambda, z["Lambda"], 1e-4)
+    assert_near(np.abs(np.imag(B)).max(), np.abs(np.imag(z["B"])).max(), 1e-4)
+    ours, theirs = np.linalg.norm(P, axis=-1).T, np.linalg.norm(z["P"], axis=-1)  # the rows of P come in any order
+    assert_near(np.sort(ours, axis=0), np.sort(theirs, axis=0), 1e-4)

@@ -56,10 +56,12 @@ def _language_model(config: Config, mixer: Callable[..., nn.Module], norm: str, 
 
 def _released(config: Config) -> Config:
     """A config of the original releases in transformers' words; theirs as it is."""
-    if "d_model" not in config:
+    if "model_type" in config:
         return config
     ssm = dict(config.get("ssm_cfg") or {})
-    kind = {"Mamba1": "mamba", "Mamba2": "mamba2"}[ssm.pop("layer", "Mamba1")]
+    kind = {"Mamba1": "mamba", "Mamba2": "mamba2"}.get(layer := ssm.pop("layer", "Mamba1"))
+    if kind is None:
+        raise NotImplementedError(f"ssm_cfg.layer={layer!r} has no model here; choose Mamba1 or Mamba2.")
     need(config | {"model_type": kind}, rms_norm=True, attn_layer_idx=[], d_intermediate=0)
     multiple = config.get("pad_vocab_size_multiple", 1)
     words = {
@@ -123,7 +125,7 @@ def _read_mamba2(config: Config) -> LanguageModel:
         use_bias=config["use_bias"],
         norm_eps=config["layer_norm_epsilon"],
     )
-    return _language_model(config, mixer, "layer_norm_epsilon", None, tie_word_embeddings=True)
+    return _language_model(config, mixer, "layer_norm_epsilon", None, tie_word_embeddings=False)
 
 
 def _mamba_config(model: LanguageModel, mixer: Any) -> Config:

@@ -20,7 +20,7 @@ def hippo(measure: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         halves = np.stack([root * (n % 2 == 0), root * (n % 2 == 1)])
         return -0.5 * np.outer(root, root) * sign, 0.5 * root, halves / np.sqrt(2)
     if measure == "lagt":
-        return -np.tril(np.ones((size, size)), -1) - np.eye(size), np.ones(size), np.full((1, size), 0.5**0.5)
+        return -np.tril(np.ones((size, size)), -1) - np.eye(size) / 2, np.ones(size), np.full((1, size), 0.5**0.5)
     if measure == "fout":
         frequencies = np.stack([np.zeros(size // 2), np.arange(size // 2)], axis=1).reshape(-1)[1:]
         B = np.where(n % 2 == 0, np.sqrt(2), 0)
@@ -43,3 +43,8 @@ def eigenbasis(A: np.ndarray, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         V[:, null] = np.stack([a + 1j * b, a - 1j * b], axis=1) / np.sqrt(2)
         frequencies[null] = 0
     return np.mean(np.diag(normal)) + 1j * frequencies[half], V[:, half]
+
+
+def clipped(B: np.ndarray) -> np.ndarray:
+    """V*B with imaginary parts in ±2, as the authors' code starts S4 and S4D (their theory would halve it)."""
+    return B.real + 1j * np.clip(B.imag, -2, 2)

@@ -6,18 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .hippo import eigenbasis, hippo
+from .hippo import clipped, eigenbasis, hippo
 
 
 def legs_diagonal(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The normal part of HiPPO-LegS in its eigenbasis: one of each pair of (eigenvalues, V*B).
-
-    The imaginary part of V*B is clipped to ±2, as in the authors' code (their theory would halve B).
-    """
+    """The normal part of HiPPO-LegS in its eigenbasis: one of each pair of (eigenvalues, V*B), `clipped`."""
     A, B, P = hippo("legs", size)
     eigenvalues, V = eigenbasis(A, P)
-    VB = V.conj().T @ B
-    return eigenvalues, VB.real + 1j * np.clip(VB.imag, -2, 2)
+    return eigenvalues, clipped(V.conj().T @ B)
 
 
 @cache

@@ -52,10 +52,10 @@ def step_size(module: Mixer, param: Callable, *shape: int, kind: str = "exp") ->
     return module.rate * POSITIVE[kind][0](param("log_dt", start, *shape))
 
 
-def readouts(module: Mixer, param: Callable, *shape: int) -> list[Array]:
-    """C, and one for the other direction of time where there is one; complex, of unit variance."""
+def readouts(module: Mixer, param: Callable, *shape: int, variance: float = 1.0) -> list[Array]:
+    """C, and one for the other direction of time where there is one; complex, of this variance at first."""
     names = ("C", "C_backward") if module.bidirectional else ("C",)
-    return [as_complex(param(name, nn.initializers.normal(0.5**0.5), *shape, 2)) for name in names]
+    return [as_complex(param(name, nn.initializers.normal((variance / 2) ** 0.5), *shape, 2)) for name in names]
 
 
 def check_steps(module: Mixer) -> None:

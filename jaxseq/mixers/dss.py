@@ -96,7 +96,7 @@ class DSS(StateSpace):
             B = last * jnp.expm1(falling) * _reciprocal(Lambda * jnp.expm1(length * falling))
         else:
             B = jnp.expm1(z) * _reciprocal(Lambda)
-        return z, B, *readouts(self, param, self.d_model, self.state_size)
+        return z, B, *readouts(self, param, self.d_model, self.state_size, variance=2.0)
 
     @nn.nowrap
     def _check(self) -> None:

@@ -63,8 +63,9 @@ class Mamba2(Mixer):
         rate, step = rate_and_step(self, r, heads, slowest=1.0)
         dt = jnp.clip(nn.softplus(step), *self.dt_limit)
         v = split_heads(u, P)
+        inputs = (dt * v.astype(dt.dtype)).astype(v.dtype)
         y, ssm = ops.gated_linear_attention(
-            split_heads(C, N), split_heads(B, N), dt.astype(v.dtype) * v, -(rate * dt)[..., 0], scale=1.0,
+            split_heads(C, N), split_heads(B, N), inputs, -(rate * dt)[..., 0], scale=1.0,
             initial_state=state.ssm, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
         D = self.param("D", nn.initializers.ones, (heads, P) if self.channel_skip else (heads,), self.param_dtype)

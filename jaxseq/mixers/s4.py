@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS
-from ..layers.hippo import MEASURES, eigenbasis, hippo
+from ..layers.hippo import MEASURES, clipped, eigenbasis, hippo
 from ..layers.state_space import (
     StateSpace,
     StateSpaceState,
@@ -78,7 +78,7 @@ class S4(StateSpace):
         A_real = param("A_real", positive(-eigenvalues.real, "exp"), S, M)
         A_imag = param("A_imag", positive(-eigenvalues.imag, "none"), S, M)
         P = as_complex(param("P", pairs(P0 @ V.conj()), S, len(P0), M, 2))
-        B = as_complex(param("B", pairs(V.conj().T @ B0), S, M, 2))
+        B = as_complex(param("B", pairs(clipped(V.conj().T @ B0)), S, M, 2))
         each = lambda x: jnp.tile(x, (H // S, *(1,) * (x.ndim - 1)))
         dt = step_size(self, param, H)
         return *map(each, (jax.lax.complex(-jnp.exp(A_real), -A_imag), P, B)), dt, *readouts(self, param, H, M)
