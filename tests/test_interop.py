@@ -13,9 +13,9 @@ from recorded import REFERENCE, assert_near, load, recorded
 from experiments import generate as generation
 from jaxseq import GLA, LanguageModel, Mamba
 from jaxseq.decode import byte_text, generate
-from jaxseq.interop import load_huggingface, save_huggingface, tokenizer_text
+from jaxseq.interop import fla_layer, load_huggingface, save_huggingface, tokenizer_text
 from jaxseq.layers import GatedMLP
-from jaxseq.mixers import Mamba2
+from jaxseq.mixers import HGRN2, DeltaNet, GatedDeltaNet, Mamba2, RetNet
 from jaxseq.train import MeshConfig, device_mesh
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
@@ -178,7 +178,9 @@ def test_the_names_of_the_original_release(name, tiny, tmp_path):
 
 
 MODELS = {
-    "mamba": LanguageModel(11, 16, (partial(Mamba, state_size=4),) * 2, mlp=None, norm_eps=1e-5),
+    "mamba": LanguageModel(
+        11, 16, (partial(Mamba, state_size=4, dt_rank=3, dt_min=1e-2, dt_max=0.2),) * 2, mlp=None, norm_eps=1e-5
+    ),
     "mamba2": LanguageModel(
         11,
         16,
@@ -188,7 +190,38 @@ MODELS = {
         norm_eps=1e-5,
     ),
     "gla": LanguageModel(11, 16, (partial(GLA, num_heads=2, conv_window=4, norm_eps=1e-6),) * 3),
+    "retnet": LanguageModel(11, 16, (partial(RetNet, num_heads=2, norm_eps=1e-6),) * 2),
+    "delta_net": LanguageModel(11, 16, (partial(DeltaNet, num_heads=2, conv_window=None, norm_eps=1e-6),) * 2),
+    "gated_deltanet": LanguageModel(
+        11,
+        12,  # 10/12 and 28/12 are no floats, and widths come back whole
+        (partial(GatedDeltaNet, num_heads=2, num_value_heads=4, expand_k=10 / 12, expand_v=28 / 12, norm_eps=1e-6),)
+        * 2,
+        tied=True,
+    ),
+    "hgrn2": LanguageModel(11, 16, (partial(HGRN2, num_heads=2, norm_eps=1e-6),) * 2),
 }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of these models, written once."""
+    kept = {}
+
+    def of(name):
+        if name not in kept:
+            model, folder = MODELS[name], tmp_path_factory.mktemp(name)
+            save_huggingface(model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)), folder)
+            kept[name] = folder
+        return kept[name], json.loads((kept[name] / "config.json").read_text())
+
+    return of
+
+
+def edited(folder, source, config):
+    """The weights of a folder beside another config."""
+    shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -197,6 +230,7 @@ def test_any_model_comes_back(name, tmp_path):
     model = MODELS[name]
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     save_huggingface(model, params, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name
     again, same = load_huggingface(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, same, params)
     tokens = jnp.arange(9)[None]
@@ -218,12 +252,225 @@ def test_any_model_comes_back(name, tmp_path):
         load_huggingface(tmp_path)
 
 
+#: Their layers, as recorded, in models of two: the file, the class, the config, our fields.
+RECORDED = {
+    "retnet": (
+        "fla_layer_retnet", "MultiScaleRetention", {"expand_k": 1, "expand_v": 2.0, "num_heads": 2}, dict(num_heads=2),
+    ),
+    "delta_net": (
+        "fla_layer_delta_net",
+        "DeltaNet",
+        {"expand_k": 1.0, "expand_v": 1, "num_heads": 2, "qk_norm": "l2", "qk_activation": "silu", "use_gate": False},
+        dict(num_heads=2),
+    ),
+    "gated_deltanet": (
+        "fla_layer_gated_deltanet",
+        "GatedDeltaNet",
+        {"head_dim": 16, "expand_v": 2, "num_heads": 2, "num_v_heads": None, "use_gate": True},
+        dict(num_heads=2, expand_k=1.0, expand_v=2.0),
+    ),
+    "hgrn2": ("fla_layer_hgrn2", "HGRN2Attention", {"expand_ratio": 16, "num_heads": 2}, dict(num_heads=2)),
+}  # fmt: skip
+
+
+@recorded
+@pytest.mark.parametrize("name", RECORDED)
+def test_their_layers_in_a_model_of_theirs(name, tmp_path):
+    """Names and config as theirs; the logits of blocks written out, and of layers that agree with the record."""
+    file, layer, config, fields = RECORDED[name]
+    z, draw = load(file), np.random.default_rng(0)
+    attention = {key.removeprefix("w."): a for key, a in z.items() if key.startswith("w.")}
+    array = lambda *shape: draw.normal(size=shape).astype(np.float32)
+    weights = {"model.embeddings.weight": array(7, 32), "model.norm.weight": array(32), "lm_head.weight": array(7, 32)}
+    bounds = [z["lower_bound"] * i for i in range(2)] if name == "hgrn2" else [None] * 2
+    if name == "hgrn2":  # Γ, of which they take the softmax over the layers
+        weights["model.lower_bounds"] = np.stack([np.zeros(32), np.log(bounds[1] / (1 - bounds[1]))]).astype(np.float32)
+    for i in range(2):
+        of = {f"attn.{key}": a for key, a in attention.items()}
+        of |= {f"mlp.{x}_proj.weight": array(24, 32) / 6 for x in ("gate", "up")}
+        of |= {"mlp.down_proj.weight": array(32, 24) / 5, "attn_norm.weight": array(32), "mlp_norm.weight": array(32)}
+        weights |= {f"model.layers.{i}.{key}": a for key, a in of.items()}
+    config = config | {
+        "model_type": name, "vocab_size": 7, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24,
+        "norm_eps": 1e-6, "hidden_act": "swish", "attn": None, "tie_word_embeddings": False,
+    }  # fmt: skip
+    write(tmp_path, config, weights)
+    model, params = load_huggingface(tmp_path)
+
+    def norm(x, weight):
+        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weight[None, None]
+
+    tokens = jnp.arange(10).reshape(2, 5) % 7
+    x = jnp.asarray(weights["model.embeddings.weight"])[tokens]
+    for i in range(2):
+        w = {key.removeprefix(f"model.layers.{i}."): a for key, a in weights.items() if f"layers.{i}." in key}
+        bound = {} if bounds[i] is None else {"lower_bound": tuple(bounds[i].tolist())}
+        mixer, its = fla_layer(layer, attention, norm_eps=1e-6, **fields, **bound)
+        x += jax.jit(mixer.apply)(its, norm(x, w["attn_norm.weight"]))
+        y = norm(x, w["mlp_norm.weight"])
+        x += (jax.nn.silu(y @ w["mlp.gate_proj.weight"].T) * (y @ w["mlp.up_proj.weight"].T)) @ w[
+            "mlp.down_proj.weight"
+        ].T
+    logits = norm(x, weights["model.norm.weight"]) @ weights["lm_head.weight"].T
+    assert_near(jax.jit(model.apply)(params, tokens), logits, 1e-5)
+    if name == "hgrn2":
+        with pytest.raises(ValueError, match="mixers differ in lower_bound"):
+            save_huggingface(model, params, tmp_path / "again")
+        del weights["model.lower_bounds"]
+        write(tmp_path, config, weights)
+        with pytest.raises(ValueError, match=r"model\.lower_bounds is missing"):
+            load_huggingface(tmp_path)
+    else:
+        save_huggingface(model, params, tmp_path / "again")
+        again = safetensors.load_file(tmp_path / "again" / "model.safetensors")
+        assert set(again) == set(weights)
+        for key, a in weights.items():
+            np.testing.assert_array_equal(again[key], a, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("gla", {"use_gv": True}),
+        ("gla", {"fuse_norm": False}),
+        ("retnet", {"use_output_gate": False}),
+        ("retnet", {"num_kv_heads": 1}),
+        ("retnet", {"feature_map": "relu"}),
+        ("retnet", {"use_short_conv": True}),
+        ("delta_net", {"use_gate": True}),
+        ("delta_net", {"use_beta": False}),
+        ("delta_net", {"qk_norm": "sum"}),
+        ("delta_net", {"qk_activation": "elu"}),
+        ("delta_net", {"allow_neg_eigval": True}),
+        ("gated_deltanet", {"use_gate": False}),
+        ("gated_deltanet", {"conv_bias": True}),
+        ("gated_deltanet", {"expand_v": 0.3}),
+        ("gated_deltanet", {"attn": {"layers": [0], "num_heads": 2}}),
+        ("hgrn2", {"use_short_conv": True}),
+        ("hgrn2", {"num_heads": 3}),
+        ("hgrn2", {"hidden_act": "gelu"}),
+    ],
+)
+def test_what_our_mixers_do_not_do(name, words, saved, tmp_path):
+    source, config = saved(name)
+    edited(tmp_path, source, config | words)
+    ((key, value),) = words.items()
+    with pytest.raises(ValueError) as caught:
+        load_huggingface(tmp_path)
+    assert f"has {key}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        ("mamba", "hidden_size", None),
+        ("mamba", "hidden_size", True),
+        ("mamba", "vocab_size", 11.0),
+        ("mamba", "num_hidden_layers", -1),
+        ("mamba", "model_type", ["mamba"]),
+        ("mamba", "time_step_rank", "automatic"),
+        ("mamba", "time_step_min", "0.001"),
+        ("mamba", "layer_norm_epsilon", None),
+        ("mamba", "tie_word_embeddings", "yes"),
+        ("mamba2", "num_heads", "4"),
+        ("mamba2", "time_step_limit", None),
+        ("mamba2", "time_step_limit", [0.0]),
+        ("mamba2", "time_step_limit", [0.0, "Infinity"]),
+        ("mamba2", "time_step_limit", [0.0, {"__float__": "NaN"}]),
+        ("gla", "expand_k", "half"),
+        ("gla", "clamp_min", []),
+        ("gated_deltanet", "head_dim", 0),
+        ("gated_deltanet", "allow_neg_eigval", 1),
+        ("release", "d_model", None),
+        ("release", "ssm_cfg", []),
+        ("release", "pad_vocab_size_multiple", "8"),
+        ("release, ssm_cfg", "layer", ["Mamba2"]),
+        ("release, ssm_cfg", "dt_limit", [0.0, None]),
+    ],
+)
+def test_a_config_value_of_the_wrong_kind(name, key, value, saved, tmp_path):
+    """One error with the name, the value and what is allowed."""
+    source, config = saved("mamba" if "release" in name else name)
+    if "release" in name:
+        config = {"d_model": 16, "n_layer": 2, "vocab_size": 11, "rms_norm": True, "ssm_cfg": {"layer": "Mamba2"}}
+    inner = config["ssm_cfg"] if "ssm_cfg" in name else config
+    inner[key] = value
+    edited(tmp_path, source, config)
+    with pytest.raises(ValueError, match="; (give|it is read with|choose) ") as caught:
+        load_huggingface(tmp_path)
+    assert f"has {key}={value!r}" in str(caught.value)
+
+
+def test_infinity_in_both_spellings(saved, tmp_path):
+    source, config = saved("mamba2")
+    for infinity in (float("inf"), {"__float__": "Infinity"}):
+        edited(tmp_path, source, config | {"time_step_limit": [0, infinity]})
+        (mixer, *_) = load_huggingface(tmp_path)[0].mixers
+        assert mixer.keywords["dt_limit"] == (0.0, float("inf"))
+
+
+def test_a_release_says_how_its_layers_started(saved, tmp_path):
+    source, _ = saved("mamba")
+    ssm = {"d_state": 4, "dt_rank": 3, "dt_min": 0.01, "dt_max": 0.2, "dt_init": "random", "dt_init_floor": 1e-4}
+    config = {"d_model": 16, "n_layer": 2, "vocab_size": 11, "rms_norm": True, "tie_embeddings": False, "ssm_cfg": ssm}
+    edited(tmp_path, source, config)
+    assert repr(load_huggingface(tmp_path)[0]) == repr(load_huggingface(source)[0])
+
+
+# ---- what goes along with a model ------------------------------------------------------------------------------------
+
+ALONG = {
+    "tokenizer.json": "{}", "tokenizer_config.json": '{"a": 1}', "merges.txt": "a b", "generation_config.json": "{} ",
+}  # fmt: skip
+
+
+def everything(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_the_model_does_not_hold_goes_along(saved, tmp_path):
+    """Special tokens, the tokenizer, generation_config.json; no word of the architecture or of other weights."""
+    source, config = saved("mamba")
+    tokens = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": None}
+    words = {"transformers_version": "5", "time_step_floor": 1e-3, "initializer_range": 0.5, "use_cache": True}
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    edited(theirs, source, config | tokens | words | {"torch_dtype": "bfloat16", "state_size": 4})
+    for name, text in (ALONG | {"notes.md": "x", "optimizer.bin": "x"}).items():
+        (theirs / name).write_text(text)
+
+    other = MODELS["mamba"].clone(mixers=(partial(Mamba, state_size=2),) * 2)
+    params = jax.jit(other.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))
+    ours = tmp_path / "ours"
+    save_huggingface(other, params, ours, like=theirs)
+    written = everything(ours)
+    assert set(written) == {"config.json", "model.safetensors", *ALONG}
+    assert all(written[name].decode() == text for name, text in ALONG.items())
+    said = json.loads(written["config.json"])
+    assert said | tokens | words == said and said["state_size"] == 2 and "torch_dtype" not in said
+    again = tmp_path / "again"
+    save_huggingface(*load_huggingface(ours), again, like=ours)
+    assert everything(again) == written
+    save_huggingface(*load_huggingface(ours), ours, like=ours)
+    assert everything(ours) == written
+
+    save_huggingface(*load_huggingface(saved("gla")[0]), tmp_path / "gla", like=theirs)
+    said = json.loads((tmp_path / "gla" / "config.json").read_text())
+    assert said == saved("gla")[1] | tokens
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        save_huggingface(other, params, ours, like=tmp_path / "none")
+    assert everything(ours) == written
+
+
 def test_what_the_format_has_no_word_for(tmp_path):
     mamba = partial(Mamba, state_size=4)
     for model, error, match in (
         (LanguageModel(11, 16, (mamba,), norm_eps=1e-5), ValueError, "d_model=16"),
         (LanguageModel(11, 16, (mamba,), mlp=None, ngrams=(2,)), ValueError, r"ngrams=\(2,\)"),
         (LanguageModel(11, 16, (mamba, GLA), mlp=None), NotImplementedError, "layers of one of Mamba"),
+        (LanguageModel(11, 16, (mamba, partial(Mamba, expand=3)), mlp=None), ValueError, "expand, state_size; this"),
+        (LanguageModel(11, 16, (partial(GLA, num_heads=2, norm_eps=1e-6),), mlp=None), ValueError, "mlp=None"),
+        (LanguageModel(11, 16, (partial(RetNet, norm_eps=1e-6, rotary_base=9.0),)), ValueError, "rotary_base=9.0"),
         (LanguageModel(11, 16, (partial(GLA, num_heads=2, gate="scalar"),)), ValueError, "gate='scalar'"),
         (LanguageModel(11, 16, (partial(GLA, num_heads=2, norm_eps=1e-6),), mlp=partial(GatedMLP)), None, ""),
     ):
@@ -292,6 +539,44 @@ def test_all_wrong_weights_are_in_one_error(tmp_path):
         assert part in str(caught.value)
 
 
+def test_other_names_kinds_and_values_of_weights(saved, tmp_path):
+    """The same weight twice and integers are in one error; what is not finite shows as it is read."""
+    source, config = saved("mamba")
+    weights = safetensors.load_file(source / "model.safetensors")
+    twice = weights | {"backbone.embedding.weight": weights["backbone.embeddings.weight"]}
+    twice["backbone.layers.0.mixer.D"] = twice["backbone.layers.0.mixer.D"].astype(np.int8)
+    del twice["backbone.norm_f.weight"]
+    write(tmp_path, config, twice)
+    with pytest.raises(ValueError) as caught:
+        load_huggingface(tmp_path)
+    for part in (
+        "backbone.norm_f.weight is missing",
+        "backbone.embeddings.weight is backbone.embedding.weight by another name",
+        "backbone.layers.0.mixer.D is I8 and should be one of F64, F32, F16, BF16",
+    ):
+        assert part in str(caught.value)
+
+    broken = {
+        "backbone.layers.1.mixer.conv1d.weight": np.nan,
+        "backbone.norm_f.weight": np.inf,
+        "lm_head.weight": -np.inf,
+    }
+    write(tmp_path, config, weights | {name: np.full_like(weights[name], value) for name, value in broken.items()})
+    with pytest.raises(ValueError, match=f"not finite: {', '.join(sorted(broken))}[.]$"):
+        load_huggingface(tmp_path)
+
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    shutil.copyfile(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is there twice"):
+        load_huggingface(tmp_path)
+    for words in ({}, {"weight_map": ["a.safetensors"]}, {"weight_map": {"x": "../a.safetensors"}}):
+        index.write_text(json.dumps(words))
+        with pytest.raises(ValueError, match="give an object of names of files beside it"):
+            load_huggingface(tmp_path)
+
+
 @recorded
 def test_generation_with_the_folder_s_own_tokenizer(tmp_path, monkeypatch, capsys):
     """The script prints the prompt and the greedy continuation; a character of several tokens comes out whole."""
@@ -319,9 +604,24 @@ def test_generation_with_the_folder_s_own_tokenizer(tmp_path, monkeypatch, capsy
     tokens = [token for token in drawn[0].tolist() if token != text.stop]
     assert printed == "ab é c" + text.decode(tokens) + "\n"
 
+    says = tmp_path / "generation_config.json"
+    unseen = next(token for token in range(97) if token not in tokens)
+    for stops in ([unseen, tokens[7]], tokens[3]):
+        says.write_text(json.dumps({"eos_token_id": stops}))
+        end = tokens.index(stops if isinstance(stops, int) else stops[1])
+        generation.main()
+        assert capsys.readouterr().out == "ab é c" + text.decode(tokens[:end]) + "\n"
+    for stops, used in (([], (2,)), (None, (2,)), ([4, 5], (4, 5))):
+        says.write_text(json.dumps({"eos_token_id": stops}))
+        assert tokenizer_text(tmp_path).stops == used
+    says.write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match="eos_token_id='</s>'; give a token's number"):
+        tokenizer_text(tmp_path)
+
 
 def test_pieces_are_whole_characters():
     text = byte_text()
     drawn = np.frombuffer("naïve €".encode(), np.uint8).astype(np.int32)
     pieces = list(text.pieces(np.append(drawn, [text.stop, 65])[i : i + 1] for i in range(len(drawn) + 2)))
     assert "".join(pieces) == "naïve €" and "ï" in pieces and "€" in pieces
+    assert "".join(text._replace(stops=(text.stop, ord("v"))).pieces([drawn])) == "naï"

@@ -9,11 +9,16 @@ from ..data import BEGIN, encode
 
 
 class Text(NamedTuple):
-    """How text becomes tokens and tokens text, and the token that ends it."""
+    """How text becomes tokens and tokens text, and the tokens that end it."""
 
     encode: Callable[[str], np.ndarray]
     decode: Callable[[list[int]], str]
-    stop: int | None
+    stops: tuple[int, ...] = ()
+
+    @property
+    def stop(self) -> int | None:
+        """The first of the tokens that end a text, which decoding itself may stop at."""
+        return next(iter(self.stops), None)
 
     def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[str]:
         """The text of tokens that arrive in blocks, up to the end; a character is handed over once it is whole."""
@@ -21,17 +26,17 @@ class Text(NamedTuple):
         shown, text = 0, ""
         for block in blocks:
             produced = block.tolist()
-            ended = self.stop is not None and self.stop in produced
-            tokens += produced[: produced.index(self.stop)] if ended else produced
+            end = next((i for i, token in enumerate(produced) if token in self.stops), len(produced))
+            tokens += produced[:end]
             text = self.decode(tokens)
             whole = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
             yield text[shown:whole]
             shown = max(shown, whole)
-            if ended:
+            if end < len(produced):
                 break
         yield text[shown:]
 
 
 def byte_text() -> Text:
     """The bytes of UTF-8 themselves, as `jaxseq.data` has them; a document ends where another begins."""
-    return Text(encode, lambda tokens: bytes(tokens).decode(errors="replace"), BEGIN)
+    return Text(encode, lambda tokens: bytes(tokens).decode(errors="replace"), (BEGIN,))

@@ -54,10 +54,12 @@ class Mixer(nn.Module):
 
     def head_widths(self, num_heads: int, **expansions: float) -> tuple[int, ...]:
         """Channels a head, where all heads together have this multiple of `d_model`; raise unless they are whole."""
-        self.checked_heads(num_heads=num_heads)
+        if num_heads < 1:
+            self.checked_heads(num_heads=num_heads)
         widths = [expansion * self.d_model / num_heads for expansion in expansions.values()]
         for (name, expansion), width in zip(expansions.items(), widths, strict=True):
             if width < 1 or width != int(width):
+                self.checked_heads(num_heads=num_heads)
                 raise ValueError(f"{name}={expansion} gives {width:g} channels a head; choose a whole number.")
         return tuple(int(width) for width in widths)
 
