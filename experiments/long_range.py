@@ -1,25 +1,29 @@
 """State spaces on sequences of hundreds and thousands of steps, against one another, an LSTM and a transformer.
 
-Claim   How A starts decides what a diagonal state space learns: the mean of S4D-Lin, -Inv and -LegS is 8 points of
-        accuracy above S4D-Real's, and above S4D-Random's, and the best S4D is within one point of S4 or above it.
+Claim   How A starts decides what a diagonal state space learns: on pooled digits the mean of S4D-Lin, -Inv and -LegS
+        is 8 points of accuracy above S4D-Real's and 4 above S4D-Random's, and at most a point below S4's. On all 784
+        pixels S4D-Lin gets 0.98, the mean a point more than Real. On raw speech S4D-Lin gets 0.9, and loses 10 points
+        at most at half the sampling rate with dt doubled, 20 or more without. What is asked is what a run trained.
 Source  S4D (arXiv 2206.11893), tables 3 and 4, on digits read pixel after pixel; the peers in the same run: DSS
         (2203.14343), S5 (2208.04933), LRU (2303.06349), Mamba (2312.00752).
-Expect  On digits pooled to 196 steps about 0.8, 0.8, 0.8, Real 0.6 and Random 0.75 after 500 steps, 2 CPU cores. The
-        gpu preset, 784 steps: 0.98 or more for S4D-Lin.
+Expect  On digits pooled to 196 steps about 0.8, 0.8, 0.8, Real 0.5 to 0.6 and Random 0.7 after 500 steps of one seed,
+        in half an hour on 2 CPU cores; a point is 20 digits of the test there, less than one seed differs from the
+        next. Of the gpu, speech and listops presets nothing is measured yet.
 Run     python -m experiments.long_range --data.path FOLDER [--preset cpu|gpu|speech|listops] [--models s4d-lin,s4,lstm]
         FOLDER holds the four idx files of MNIST; for speech the npz of the spoken digits; listops needs none.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 
 from jaxseq import S4D, Attention, Classifier, Mamba
@@ -28,7 +32,8 @@ from jaxseq.layers import GatedMLP
 from jaxseq.mixers import DSS, LRU, S4, S5
 from jaxseq.tasks import listops
 from jaxseq.tasks.listops import PADDING
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
+from jaxseq.train.optimizer import STATE_SPACE
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Data, model and training, the same for all."""
+    """Data, model and training, the same for all unless `papers` is set."""
 
     seed: int = 0
-    """Seed of weights and of the order of the data."""
+    """The first seed of weights, of the order of the data and of dropout."""
+    seeds: int = 1
+    """Seeds of each model that the claim compares; its peers are trained with the first."""
     models: str = ""
     """Models by name, with commas between them; all where none is given."""
+    papers: bool = False
+    """Whether a model has what its paper sets for the task, where that is another thing than here."""
     width: int = 32
     """Width of the model."""
     depth: int = 2
@@ -88,6 +97,14 @@ class Config:
     """States a channel, or of the layer in S5 and LRU; Mamba has 16."""
     heads: int = 4
     """Heads of the transformer."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norm of the layers."""
+    prenorm: bool = True
+    """Whether a layer begins with its norm, not ends in it."""
+    dropout: float = 0.0
+    """Share of the channels dropped in training."""
+    bidirectional: bool = False
+    """Whether S4, S4D, DSS and S5 look both ways."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(
         steps=500, batch_size=32, learning_rate=5e-3, state_space_learning_rate=1e-3, warmup_steps=50,
@@ -97,14 +114,20 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("width", "depth", "states", "heads"):
+        for name in ("seeds", "width", "depth", "states", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be 0 or more and below 1.")
         if unknown := set(self.names()) - set(MODELS):
             raise ValueError(f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join(MODELS)}.")
 
     def names(self) -> list[str]:
         return [name.strip() for name in self.models.split(",")] if self.models else list(MODELS)
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Models and seeds."""
+        return [(name, self.seed + i) for name in self.names() for i in range(self.seeds if name in COMPARED else 1)]
 
 
 class LSTM(nn.Module):
@@ -119,31 +142,80 @@ class LSTM(nn.Module):
         return nn.RNN(nn.OptimizedLSTMCell(self.d_model, dtype=self.dtype, param_dtype=self.param_dtype))(x)
 
 
-def s4d(start: str, c: Config) -> Callable[..., nn.Module]:
-    return partial(S4D, state_size=c.states, initialisation=start)
+def s4d(start: str, c: Config, **fields) -> Callable[..., nn.Module]:
+    return partial(S4D, state_size=c.states, initialisation=start, bidirectional=c.bidirectional, **fields)
 
 
 STARTS = ("lin", "inv", "legs", "quad", "real", "random")
 MODELS: dict[str, Callable[[Config], Callable[..., nn.Module]]] = {
     **{f"s4d-{name}": partial(s4d, name) for name in STARTS},
-    "s4d-lin-bilinear": lambda c: partial(S4D, state_size=c.states, discretisation="bilinear"),
-    "s4": lambda c: partial(S4, state_size=c.states),
-    "dss": lambda c: partial(DSS, state_size=max(1, c.states // 2)),
-    "s5": lambda c: partial(S5, state_size=c.states, output="full_glu"),
+    "s4d-lin-bilinear": partial(s4d, "lin", discretisation="bilinear"),
+    "s4": lambda c: partial(S4, state_size=c.states, bidirectional=c.bidirectional),
+    "dss": lambda c: partial(DSS, state_size=max(1, c.states // 2), bidirectional=c.bidirectional),
+    "s5": lambda c: partial(S5, state_size=c.states, output="full_glu", bidirectional=c.bidirectional),
     "lru": lambda c: partial(LRU, state_size=c.states, r_min=0.9, r_max=0.999),
-    "mamba": lambda c: Mamba,
+    "mamba": lambda c: partial(Mamba, num_layers=c.depth),
     "lstm": lambda c: LSTM,
     "transformer": lambda c: partial(Attention, num_heads=c.heads),
 }
 GOOD = ("s4d-lin", "s4d-inv", "s4d-legs")
+COMPARED = (*GOOD, "s4d-real", "s4d-random", "s4")
 
+#: The lead that the claim asks of the mean of GOOD, task by task, and of S4D-Lin an accuracy. Of Random the sheet has
+#: no more than scores 4 points apart on pooled digits, of ListOps no ablation.
+LEADS = {
+    "mnist": {"s4d-real": 0.08, "s4d-random": 0.04, "s4": -0.01},
+    "pixels": {"s4d-real": 0.01, "s4d-random": 0.0, "s4": -0.01},
+    "spoken_digits": {"s4d-real": 0.0, "s4d-random": 0.0, "s4": -0.01},
+    "listops": {"s4": -0.01},
+}
+LEAST = {"pixels": 0.98, "spoken_digits": 0.9}
+
+
+class Own(NamedTuple):
+    """What a model has otherwise than the config says: fields of its mixer, of the classifier, of the training."""
+
+    mixer: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+#: No sheet trains these on the tasks; at the rates of S4 they would be poor baselines.
+PEERS = dict.fromkeys(("mamba", "lstm", "transformer"), Own({}, dict(prenorm=True), dict(learning_rate=1e-3)))
+#: S5 and LRU of the long range arena, whose images stand for digits, and S5 of speech commands.
+PAPERS = {
+    "mnist": PEERS | {
+        "s5": Own(
+            dict(state_size=384, num_blocks=3), dict(prenorm=True), dict(learning_rate=4.5e-3, weight_decay=0.07)
+        ),
+        "lru": Own(
+            dict(state_size=384), dict(prenorm=True), dict(state_space_learning_rate=2.5e-3, weight_decay=0.05)
+        ),
+    },
+    "spoken_digits": PEERS | {
+        "s5": Own(
+            dict(state_size=128, num_blocks=16, bidirectional=True), dict(dropout=0.1),
+            dict(learning_rate=8e-3, state_space_learning_rate=2e-3, weight_decay=0.04),
+        ),
+    },
+    "listops": PEERS | {
+        "s5": Own(dict(state_size=16, num_blocks=8), dict(prenorm=True), dict(learning_rate=3e-3, weight_decay=0.04)),
+        "lru": Own(
+            dict(state_size=256, r_min=0.0, r_max=0.99), dict(prenorm=True), dict(state_space_learning_rate=5e-3)
+        ),
+    },
+}  # fmt: skip
+#: On ListOps S4's authors let the step sizes learn at the full rate.
+SLOW = {"listops": r"^(?!.*/log_dt$).*" + STATE_SPACE}
+
+#: The settings of S4D's authors, but for batch norm, which is a layer norm here, and the gate, which their ablation
+#: leaves out: "gpu" is its row of images read pixel after pixel, "speech" of speech commands, "listops" the arena's.
 PRESETS = {
     "cpu": Config(),
     "gpu": Config(
-        models="s4d-lin,s4d-inv,s4d-legs,s4d-real,s4d-random,s4,dss,s5,lru,mamba,transformer",
-        width=128,
-        depth=4,
-        states=64,
+        models="s4d-lin,s4d-inv,s4d-legs,s4d-real,s4d-random,s4,dss,s5,lru,mamba,lstm,transformer",
+        seeds=3, papers=True, width=128, depth=4, states=64,
+        norm="layer", prenorm=False, dropout=0.1, bidirectional=True,
         data=DataConfig(pool=1, examples=60_000, test_examples=10_000),
         train=TrainConfig(
             steps=24_000, batch_size=50, learning_rate=1e-2, state_space_learning_rate=1e-3, warmup_steps=900,
@@ -152,19 +224,15 @@ PRESETS = {
     ),
     "speech": Config(
         models="s4d-lin,s4d-inv,s4d-legs,s4d-real,s4d-random,s4,dss,s5,lru,mamba",
-        width=64,
-        depth=4,
-        states=64,
+        papers=True, width=128, depth=4, states=64, norm="layer",
         data=DataConfig(task="spoken_digits"),
         train=TrainConfig(
             steps=4_000, batch_size=32, learning_rate=4e-3, state_space_learning_rate=1e-3, warmup_steps=200,
-            final_learning_rate_ratio=0.0, weight_decay=0.05,
+            final_learning_rate_ratio=0.0, weight_decay=0.0,
         ),
     ),
     "listops": Config(
-        width=128,
-        depth=6,
-        states=64,
+        papers=True, width=128, depth=8, states=64, norm="layer", prenorm=False, bidirectional=True,
         data=DataConfig(task="listops", length=2000, examples=98_000),
         train=TrainConfig(
             steps=80_000, batch_size=50, learning_rate=1e-2, state_space_learning_rate=1e-3, warmup_steps=1000,
@@ -179,12 +247,22 @@ PRESETS = {
 }  # fmt: skip
 
 
+def own(config: Config, name: str) -> Own:
+    return PAPERS[config.data.task].get(name, Own()) if config.papers else Own()
+
+
 def build(config: Config, name: str, **fields) -> Classifier:
     """The model of a name; `fields` go to its mixers."""
-    slot = partial(MODELS[name](config), **fields)
+    slot = partial(MODELS[name](config), **own(config, name).mixer, **fields)
     tokens = PADDING + 1 if config.data.task == "listops" else None
     mlp = GatedMLP if name == "transformer" else None
-    return Classifier(10, config.width, (slot,) * config.depth, mlp, vocab_size=tokens)
+    options = {key: getattr(config, key) for key in ("norm", "prenorm", "dropout")} | own(config, name).model
+    return Classifier(10, config.width, (slot,) * config.depth, mlp, vocab_size=tokens, **options)
+
+
+def optimizer(config: Config, name: str) -> optax.GradientTransformation:
+    slow = SLOW.get(config.data.task, STATE_SPACE) if config.papers else STATE_SPACE
+    return make_optimizer(replace(config.train, **own(config, name).train), state_space=slow)
 
 
 def accuracy(model: Classifier, params, test: Labelled, size: int = 100) -> dict[str, float]:
@@ -196,7 +274,9 @@ def accuracy(model: Classifier, params, test: Labelled, size: int = 100) -> dict
 
 
 def classify(model: Classifier, params, batch, key):
-    return cross_entropy(model.apply(params, batch["inputs"], batch["lengths"]), batch["labels"])
+    """Its loss: with dropout in training, where there is a key."""
+    rngs = None if key is None else {"dropout": key}
+    return cross_entropy(model.apply(params, batch["inputs"], batch["lengths"], rngs=rngs), batch["labels"])
 
 
 def measure(run: Run[Config]) -> None:
@@ -204,51 +284,64 @@ def measure(run: Run[Config]) -> None:
     train, test = config.data.read()
     slower = config.data.read(keep_every=2)[1] if config.data.task == "spoken_digits" else None
     majority = float(np.mean(test.labels == np.bincount(train.labels).argmax()))
-    found, half_rate, params = {}, {}, {}
-    for name in config.names():
-        model = build(config, name)
+    found: dict[str, list[float]] = {}
+    half_rate: dict[str, list[float]] = {}
+    params = {}
+    for name, seed in config.runs():
+        model, part = build(config, name), f"{name}-{seed}"
         init = lambda key, m=model: m.init(key, jnp.asarray(train.inputs[:1]), jnp.asarray(train.lengths[:1]))
-        batches = train.batches(config.train.batch_size, config.seed)
-        params[name] = run.fit(partial(classify, model), init, batches, part=name).params
-        metrics = accuracy(model, params[name], test)
+        batches = train.batches(config.train.batch_size, seed)
+        # In the folder of this run, where a part that is finished is found and not trained again.
+        seeded = Run(replace(config, seed=seed), run.experiment, run.folder)
+        fitted = seeded.fit(partial(classify, model), init, batches, optimizer=optimizer(config, name), part=part)
+        params[part] = fitted.params
+        metrics = accuracy(model, params[part], test)
+        found.setdefault(name, []).append(metrics["accuracy"])
         if slower is not None and name.startswith(("s4", "dss", "s5")):
-            half_rate[name] = {
-                f"dt × {rate:g}": accuracy(build(config, name, rate=rate), params[name], slower)["accuracy"]
-                for rate in (1.0, 2.0)
-            }
-        found[name] = metrics["accuracy"]
-        print(f"{name:<18}{found[name]:.4f}  {half_rate.get(name, '')}", flush=True)
-        run.record(config.train.steps, f"test/{name}", metrics)
+            for rate in (1.0, 2.0):
+                scaled = accuracy(build(config, name, rate=rate), params[part], slower)
+                half_rate.setdefault(f"{name}, dt × {rate:g}", []).append(scaled["accuracy"])
+        print(f"{part:<20}{metrics['accuracy']:.4f}", flush=True)
+        run.record(config.train.steps, f"test/{part}", metrics)
     run.plot()
     plot(found, majority, run.folder / "plots" / "accuracy.png")
-    report(run, found, half_rate, majority, digest(params))
-
-
-def report(run: Run[Config], found: dict[str, float], half_rate: dict, majority: float, parameters_digest: str) -> None:
-    """The claim, as far as the models that it speaks of were trained."""
-    margins: dict[str, float] = {}
-    if set(GOOD) <= set(found):
-        mean = sum(found[name] for name in GOOD) / len(GOOD)
-        leads = {"s4d-real": 0.08, "s4d-random": 0.0}
-        margins |= {f"over {n}": mean - found[n] - lead for n, lead in leads.items() if n in found}
-        if "s4" in found:
-            margins["best S4D over S4"] = max(v for n, v in found.items() if n.startswith("s4d")) - found["s4"] + 0.01
+    means = lambda scores: {name: float(np.mean(values)) for name, values in scores.items()}
+    margins = asked(config, means(found), means(half_rate))
     run.finish(
-        claim="S4D-Lin, -Inv and -LegS are 8 points above Real, and above Random, and S4D within a point of S4",
-        measured=found,
-        baseline={"majority": majority} | {name: found[name] for name in ("lstm", "transformer") if name in found},
-        threshold={name: 0.0 for name in margins},
-        holds=bool(margins) and min(margins.values()) >= 0,
-        parameters_digest=parameters_digest,
-        margins=margins,
-        half_rate=half_rate,
+        claim=f"S4D-Lin, -Inv and -LegS by the thresholds: {', '.join(margins) or 'nothing to compare'}",
+        measured=means(found),
+        baseline={"majority": majority} | {n: v for n, v in means(found).items() if n in ("lstm", "transformer")},
+        threshold={name: least for name, (_, least) in margins.items()},
+        holds=bool(margins) and all(value >= least for value, least in margins.values()),
+        parameters_digest=digest(params),
+        margins={name: value for name, (value, _) in margins.items()},
+        seeds=found,
+        half_rate=means(half_rate),
     )
 
 
-def plot(found: dict[str, float], majority: float, path: Path) -> None:
+def asked(config: Config, mean: dict[str, float], half_rate: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Value and least value of all that the claim asks of the models that were trained, means over seeds."""
+    task = "pixels" if config.data.task == "mnist" and config.data.pool == 1 else config.data.task
+    pairs: dict[str, tuple[float, float]] = {}
+    if set(GOOD) <= set(mean):
+        good = sum(mean[name] for name in GOOD) / len(GOOD)
+        pairs |= {f"over {name}": (good - mean[name], lead) for name, lead in LEADS[task].items() if name in mean}
+    if task in LEAST and "s4d-lin" in mean:
+        pairs["s4d-lin"] = (mean["s4d-lin"], LEAST[task])
+    if half_rate.keys() >= {"s4d-lin, dt × 1", "s4d-lin, dt × 2"}:
+        same, doubled = (mean["s4d-lin"] - half_rate[f"s4d-lin, dt × {rate}"] for rate in (1, 2))
+        pairs |= {"lost with dt × 1": (same, 0.2), "kept with dt × 2": (-doubled, -0.1)}
+    return {name: (round(value, 6), least) for name, (value, least) in pairs.items()}
+
+
+def plot(found: dict[str, list[float]], majority: float, path: Path) -> None:
+    """Means as bars, seeds as points."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.barh(list(found)[::-1], list(found.values())[::-1])
+    for place, (name, values) in enumerate(reversed(found.items())):
+        axes.barh(name, np.mean(values), color="C0")
+        axes.plot(values, [place] * len(values), "k.", markersize=4)
     axes.axvline(majority, color="black", linestyle=":", label="majority class")
     axes.set_xlabel("test accuracy")
     axes.legend()

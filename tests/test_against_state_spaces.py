@@ -150,6 +150,20 @@ def test_the_index_lists_what_is_run():
     assert {case["name"] for case in index if case["name"].startswith("s4d_")} == set(groups("s4_kernels", "s4d_"))
 
 
+def test_a_band_limit_silences_what_turns_too_fast():
+    """As C set to zero by hand; the rate counts."""
+    bare, limited = (S4D(3, 8, dt_min=0.1, dt_max=1.0, rate=1.5, bandlimit=b) for b in (None, 0.8))
+    params = jax.jit(bare.init)(jax.random.key(0), jnp.zeros((1, 1, 3)))["params"]
+    turns = 1.5 * np.exp(params["log_dt"]) * np.abs(params["A_imag"])  # a step, in radians
+    fast = turns >= 0.8 * np.pi
+    assert fast.any() and not fast.all()
+    silent = params | {"C": jnp.where(fast[..., None], 0, params["C"])}
+    kernel = lambda module, params: ops.diagonal_kernel(*inner(module)(params, "_discrete"), 20)
+    assert_near(kernel(limited, params), kernel(bare, silent), 1e-6)
+    with pytest.raises(ValueError, match="bandlimit=0.0; S4D takes a number above 0"):
+        S4D(3, bandlimit=0.0).init_state(1)
+
+
 # ---- S4 ------------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +324,15 @@ def test_a_growing_softmax_is_finite():
     z, B, w = inner(module)(params, "_discrete")
     growing, falling = np.asarray(ops.diagonal_kernel(z, B, w / 2, 300)).T
     assert np.isfinite(growing).all() and np.abs(growing).argmax() > 290 and np.abs(falling).argmax() < 10
+
+
+def test_both_steps_of_dss_start_alike():
+    """One draw a channel, for the real and the imaginary part of Λ."""
+    of = lambda separate: DSS(5, 2, separate_dt=separate).init(jax.random.key(0), jnp.zeros((1, 1, 5)))["params"]
+    log_dt = of(True)["log_dt"]
+    assert log_dt.shape == (5, 2) and of(False)["log_dt"].shape == (5, 1)
+    np.testing.assert_array_equal(log_dt[:, 0], log_dt[:, 1])
+    assert len(np.unique(log_dt)) == 5
 
 
 # ---- S5 and the LRU ------------------------------------------------------------------------------------------------

@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 from families import assert_close, cast
 
-from jaxseq.mixers import GSA, KDA, MLSTM, RGLRU, RWKV6, RWKV7, Comba, DeltaNet, GatedDeltaNet, MinGRU, MinLSTM
+from jaxseq.mixers import (
+    GSA,
+    H3,
+    KDA,
+    MLSTM,
+    RGLRU,
+    RWKV6,
+    RWKV7,
+    Comba,
+    DeltaNet,
+    GatedDeltaNet,
+    Mamba,
+    MinGRU,
+    MinLSTM,
+)
 
 LENGTH, WIDTH = 15, 6
 
@@ -94,7 +108,31 @@ def matrix_lstm(p, x, starts, heads=2, eps=1e-5):
     return linear(p["out_proj"], (h * p["norm"]["scale"] + p["skip"] * c) * silu(z))
 
 
+def hungry_hippo(p, x, starts, width=2):
+    """Both state spaces as recurrences: one shifts its state by a place, one is diagonal; two products gate them."""
+    q, k, v = (linear(p[f"{name}_proj"], x) for name in "qkv")
+    s, of_pairs = p["ssm"], lambda pair: pair[..., 0] + 1j * pair[..., 1]
+    A = -np.exp(s["A_real"]) - 1j * s["A_imag"]
+    decay = np.exp(np.exp(s["log_dt"]) * A)
+    B, C = (decay - 1) / A * of_pairs(s["B"]), of_pairs(s["C"])
+    y = np.zeros_like(x)
+    for t in range(len(x)):
+        if starts[t] == t:
+            places = np.zeros((4, x.shape[1]))
+            states = np.zeros((x.shape[1] // width, width, width, A.shape[1]), complex)
+        places = np.concatenate([k[t : t + 1], places[:-1]])
+        shifted = np.sum(p["shift"]["kernel"][::-1] * places, axis=0) + p["shift"]["bias"]
+        for h, state in enumerate(states):
+            own = slice(h * width, (h + 1) * width)
+            product = np.outer(shifted[own], v[t, own])
+            states[h] = decay[h] * state + B[h] * product[..., None]
+            kept = 2 * (states[h] @ C[h]).real + s["D"][h] * product
+            y[t, own] = q[t, own] @ kept
+    return linear(p["out_proj"], y)
+
+
 LOOPS = {
+    "H3": (partial(H3, head_width=2, state_size=6, shift_size=4), hungry_hippo),
     "RGLRU": (partial(RGLRU, num_heads=2), griffin),
     "MinGRU": (partial(MinGRU, expand=2), minimal_gru),
     "MinLSTM": (MinLSTM, minimal_lstm),
@@ -150,3 +188,13 @@ def test_the_starts_of_rwkv():
         (seven["v_proj"]["kernel"], 0.5 / 8),
     ):
         assert 0.9 * bound < array.max() <= bound and -bound <= array.min() < -0.9 * bound
+
+
+def test_the_start_of_mamba():
+    """With the layers of the model W_out starts as the authors' linear maps do, divided by the root of their number."""
+    out = lambda module: jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]["out_proj"]["kernel"]
+    bound = (128 * 4) ** -0.5
+    assert 0.9 * bound < np.abs(out(Mamba(64, num_layers=4))).max() <= bound
+    assert np.abs(out(Mamba(64))).max() > bound
+    with pytest.raises(ValueError, match="num_layers=0; Mamba takes 1 or more"):
+        jax.eval_shape(Mamba(64, num_layers=0).init, jax.random.key(0), jnp.zeros((1, 1, 64)))

@@ -1,7 +1,9 @@
 """Models are stacks of the mixers' contract: decoding equals the whole, nothing is shared that should not be."""
 
 from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,11 @@ from families import assert_close
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
 from jaxseq.layers import NgramEmbedding
+from jaxseq.mixers import DSS, H3, LRU, S4, S5, Mamba2
 from jaxseq.models import ModelConfig
+from jaxseq.models.block import Stack
+from jaxseq.train import TrainConfig, make_optimizer
+from jaxseq.train.paths import named_leaves
 
 VOCAB, WIDTH = 11, 8
 gla = partial(GLA, num_heads=2)
@@ -142,6 +148,81 @@ def test_a_classifier_reads_only_its_lengths(pool, features):
     assert_close(logits[1:], apply(params, x[1:]), "mixer")
 
 
+class Ones(nn.Module):
+    """A branch of ones."""
+
+    d_model: int
+    dtype: Any = None
+    param_dtype: Any = None
+
+    def __call__(self, x, segment_ids=None):
+        return jnp.ones_like(x)
+
+
+def test_dropout_takes_channels_in_training_alone():
+    """Sums of two layers' masks: the same at all times, others in each layer, sequence and step."""
+    stack = Stack(64, (Ones,) * 2, mlp=None, dropout=0.5)
+    x = jnp.zeros((2, 5, 64))
+    params = jax.jit(stack.init)(jax.random.key(0), x)
+    apply = jax.jit(lambda rngs: stack.apply(params, x, rngs=rngs)[0])
+    layers = lambda y: np.asarray(y / y.max(-1, keepdims=True)).round(3)  # share of the two that a channel is left in
+    first, second = (layers(apply({"dropout": jax.random.key(i)})) for i in (1, 2))
+    np.testing.assert_array_equal(first, np.broadcast_to(first[:, :1], first.shape))
+    np.testing.assert_allclose(np.unique(first), [0, 0.5, 1])
+    assert (first[0] != first[1]).any() and (first != second).any()
+    np.testing.assert_array_equal(layers(apply({})), np.ones(x.shape))
+
+
+def test_dropout_has_one_mask_in_both_passes():
+    """Rematerialisation draws it again, the same."""
+    model = Classifier(5, WIDTH, (partial(S4D, state_size=4),) * 2, vocab_size=VOCAB, dropout=0.5)
+    params, rngs = initialised(model, tokens), {"dropout": jax.random.key(1)}
+    loss = lambda p, remat: jnp.sum(jnp.sin(model.clone(remat=remat).apply(p, tokens, rngs=rngs)))
+    with_remat, without = jax.jit(lambda p: [jax.value_and_grad(loss)(p, remat) for remat in (True, False)])(params)
+    assert_close(with_remat, without, "mixer")
+
+
+def test_a_norm_of_the_layers_after_the_branch():
+    stack = Stack(WIDTH, (partial(S4D, state_size=4),), mlp=None, norm="layer", prenorm=False)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, WIDTH)), jnp.float32)
+    params = initialised(stack, x)
+    assert set(params["params"]) == {"layers"}
+    block = jax.tree.map(lambda leaf: leaf[0], params["params"]["layers"]["block_0"])
+    total = x + S4D(WIDTH, state_size=4).apply({"params": block["mixer"]}, x)
+    normed = (total - total.mean(-1, keepdims=True)) / np.sqrt(total.var(-1, keepdims=True) + 1e-6)
+    scale, bias = (block["mixer_norm"][name][None, None] for name in ("scale", "bias"))
+    assert_close(jax.jit(stack.apply)(params, x)[0], scale * normed + bias, "mixer")
+
+
+STEPS = ("log_dt", "A_real", "A_imag")
+#: What learns slowly and what decays, beside the kernels.
+GROUPS = {
+    "S4": (S4(WIDTH, 4), {*STEPS, "P", "B"}, {"C", "D"}),
+    "S4D": (S4D(WIDTH, 4, bidirectional=True), {*STEPS, "B"}, {"C", "C_backward", "D"}),
+    "DSS": (DSS(WIDTH, 4), set(STEPS), {"C", "D"}),
+    "S5": (S5(WIDTH, 4), {"Lambda_re", "Lambda_im", "log_step", "B"}, {"C", "D"}),
+    "LRU": (LRU(WIDTH, 4), {"nu_log", "theta_log", "gamma_log", "B"}, {"C", "D"}),
+    "H3": (H3(WIDTH, state_size=4), {f"ssm/{name}" for name in (*STEPS, "B")}, {"ssm/C", "ssm/D"}),
+    "Mamba": (Mamba(WIDTH, 4), set(), {"dt_kernel"}),
+    "Mamba2": (Mamba2(WIDTH, 4, num_heads=2), set(), set()),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_of_a_state_space(name):
+    """Without a gradient only decay moves a parameter; with an equal one, what learns slowly moves less."""
+    module, slow, decayed = GROUPS[name]
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, WIDTH)))["params"]
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+    optimizer = make_optimizer(TrainConfig(warmup_steps=0, learning_rate=1e-2, state_space_learning_rate=1e-3))
+    with jax.numpy_dtype_promotion("standard"):
+        step = jax.jit(lambda grads: named_leaves(optimizer.update(grads, optimizer.init(ones), ones)[0]))
+        still, moved = step(jax.tree.map(jnp.zeros_like, ones)), step(ones)
+    kernels = {path for path in still if path.endswith("/kernel")}
+    assert {path for path, x in still.items() if np.any(x)} == decayed | kernels
+    assert {path for path, x in moved.items() if np.all(x > -5e-3)} == slow
+
+
 def test_a_token_beyond_the_vocabulary_is_named():
     model = MODELS["n-grams"]
     params = initialised(model, tokens)
@@ -166,5 +247,9 @@ def test_wrong_models_are_named():
         shape(LanguageModel(VOCAB, WIDTH, (partial(GLA, num_heads=3),)), tokens)
     with pytest.raises(ValueError, match="pool='max'"):
         shape(Classifier(5, WIDTH, vocab_size=VOCAB, pool="max"), tokens)
+    with pytest.raises(ValueError, match="norm='batch'; choose one of rms, layer"):
+        shape(Classifier(5, WIDTH, vocab_size=VOCAB, norm="batch"), tokens)
+    with pytest.raises(ValueError, match="dropout=1.0; a share of the channels"):
+        shape(Classifier(5, WIDTH, vocab_size=VOCAB, dropout=1.0), tokens)
     with pytest.raises(ValueError, match="vocab_size=None; tokens take one"):
         shape(Classifier(5, WIDTH), tokens)

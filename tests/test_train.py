@@ -172,7 +172,7 @@ def test_a_model_with_muon_and_ngrams_trains_on_the_cube():
         for group, pattern in (("decayed", DECAYED), ("state space", STATE_SPACE), ("hidden", HIDDEN))
     }
     assert groups["decayed"] == {"kernel", "dt_kernel", "embedding"} and groups["hidden"] == {"kernel"}
-    assert groups["state space"] >= {"A_log", "dt_bias"}
+    assert not groups["state space"]
 
 
 def test_sharded_compilation_gathers_nothing_whole(capfd):
@@ -258,9 +258,11 @@ def test_muon_moves_matrices_along_orthogonal_directions():
 
 
 def test_state_space_names_are_whole_names():
-    tree = {"layer": dict.fromkeys(("A_log", "B", "log_dt", "dt_bias", "b", "kernel_B", "BB", "bias"), 0)}
+    tree = {"layer": dict.fromkeys(("A_real", "B", "log_dt", "Lambda_re", "b", "kernel_B", "BB", "bias", "A_log"), 0)}
     found = named_leaves(matching(STATE_SPACE)(tree))
-    assert {path for path, yes in found.items() if yes} == {f"layer/{n}" for n in ("A_log", "B", "log_dt", "dt_bias")}
+    assert {path for path, yes in found.items() if yes} == {
+        f"layer/{n}" for n in ("A_real", "B", "log_dt", "Lambda_re")
+    }
 
 
 def test_learning_rate_rises_then_falls_to_its_final_ratio():

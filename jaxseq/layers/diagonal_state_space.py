@@ -45,6 +45,7 @@ class DiagonalStateSpace(StateSpace):
     num_copies: int | None = None
     untied_dt: bool = False
     rate: float = 1.0
+    bandlimit: float | None = None
     bidirectional: bool = False
     output: str = "identity"
     impl: str | None = None
@@ -86,7 +87,10 @@ class DiagonalStateSpace(StateSpace):
         B = as_complex(param("B", pairs(B0), S, M, 2))
         A = jax.lax.complex(-POSITIVE[self.real_map][0](A_real), -POSITIVE[self.imag_map][0](A_imag))
         A, B = (jnp.tile(a, (H // S, 1)) for a in (A, B))
-        return *DISCRETISATIONS[self.discretisation](A, B, dt.astype(A.dtype)), *readouts(self, param, H, M)
+        C = readouts(self, param, H, M)
+        if self.bandlimit is not None:
+            C = [jnp.where(dt * jnp.abs(A.imag) < jnp.pi * self.bandlimit, c, 0) for c in C]
+        return *DISCRETISATIONS[self.discretisation](A, B, dt.astype(A.dtype)), *C
 
     @nn.nowrap
     def _names(self) -> tuple[str, ...]:
@@ -101,6 +105,8 @@ class DiagonalStateSpace(StateSpace):
             if name not in S4D_INITIALISATIONS:
                 known = ", ".join(S4D_INITIALISATIONS)
                 raise ValueError(f"initialisation={name!r} is unknown to {type(self).__name__}; choose one of {known}.")
+        if self.bandlimit is not None and not self.bandlimit > 0:
+            raise ValueError(f"bandlimit={self.bandlimit}; {type(self).__name__} takes a number above 0, or None.")
         check_pairs(self)
         check_steps(self)
         check_choice(self, GATED_OUTPUTS, "output")

@@ -45,11 +45,18 @@ def as_complex(pair: Array) -> Array:
     return jax.lax.complex(pair[..., 0], pair[..., 1])
 
 
-def step_size(module: Mixer, param: Callable, *shape: int, kind: str = "exp") -> Array:
-    """dt: the parameter log_dt, log-uniform between the module's `dt_min` and `dt_max`, times its `rate`."""
+def step_size(module: Mixer, param: Callable, *shape: int, kind: str = "exp", copies: int = 1) -> Array:
+    """dt: the parameter log_dt, log-uniform between the module's `dt_min` and `dt_max`, times its `rate`.
+
+    The last axis is `copies` times that of `shape`: parameters of their own that start alike.
+    """
     drawn = log_uniform(module.dt_min, module.dt_max)
-    start = drawn if kind == "exp" else lambda *args: inverse_softplus(jnp.exp(drawn(*args)))
-    return module.rate * POSITIVE[kind][0](param("log_dt", start, *shape))
+
+    def start(key, _, dtype):
+        log_dt = jnp.tile(drawn(key, shape, dtype), copies)
+        return log_dt if kind == "exp" else inverse_softplus(jnp.exp(log_dt))
+
+    return module.rate * POSITIVE[kind][0](param("log_dt", start, *shape[:-1], copies * shape[-1]))
 
 
 def readouts(module: Mixer, param: Callable, *shape: int, variance: float = 1.0) -> list[Array]:

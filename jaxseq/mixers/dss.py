@@ -34,8 +34,9 @@ class DSS(StateSpace):
     `version` "softmax" normalises over the first `length` lags, those of the training sequences, and leaves the sign of
     Re Λ free; "exp" has Re Λ = −exp(A_real), "exp_no_scale" also drops the factor, "clip" keeps Re Λ at 1e-4 or below.
     `state_size` N complex states are kept. Λ starts as the upper half of the spectrum of HiPPO-LegS of size 2 N. dt is
-    one number a channel unless `separate_dt`. `rate`, `bidirectional` and `output` are as in S4D, `impl` is a form of
-    `ops.diagonal_state_space`. Where Re Λ is positive the forms hold while Re z · length stays under 80.
+    one number a channel, or with `separate_dt` two that start alike. `rate`, `bidirectional` and `output` are as in
+    S4D, `impl` is a form of `ops.diagonal_state_space`. Where Re Λ is positive the forms hold while Re z · length stays
+    under 80.
     """
 
     d_model: int
@@ -82,7 +83,7 @@ class DSS(StateSpace):
         A_real = param("A_real", of(jnp.log(-start.real) if exp else start.real), self.state_size)
         A_imag = param("A_imag", of(start.imag), self.state_size)
         real = -jnp.exp(A_real) if exp else jnp.minimum(A_real, 1e-4) if self.version == "clip" else A_real
-        dt = step_size(self, param, self.d_model, 2 if self.separate_dt else 1)
+        dt = step_size(self, param, self.d_model, 1, copies=2 if self.separate_dt else 1)
         z = jax.lax.complex(dt[:, :1] * real[None], dt[:, -1:] * A_imag[None])
         Lambda = jax.lax.complex(real, A_imag)[None]
         if self.version == "exp_no_scale":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.initialisers import step_size_bias
+from ..layers.initialisers import step_size_bias, symmetric_uniform
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
@@ -27,7 +27,8 @@ class Mamba(Mixer):
         h_t = exp(dt_t A) ⊙ h_{t-1} + (dt_t x_t) B_tᵀ        y_t = ((h_t C_t + D ⊙ x_t) ⊙ silu(z_t)) W_out
 
     A = −exp(A_log) starts at −1 … −N, dt log-uniform in [dt_min, dt_max]. B enters by Euler's rule, as in the
-    authors' code. Inner width is `expand` · d_model; `dt_rank` is ⌈d_model/16⌉ when None.
+    authors' code. Inner width is `expand` · d_model; `dt_rank` is ⌈d_model/16⌉ when None. W_out starts as the authors'
+    does, uniform in ±1/√(inner width · num_layers), where the layers of the model are given.
     """
 
     d_model: int
@@ -39,6 +40,7 @@ class Mamba(Mixer):
     dt_min: float = 1e-3
     dt_max: float = 0.1
     use_bias: bool = False
+    num_layers: int | None = None
     chunk_size: int = 64
     impl: str | None = None
     dtype: Any = None
@@ -71,7 +73,8 @@ class Mamba(Mixer):
             u, dt, A, B, C, D, initial_state=state.ssm, segment_ids=segment_ids,
             chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
-        y = projection(self.d_model, "out_proj", self, self.use_bias)(y * nn.silu(z))
+        start = None if self.num_layers is None else symmetric_uniform((width * self.num_layers) ** -0.5)
+        y = projection(self.d_model, "out_proj", self, self.use_bias, start)(y * nn.silu(z))
         return y, MambaState(ssm.astype(state.ssm.dtype), conv)
 
     @nn.nowrap
@@ -79,6 +82,8 @@ class Mamba(Mixer):
         for name in ("state_size", "expand", "conv_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; Mamba takes 1 or more.")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ValueError(f"num_layers={self.num_layers}; Mamba takes 1 or more, or None.")
         width = self.expand * self.d_model
         ssm = jnp.zeros((batch_size, width, self.state_size), accumulator(dtype))
         return MambaState(ssm, jnp.zeros((batch_size, self.conv_window - 1, width), dtype))

@@ -1,4 +1,4 @@
-"""Pre-norm residual blocks, and the stack of them that every model is built on."""
+"""Residual blocks, and the stack of them that every model is built on."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,40 +12,55 @@ from ..layers.gated_mlp import GatedMLP
 from ..layers.mixer import Mixer
 from ..shapes import Array, Float, Int, typed
 
+#: Norms by name: divided by the root mean square of the channels, or shifted to mean 0 first.
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
 #: A slot: a callable that takes `d_model` and returns a module. Not a module, because one linen instance placed
 #: twice silently shares its parameters.
 Slot = Callable[..., nn.Module] | None
 
 
 class Block(nn.Module):
-    """x ← x + mixer(norm(x)), then x ← x + mlp(norm(x)). Either slot may be None.
+    """x ← x + dropout(mixer(norm(x))), then x ← x + dropout(mlp(norm(x))). Either slot may be None.
 
-    A mixer that is no `Mixer`, as it looks at the whole sequence, is called, and has no state.
+    Without `prenorm` x ← norm(x + dropout(mixer(x))). Where there is an rng "dropout", channels are dropped for all of
+    the time at once: a mask a token generalises worse (S4's authors). A mixer that is no `Mixer`, as it looks at the
+    whole sequence, is called, and has no state.
     """
 
     d_model: int
     mixer: Slot
     mlp: Slot
+    norm: str
     norm_eps: float
+    prenorm: bool
+    dropout: float
     dtype: Any
     param_dtype: Any
 
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        norm = partial(nn.RMSNorm, self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
-        # The residual stream keeps its own dtype: sums over depth are the last place for bfloat16.
+        normed = lambda x, part: NORMS[self.norm](self.norm_eps, name=f"{part}_norm", **self._dtypes())(x)
+        before = lambda x, part: normed(x, part) if self.prenorm else x
+        dropout = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not self.has_rng("dropout"))
+
+        def added(x, y, part):
+            # The residual stream keeps its own dtype: sums over depth are the last place for bfloat16.
+            total = x + dropout(y).astype(x.dtype)
+            return total if self.prenorm else normed(total, part).astype(x.dtype)
+
         if self.mixer is not None:
             mixer = self.mixer(d_model=self.d_model, name="mixer", **self._dtypes())
-            y = norm(name="mixer_norm")(x)
+            y = before(x, "mixer")
             if isinstance(mixer, Mixer):
                 y, state = mixer.prefill(y, mixer.start(y, max_length=0) if state is None else state, segment_ids)
             else:
                 y = mixer(y, segment_ids)
-            x = x + y.astype(x.dtype)
+            x = added(x, y, "mixer")
         if self.mlp is not None:
             mlp = self.mlp(d_model=self.d_model, name="mlp", **self._dtypes())
-            x = x + mlp(norm(name="mlp_norm")(x)).astype(x.dtype)
+            x = added(x, mlp(before(x, "mlp")), "mlp")
         return x, state
 
     @nn.nowrap
@@ -71,6 +86,9 @@ class Pattern(nn.Module):
 class Stack(nn.Module):
     """Blocks for a tuple of mixer slots, then a norm: `B T D → B T D`, with the states of all mixers.
 
+    `norm` is "rms" or "layer"; without `prenorm` it ends each branch instead, and none follows the last. `dropout` is
+    the share of channels that a branch loses where there is an rng "dropout".
+
     With `states` None the sequence starts and ends in the call: caches have no room for tokens after it, and the states
     returned are None.
 
@@ -82,7 +100,10 @@ class Stack(nn.Module):
     d_model: int
     mixers: tuple[Slot, ...]
     mlp: Slot = GatedMLP
+    norm: str = "rms"
     norm_eps: float = 1e-6
+    prenorm: bool = True
+    dropout: float = 0.0
     remat: bool = True
     remat_policy: Callable | None = None
     dtype: Any = None
@@ -93,21 +114,26 @@ class Stack(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], states: Any = None, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Any]:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r}; choose one of {', '.join(NORMS)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}; a share of the channels, 0 or more and below 1.")
         pattern, repeats = self._pattern()
         period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if self.remat else Pattern
         scanned = nn.scan(
             period,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=repeats,
             metadata_params={nn.PARTITION_NAME: None},
         )
-        names = ("d_model", "mlp", "norm_eps", "dtype", "param_dtype")
+        names = ("d_model", "mlp", "norm", "norm_eps", "prenorm", "dropout", "dtype", "param_dtype")
         block = {name: getattr(self, name) for name in names}
         x, states = scanned(mixers=pattern, block=block, name="layers")(x, states, segment_ids)
-        norm = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
-        return norm(x), states
+        if self.prenorm:
+            x = NORMS[self.norm](self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
+        return x, states
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):

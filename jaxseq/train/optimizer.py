@@ -1,14 +1,18 @@
 """AdamW and Muon; groups of parameters are told apart by their paths."""
 
+import re
+
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from .config import TrainConfig
-from .paths import matching
+from .paths import matching, named_leaves, path_string
 
-STATE_SPACE = r"(^|/)(log_dt|log_step|A_log|A_real|A_imag|Lambda_\w+|nu_log|theta_log|gamma_log|P|B|dt_bias)$"
-DECAYED = r"(^|/)(kernel|dt_kernel|embedding)$"
+#: Step sizes, A and B of linear state spaces. Mamba's authors let A_log and dt_bias learn at the full rate.
+STATE_SPACE = r"(^|/)(log_dt|log_step|A_real|A_imag|Lambda_\w+|nu_log|theta_log|gamma_log|P|B)$"
+#: Matrices, and the readouts of linear state spaces.
+DECAYED = r"(^|/)(kernel|dt_kernel|embedding|C|C_backward)$"
 HIDDEN = r"_proj/kernel$"
 
 
@@ -27,9 +31,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clip by global norm, Adam or Muon, decoupled weight decay, learning rate by schedule and group.
 
-    Parameters whose path matches `decayed` decay; those that match `state_space` learn at
-    min(learning_rate, state_space_learning_rate), on the same schedule. Others do not decay and learn at the full
-    rate. With Muon, matrices that match `hidden` move along their orthogonalised momentum, all others by Adam.
+    Parameters whose path matches `decayed` decay, and each skip D with the readout C beside it; those that match
+    `state_space` learn at min(learning_rate, state_space_learning_rate), on the same schedule. Others do not decay and
+    learn at the full rate. With Muon, matrices that match `hidden` move along their orthogonalised momentum, all
+    others by Adam.
     """
     ratio = min(1.0, config.state_space_learning_rate / config.learning_rate)
     direction = adam = optax.scale_by_adam(*config.betas)
@@ -39,10 +44,21 @@ def make_optimizer(
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
-        optax.add_decayed_weights(config.weight_decay, mask=matching(decayed)),
+        optax.add_decayed_weights(config.weight_decay, mask=_decaying(decayed)),
         optax.masked(optax.scale(ratio), matching(state_space)),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+
+
+def _decaying(pattern: str):
+    """The mask of `matching`, and D where C is in it: Mamba's, which has none beside it, does not decay."""
+
+    def mask(params):
+        found = named_leaves(matching(pattern)(params))
+        decays = lambda path: found[path] or found.get(re.sub(r"(^|/)D$", r"\1C", path), False)
+        return jax.tree_util.tree_map_with_path(lambda path, _: decays(path_string(path)), params)
+
+    return mask
 
 
 def _muon() -> optax.GradientTransformation:
