@@ -199,6 +199,11 @@ class OpMember(NamedTuple):
     moving: tuple[str, ...] = ()  # the inputs with a time axis, for feeding a sequence in parts
     whole: bool = False  # refuses time that is split over devices
 
+    @property
+    def fast(self) -> tuple[str, ...]:
+        """The forms to train with: the last one that XLA compiles, and a kernel."""
+        return tuple(form for form in self.forms if form != "pallas")[-1:] + ("pallas",) * ("pallas" in self.forms)
+
 
 def _recurrence_inputs(rng, T, strength, complex_=False):
     draw = _complex if complex_ else lambda rng, shape: rng.standard_normal(shape)
@@ -320,11 +325,11 @@ def _log_recurrence(inputs, segment_ids, impl, **options):
     return ops.log_recurrence(**inputs, segment_ids=segment_ids, impl=impl, **options)
 
 
-_scan_forms = ("sequential", "parallel", "chunked", "in_place")
-_recurrent = dict(moving=("decay", "inputs"), forms=_scan_forms)
+_recurrent = dict(moving=("decay", "inputs"), forms=("sequential", "parallel", "chunked", "in_place", "pallas"))
+_kernel = ("sequential", "parallel", "chunked", "pallas")
 _tokens = ("query", "key", "value", "log_decay", "beta", "a", "b")
 _linear, _delta, _dplr = (
-    dict(call=partial(_matrix_state, op), moving=_tokens)
+    dict(call=partial(_matrix_state, op), moving=_tokens, forms=_kernel)
     for op in (ops.gated_linear_attention, ops.delta_rule, ops.dplr_recurrence)
 )
 
@@ -348,7 +353,7 @@ OPS = {
     "delta_rule per channel": OpMember(partial(_delta_inputs, decay="B T H K"), sweep=True, **_delta),
     "delta_rule grouped keys": OpMember(partial(_delta_inputs, decay="B T H", key_heads=1), **_delta),
     "dplr_recurrence": OpMember(_dplr_inputs, sweep=True, **_dplr),
-    "selective_scan": OpMember(_selective_inputs, _selective, sweep=True, moving=("x", "dt", "B", "C")),
+    "selective_scan": OpMember(_selective_inputs, _selective, _kernel, sweep=True, moving=("x", "dt", "B", "C")),
     "selective_scan groups": OpMember(
         partial(_selective_inputs, shape=("B", "T", "G", "N")), _selective, moving=("x", "dt", "B", "C")
     ),

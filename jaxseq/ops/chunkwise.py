@@ -1,8 +1,8 @@
 """Matrix states that decay, S_t = diag(exp g_t) S_{t-1} + k vᵀ + …, a chunk of time at once.
 
-What an op adds is the arithmetic of one chunk, out of the products in `within_chunk.py`: `chunk(tokens, decays, S) ->
-(out, state)`. There arrays are `B H C …`, heads before time, so that all products are batched ones, in the precision of
-S.
+What an op adds is the arithmetic of one chunk, `chunk(within, tokens, decays, S) -> (out, state)`, in the precision of
+S. It is written on arrays `… C K`, so that XLA has them all as batched products, with `within_chunk.py` for `within`,
+and a kernel one chunk of one head, with an arithmetic of its own.
 """
 
 from collections.abc import Callable
@@ -13,58 +13,99 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.over_time import Walk, on_platforms
+
 from ..shapes import zeros_from
-from .within_chunk import decays_of
+from . import within_chunk
 
 #: Tokens in a chunk: on CPU 16 to 64 are as fast, for all ops; see experiments/README.md.
 CHUNK = 32
+#: And in a kernel: a side of the matrix units of GPUs, half of that of TPUs.
+KERNEL_CHUNK = 32
 
 
 class Roles(NamedTuple):
     """Which tokens meet the state along the axis that decays: reading it, reading it before their decay, writing to it.
 
-    With `outputs`, what is read lies along that axis.
+    With `outputs`, what is read lies along that axis. `columns` are all that lies along the other one.
     """
 
     reads: tuple[str, ...] = ()
     early_reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     outputs: bool = False
+    columns: tuple[str, ...] = ("v", "o", "d_o")
 
 
-def chunkwise(chunk: Callable, roles: Roles, chunk_size: int, tokens: dict[str, jax.Array], g, S):
-    """Read-outs `B T H V` and the final state, of tokens `B T H …` with values "v", log decays `B T H K|1`, a state.
+def in_xla(step, walk: Walk, S, tokens, matrices):
+    """`pallas_kernels.over_time` without a kernel, all heads at once.
 
-    Tokens of zeros change no state: they fill the last chunk. The backward pass keeps one state a chunk and computes
-    each chunk again.
+    Blocks are read and written where they stay: no copy of an array in another order.
     """
-    length = g.shape[1]
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, -length % chunk_size)) + ((0, 0),) * (x.ndim - 2))
-    o, S = _run(chunk, roles, chunk_size, jax.tree.map(pad, tokens), pad(g), S)
-    return o[:, :length], S
+    v = next(iter(tokens.values()))
+    (batch, length, heads, _), size = v.shape, walk.size
+    blocks = length // size
+    zeros = lambda shape, dtype: zeros_from(v, shape, dtype)
+
+    def block(n, state):
+        S, outputs, carries = state
+        i = walk.place(n, blocks)
+        here = {name: lax.dynamic_slice_in_dim(x, i * size, size, 1).swapaxes(1, 2) for name, x in tokens.items()}
+        beside = {name: lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for name, x in matrices.items()}
+        after, found = step(within_chunk, S, here, beside)
+        write = lambda x, new: lax.dynamic_update_slice_in_dim(x, new.swapaxes(1, 2).astype(x.dtype), i * size, 1)
+        outputs = {name: write(x, found[name]) for name, x in outputs.items()}
+        return after, outputs, None if carries is None else lax.dynamic_update_index_in_dim(carries, S, i, 0)
+
+    outputs = {name: zeros((batch, length, heads, width), dtype) for name, (width, dtype) in walk.outputs.items()}
+    carries = zeros((blocks, *S.shape), S.dtype) if walk.keep else None
+    return lax.fori_loop(0, blocks, block, (S, outputs, carries))
+
+
+class Place(NamedTuple):
+    """Where chunks are computed: `run(f, *arrays)` is `f(walk, chunk size, *arrays)`, for one platform or several.
+
+    States between chunks are kept for the backward pass, or computed again: their number is the platform's.
+    """
+
+    run: Callable
+    keeps: bool
+
+
+def chunks(form: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
+    """The forms "chunked" and "pallas", of one `form` that takes a place."""
+    size = chunk_size or min(CHUNK, length)
+    in_kernels = lambda f, *arrays: on_platforms(f, length, chunk_size, *arrays)
+    return {
+        "chunked": partial(form, place=Place(lambda f, *arrays: f(in_xla, size, *arrays), keeps=True)),
+        "pallas": partial(form, place=Place(in_kernels, keeps=False)),
+    }
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(chunk, roles, size, tokens, g, S):
-    return _forward(chunk, roles, size, tokens, g, S)[0]
+def chunkwise(chunk: Callable, roles: Roles, place: Place, tokens: dict[str, jax.Array], g, S):
+    """Read-outs `B T H V` and the final state, of tokens `B T H …` with values "v", log decays `B T H K|1`, a state.
+
+    The backward pass computes each chunk again, from the state before it.
+    """
+    return place.run(partial(_forward, chunk, roles, False), tokens, g, S)[:2]
 
 
-def _forward(chunk, roles, size, tokens, g, S):
-    """Chunks are read and written where they stay: no copy of an array in another order."""
-    chunks, v = g.shape[1] // size, tokens["v"]
+def _forward(chunk, roles, keep: bool, walk: Callable, size: int, tokens, g, S):
+    """Read-outs, the final state, and the states before each chunk where they are kept."""
 
-    def step(i, carry):
-        S, o, states = carry
-        here = jax.tree.map(lambda x: _read(x, i, size, S.dtype), tokens)
-        out, after = chunk(here, decays_of(_read(g, i, size, g.dtype)), S)
-        return after, _write(o, out, i), lax.dynamic_update_index_in_dim(states, S, i, 0)
+    def step(within, S, here, _):
+        here = here.copy()
+        decays = within.decays_of(here.pop("g"))
+        out, after = chunk(within, {name: x.astype(S.dtype) for name, x in here.items()}, decays, S)
+        return after, {"o": out}
 
-    o, states = zeros_from(v, v.shape, S.dtype), zeros_from(v, (chunks, *S.shape), S.dtype)
-    after, o, states = lax.fori_loop(0, chunks, step, (S, o, states))
-    return (o, after), (tokens, g, states)
+    path = Walk(size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep)
+    after, outputs, states = walk(step, path, S, _filled(size, tokens | {"g": g}), {})
+    return outputs["o"][:, : g.shape[1]], after, states
 
 
-def _backward(chunk, roles, size, residuals, cotangents):
+def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o, d_S):
     """Chunks are differentiated with their decays standing still; the log decays' gradient follows from the others'.
 
     With S̄ the adjoint of S, and x ⊙ x̄ of whatever meets the state along its keys,
@@ -75,42 +116,44 @@ def _backward(chunk, roles, size, residuals, cotangents):
     which is a sum from the end of the chunk, without the decays between any two tokens (GLA, arXiv 2312.06635, section
     4.3). Its rounding error is ε times the other gradients, also where strong decays leave a far smaller one.
     """
-    tokens, g, states = residuals
-    d_o, d_S = cotangents
+    if states is None:
+        states = _forward(chunk, roles, True, walk, size, tokens, g, S)[2]
 
-    def step(i, carry):
-        i = states.shape[0] - 1 - i
-        d_after, d_tokens, d_g = carry
-        here = jax.tree.map(lambda x: _read(x, i, size, d_after.dtype), tokens)
-        S, decays = lax.dynamic_index_in_dim(states, i, 0, keepdims=False), decays_of(_read(g, i, size, g.dtype))
-        (o, after), pull_back = jax.vjp(lambda tokens, S: chunk(tokens, decays, S), here, S)
-        d_out = _read(d_o, i, size, d_after.dtype)
+    def step(within, d_after, here, beside):
+        here = here.copy()
+        d_out, decays = here.pop("d_o"), within.decays_of(here.pop("g"))
+        here = {name: x.astype(d_after.dtype) for name, x in here.items()}
+        (o, after), pull_back = jax.vjp(lambda tokens, S: chunk(within, tokens, decays, S), here, beside["S"])
         d_here, d_S = pull_back((d_out, d_after))
         along = lambda names: sum(here[name] * d_here[name] for name in names)
         moved = along(roles.reads) - along(roles.writes) + (o * d_out if roles.outputs else 0)
         if roles.early_reads:
-            moved += jnp.pad(along(roles.early_reads)[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
-        d_total = jnp.sum(after * d_after, -1)[:, :, None]
+            moved += within.advanced(along(roles.early_reads))  # read before the decay: after that of the one before
+        d_total = jnp.sum(after * d_after, -1, keepdims=True).swapaxes(-1, -2)
         if g.shape[-1] == 1:
             moved, d_total = (jnp.sum(x, -1, keepdims=True) for x in (moved, d_total))
-        # A batched product: cumulative sums leave the fast path on CPU, and one matrix for all would transpose `moved`.
-        later = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), moved.dtype)), (*moved.shape[:2], size, size))
-        d_decay = d_total + jnp.einsum("bhij,bhjk->bhik", later, moved)
-        return d_S, jax.tree.map(lambda d, x: _write(d, x, i), d_tokens, d_here), _write(d_g, d_decay, i)
+        return d_S, d_here | {"g": d_total + within.later(moved)}
 
-    like = lambda x: zeros_from(tokens["v"], x.shape, x.dtype)
-    d_S, d_tokens, d_g = lax.fori_loop(0, states.shape[0], step, (d_S, jax.tree.map(like, tokens), like(g)))
-    return d_tokens, d_g, d_S
-
-
-_run.defvjp(_forward, _backward)
+    outputs = {name: (x.shape[-1], x.dtype) for name, x in (tokens | {"g": g}).items()}
+    path = Walk(size, outputs, roles.columns, reverse=True, differentiates=True)
+    d_S, d_tokens, _ = walk(step, path, d_S, _filled(size, tokens | {"g": g, "d_o": d_o}), {"S": states})
+    d_tokens = {name: d[:, : g.shape[1]] for name, d in d_tokens.items()}
+    return d_tokens, d_tokens.pop("g"), d_S
 
 
-def _read(x, i, size, dtype):
-    """Chunk i of `B T H …` as `B H C …`."""
-    return lax.dynamic_slice_in_dim(x, i * size, size, 1).swapaxes(1, 2).astype(dtype)
+def _filled(size: int, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Up to whole chunks, with zeros: such tokens change no state."""
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+    return {name: fill(x) for name, x in tokens.items()}
 
 
-def _write(x, chunk, i):
-    chunk = chunk.swapaxes(1, 2).astype(x.dtype)
-    return lax.dynamic_update_slice_in_dim(x, chunk, i * chunk.shape[1], 1)
+def _kept(chunk, roles, place, tokens, g, S):
+    o, after, states = place.run(partial(_forward, chunk, roles, place.keeps), tokens, g, S)
+    return (o, after), (tokens, g, S, states)
+
+
+def _pulled_back(chunk, roles, place, residuals, cotangents):
+    return place.run(partial(_backward, chunk, roles), *residuals, *cotangents)
+
+
+chunkwise.defvjp(_kept, _pulled_back)

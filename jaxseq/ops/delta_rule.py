@@ -8,10 +8,9 @@ from .. import scan
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise
+from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
 from .matrix_state import best, in_accumulator, prepared, total_map
-from .within_chunk import diagonal, inverse, product, scores
 
 # The forms take queries and keys `B T H K`, values `B T H V`, β `B T H 1`, log decays `B T H K` or `B T H 1`, and a
 # float32 state `B H K V`.
@@ -39,25 +38,26 @@ def parallel(q, k, v, beta, g, S):
 ROLES = Roles(reads=("q", "a"), writes=("k",))
 
 
-def chunked(q, k, v, beta, g, S, chunk_size):
+def chunked(q, k, v, beta, g, S, *, place):
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     strength = lambda x: (beta.astype(S.dtype) * x.astype(S.dtype)).astype(dtype)
     tokens = {"q": q, "k": k, "v": strength(v), "a": strength(k)}
-    return chunkwise(partial(_chunk, dtype), ROLES, chunk_size, tokens, g, S)
+    return chunkwise(partial(_chunk, dtype), ROLES, place, tokens, g, S)
 
 
-def _chunk(dtype, tokens, decays, S):
+def _chunk(dtype, within, tokens, decays, S):
     """All corrections u = β (v − Sᵀ k) at once, each less by what the ones before it have written (WY form):
 
     u = (I + A_ak)⁻¹ (β V − (a ⊙ e^G) S)        a = β k        (Gated DeltaNet, arXiv 2412.06464, section 3.3)
     """
     q, k, v, a = (tokens[name] for name in "qkva")
-    A_ak, A_qk = scores((a, q), (k,), decays, dtype)
-    known = product("bhik,bhkv->bhiv", decays.from_start * a, S, dtype)
-    u = product("bhij,bhjv->bhiv", inverse(A_ak), v - known, S.dtype)  # repeated keys: an inverse in bfloat16 is none
-    o = product("bhij,bhjv->bhiv", A_qk, u, dtype) + diagonal(q, k) * u
-    o += product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
-    return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, u, dtype)
+    A_ak, A_qk = within.scores((a, q), (k,), decays, dtype)
+    known = within.product("...ik,...kv->...iv", decays.from_start * a, S, dtype)
+    # Repeated keys: an inverse in bfloat16 is none.
+    u = within.product("...ij,...jv->...iv", within.inverse(A_ak), v - known, S.dtype)
+    o = within.product("...ij,...jv->...iv", A_qk, u, dtype) + within.diagonal(q, k) * u
+    o += within.product("...ik,...kv->...iv", decays.from_start * q, S, dtype)
+    return o, decays.total * S + within.product("...ik,...iv->...kv", decays.to_end * k, u, dtype)
 
 
 @typed
@@ -93,7 +93,7 @@ def delta_rule(
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),
-        "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
+        **chunks(chunked, length, chunk_size),
     }
     form = dispatch("delta_rule", impl, forms, *best(length))
     v, beta = own((value, beta[..., None]))

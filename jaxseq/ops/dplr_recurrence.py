@@ -8,10 +8,9 @@ from .. import scan
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise
+from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
-from .matrix_state import advanced, best, delayed, in_accumulator, per_head, prepared, total_map, unless_restart
-from .within_chunk import diagonal, inverse, product, scores
+from .matrix_state import best, in_accumulator, per_head, prepared, total_map, unless_restart
 
 # The forms take queries, keys, a and b `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32
 # state `B H K V`.
@@ -38,31 +37,31 @@ def parallel(q, k, v, a, b, g, S):
 ROLES = Roles(reads=("q",), early_reads=("a",), writes=("k", "b"))
 
 
-def chunked(q, k, v, a, b, g, S, chunk_size):
+def chunked(q, k, v, a, b, g, S, *, place):
     tokens = {"q": q, "k": k, "v": v, "a": a, "b": b}
     dtype = promoted(*(x.dtype for x in tokens.values()))
-    return chunkwise(partial(_chunk, dtype), ROLES, chunk_size, tokens, g, S)
+    return chunkwise(partial(_chunk, dtype), ROLES, place, tokens, g, S)
 
 
-def _chunk(dtype, tokens, decays, S):
+def _chunk(dtype, within, tokens, decays, S):
     """All reads u of a at once, from the state before the chunk and from one another:
 
     u = (I − A_ab)⁻¹ (A_ak V + (a ⊙ e^E) S)
     """
     q, k, v, a, b = (tokens[name] for name in "qkvab")
-    ahead = advanced(a, 2)
-    A_ak, A_ab, A_qk, A_qb = scores((ahead, q), (k, b), decays, dtype)
-    A_ab += jnp.eye(a.shape[2], dtype=A_ab.dtype)[None, None] * diagonal(ahead, b)
-    read = product("bhij,bhjv->bhiv", A_ak, v, dtype) + diagonal(ahead, k) * v
-    read += product("bhik,bhkv->bhiv", decays.from_start * ahead, S, dtype)
-    read = delayed(read, 2, product("bhik,bhkv->bhiv", a[:, :, :1], S, dtype))
-    u = product("bhij,bhjv->bhiv", inverse(-delayed(A_ab, 2)), read, S.dtype)
-    o = product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
-    S = decays.total * S
+    from_state = lambda x: within.product("...ik,...kv->...iv", x, S, dtype)
+    from_chunk = lambda A, x, of=dtype: within.product("...ij,...jv->...iv", A, x, of)
+    ahead = within.advanced(a)
+    A_ak, A_ab, A_qk, A_qb = within.scores((ahead, q), (k, b), decays, dtype)
+    A_ab += within.diagonal_matrix(within.diagonal(ahead, b))
+    read = from_chunk(A_ak, v) + within.diagonal(ahead, k) * v + from_state(decays.from_start * ahead)
+    read = within.delayed(read, from_state(within.first(a)))
+    u = from_chunk(within.inverse(-within.delayed(A_ab)), read, S.dtype)
+    o, after = from_state(decays.from_start * q), decays.total * S
     for write, written, seen in ((k, v, A_qk), (b, u, A_qb)):
-        o += product("bhij,bhjv->bhiv", seen, written, dtype) + diagonal(q, write) * written
-        S += product("bhik,bhiv->bhkv", decays.to_end * write, written, dtype)
-    return o, S
+        o += from_chunk(seen, written) + within.diagonal(q, write) * written
+        after += within.product("...ik,...iv->...kv", decays.to_end * write, written, dtype)
+    return o, after
 
 
 @typed
@@ -99,7 +98,7 @@ def dplr_recurrence(
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),
-        "chunked": partial(chunked, chunk_size=chunk_size or min(CHUNK, length)),
+        **chunks(chunked, length, chunk_size),
     }
     form = dispatch("dplr_recurrence", impl, forms, *best(length))
     v, a, b = own((value, unless_restart(per_head(a, heads), g), per_head(b, heads)))

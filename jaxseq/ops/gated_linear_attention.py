@@ -10,10 +10,10 @@ from .. import scan
 from ..monoid import OuterProduct, outer_product
 from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
-from .chunkwise import CHUNK, Roles, chunkwise
+from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, prepared, unless_restart
-from .within_chunk import decayed_values, diagonal, product, scores
+from .within_chunk import product
 
 # The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32 state
 # `B H K V`. With decays of values `B T H V` keys and values change places, the state is Sᵀ, and a query reads along its
@@ -38,31 +38,33 @@ def parallel(q, k, v, g, S, read=BY_KEY):
     return jnp.einsum(read, states, q), final
 
 
-def chunked(q, k, v, g, S, read=BY_KEY, *, chunk_size):
+def chunked(q, k, v, g, S, read=BY_KEY, *, place):
     """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk."""
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     if read == BY_KEY:
-        roles = Roles(reads=("q",), writes=("k",))
-        return chunkwise(partial(_chunk, dtype), roles, chunk_size, {"q": q, "k": k, "v": v}, g, S)
-    roles = Roles(writes=("v",), outputs=True)
-    return chunkwise(partial(_chunk_by_value, dtype), roles, chunk_size, {"q": q, "k": v, "v": k}, g, S)
+        chunk, roles, tokens = _chunk, Roles(reads=("q",), writes=("k",)), {"q": q, "k": k, "v": v}
+    else:
+        chunk, roles = _chunk_by_value, Roles(writes=("v",), outputs=True, columns=("q", "k"))
+        tokens = {"q": q, "k": v, "v": k}
+    return chunkwise(partial(chunk, dtype), roles, place, tokens, g, S)
 
 
-def _chunk(dtype, tokens, decays, S):
+def _chunk(dtype, within, tokens, decays, S):
+    """o_i = (e^{G_i} ⊙ q_i) S + Σ_{j≤i} (q_i · e^{G_i − G_j} ⊙ k_j) v_j"""
     q, k, v = (tokens[name] for name in "qkv")
-    (A,) = scores((q,), (k,), decays, dtype)
-    o = product("bhij,bhjv->bhiv", A, v, dtype) + diagonal(q, k) * v
-    o += product("bhik,bhkv->bhiv", decays.from_start * q, S, dtype)
-    return o, decays.total * S + product("bhik,bhiv->bhkv", decays.to_end * k, v, dtype)
+    (A,) = within.scores((q,), (k,), decays, dtype)
+    o = within.product("...ij,...jv->...iv", A, v, dtype) + within.diagonal(q, k) * v
+    o += within.product("...ik,...kv->...iv", decays.from_start * q, S, dtype)
+    return o, decays.total * S + within.product("...ik,...iv->...kv", decays.to_end * k, v, dtype)
 
 
-def _chunk_by_value(dtype, tokens, decays, S):
+def _chunk_by_value(dtype, within, tokens, decays, S):
     """o_i = e^{G_i} ⊙ S q_i + Σ_{j≤i} (q_i · k_j) e^{G_i − G_j} ⊙ v_j, with the state transposed."""
     q, k, v = (tokens[name] for name in "qkv")
-    weights = product("bhik,bhjk->bhij", q, k, dtype)
-    o = decays.from_start * product("bhvk,bhik->bhiv", S, q, dtype) + diagonal(q, k) * v
-    o += decayed_values(weights, v, decays, dtype)
-    return o, decays.total * S + product("bhiv,bhik->bhvk", decays.to_end * v, k, dtype)
+    weights = within.product("...ik,...jk->...ij", q, k, dtype)
+    o = decays.from_start * within.product("...ik,...vk->...iv", q, S, dtype) + within.diagonal(q, k) * v
+    o += within.decayed_values(weights, v, decays, dtype)
+    return o, decays.total * S + within.product("...iv,...ik->...vk", decays.to_end * v, k, dtype)
 
 
 def with_bonus(form, bonus, q, k, v, g, S):
@@ -124,7 +126,7 @@ def gated_linear_attention(
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),
-        "chunked": partial(chunked, read=read, chunk_size=chunk_size or min(CHUNK, length)),
+        **chunks(partial(chunked, read=read), length, chunk_size),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:

@@ -12,6 +12,7 @@ from ..segments import segment_starts
 from ..shapes import Array, Inexact, Int, accumulator, promoted, typed, zeros_from
 from ..sharded import across_devices, own
 from .dispatch import dispatch
+from .tokenwise import Inputs, tokenwise
 
 
 def sequential(decay, inputs, initial_state, reverse):
@@ -42,6 +43,27 @@ def blocked(decay, inputs, initial_state, reverse, size):
 
     _, states = lax.fori_loop(0, -(-length // size), step, (initial_state, jnp.zeros_like(inputs)))
     return states, states[:, 0 if reverse else -1]
+
+
+def in_kernel(decay, inputs, initial_state, reverse):
+    """Complex numbers are pairs of planes, which is all that a kernel knows."""
+    channels = lambda x: x.reshape(*x.shape[:1], *x.shape[1 : x.ndim - inputs.ndim + 2], -1)
+    split = lambda name, x: {name: x.real, f"{name}_imag": x.imag} if jnp.iscomplexobj(x) else {name: x}
+    planes = lambda name, x: split(name, channels(x))
+    state = {name: h[:, None] for name, h in planes("h", initial_state).items()}
+    rows = planes("decay", decay) | planes("inputs", inputs)
+    final, states = tokenwise(_token, tuple(state), Inputs(state, rows, {}, {}), {"decay": 1}, reverse)
+    whole = lambda of, like: (jax.lax.complex(*of.values()) if len(of) > 1 else of["h"]).reshape(like.shape)
+    return whole(states, inputs), whole(final, initial_state)
+
+
+def _token(h, _, row):
+    a, x, h = ((of[name], of.get(f"{name}_imag")) for name, of in (("decay", row), ("inputs", row), ("h", h)))
+    if x[1] is None:
+        after = {"h": a[0] * h[0] + x[0]}
+    else:
+        after = {"h": a[0] * h[0] - a[1] * h[1] + x[0], "h_imag": a[0] * h[1] + a[1] * h[0] + x[1]}
+    return after, after
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -144,6 +166,7 @@ def recurrence(impl: str | None = None, reverse: bool = False, chunk_size: int |
             "parallel": partial(_solve, parallel, reverse),
             "chunked": partial(_solve, partial(blocked, size=size), reverse),
             "in_place": partial(_solve, partial(blocked, size=1), reverse),
+            "pallas": partial(in_kernel, reverse=reverse),
         }
         form = dispatch("linear_recurrence", impl, forms, {"cpu": "in_place", "default": "chunked"})
         return form(decay, inputs, initial_state)

@@ -14,6 +14,7 @@ from ..shapes import Array, Float, Inexact, Int, accumulator, promoted, typed, z
 from ..sharded import across_devices, own
 from .dispatch import dispatch
 from .linear_recurrence import recurrence
+from .tokenwise import Inputs, tokenwise
 
 # The forms take x, dt `B T D`, keep `B T` (0 where the state restarts), A `D N`, B and C `B T G N` or `1 1 G N` where
 # group g serves D/G channels, and a state `B D N`; they return the read-out `B T D`, complex where A is.
@@ -73,6 +74,24 @@ def chunked(x, dt, keep, A, B, C, h, chunk_size):
     return scan.join_chunks(y)[:, :length], h
 
 
+def in_kernel(x, dt, keep, A, B, C, h):
+    """States `N D`, channels along the lanes, which share B and C."""
+    if jnp.iscomplexobj(A) or B.shape[1:3] != (x.shape[1], 1) or C.shape[1:3] != (x.shape[1], 1):
+        raise NotImplementedError(
+            f"impl='pallas' of selective_scan takes a real A, and B and C `B T N`; A is {A.dtype}, B {B.shape} and C "
+            f"{C.shape}. Choose None, 'sequential', 'parallel' or 'chunked'."
+        )
+    shared = {"keep": keep[..., None], "B": B[:, :, 0], "C": C[:, :, 0]}
+    inputs = Inputs({"h": h.swapaxes(1, 2)}, {"x": x, "dt": dt}, shared, {"A": A.T})
+    state, out = tokenwise(_token, ("y",), inputs, {"keep": 1})
+    return out["y"], state["h"].swapaxes(1, 2)
+
+
+def _token(h, fixed, row):
+    h = jnp.exp(row["dt"] * fixed["A"]) * row["keep"] * h["h"] + row["B"].T * (row["dt"] * row["x"])
+    return {"h": h}, {"y": jnp.sum(row["C"].T * h, axis=0, keepdims=True)}
+
+
 @typed
 def selective_scan(
     x: Float[Array, "B T D"],
@@ -117,6 +136,7 @@ def selective_scan(
         "sequential": sequential,
         "parallel": parallel,
         "chunked": partial(chunked, chunk_size=min(chunk_size, length)),
+        "pallas": in_kernel,
     }
     # A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
     best = {"cpu": "sequential", "default": "chunked" if length > 1 else "sequential"}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..shapes import accumulator
+from . import matrix_state
 
 
 class Decays(NamedTuple):
@@ -96,6 +97,34 @@ def decayed_values(A, v, decays: Decays, dtype):
         late = read * product("...ij,...jv->...iv", cross, end * _halves(v, block)[0], dtype)
         o += _join(jnp.zeros_like(late), late)
     return o[..., :size, :]
+
+
+def later(x):
+    """Σ_{t≥i} x_t: a batched product, as cumulative sums leave the fast path on CPU and one matrix would move x."""
+    size = x.shape[-2]
+    which = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), x.dtype)), (*x.shape[:-2], size, size))
+    return jnp.einsum("...ij,...jk->...ik", which, x)
+
+
+def advanced(x):
+    """x_{i+1} at i, zeros at the end."""
+    return matrix_state.advanced(x, x.ndim - 2)
+
+
+def delayed(x, first=None):
+    """x_{i-1} at i, after `first`, or zeros."""
+    return matrix_state.delayed(x, x.ndim - 2, first)
+
+
+def first(x):
+    """`… C K` → `… 1 K`."""
+    return x[..., :1, :]
+
+
+def diagonal_matrix(column):
+    """`… C 1` → `… C C`."""
+    size = column.shape[-2]
+    return column * jnp.eye(size, dtype=column.dtype).reshape((1,) * (column.ndim - 2) + (size, size))
 
 
 def diagonal(q, k):

@@ -25,7 +25,7 @@ class TrainConfig:
     state_space_learning_rate: float = 1e-3
     """Peak learning rate of state-space parameters (log_dt, A_real, ...), where below learning_rate."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and of C and D of linear state spaces; vectors, norms, biases, A and dt never decay."""
+    """Decoupled weight decay of matrices, and of C and D of linear state spaces; nothing else decays."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates of the first and the second moment."""
     clip_norm: float = 1.0

@@ -1,0 +1,251 @@
+"""A step over blocks of time, with a matrix carried from one to the next, for every sequence and head.
+
+    for each batch b, head h:   for each block i of `size` tokens (from the last one, in reverse):
+        carry, outputs[i] = step(carry, blocks of tokens, matrices of the block)
+
+A TPU walks through the blocks one after the other, the carry in its vector memory, while the next block is on its way.
+A GPU has too many processors for that: it goes through time once for the carries alone, each program with some columns
+of them, and then makes the outputs of all blocks at once. What a step computes and nobody reads costs nothing: the
+compiler leaves it out.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from .within_chunk import WithinChunk
+
+Arrays = dict[str, jax.Array]
+#: carry `K V`, tokens `C W`, matrices `K V` → carry, outputs `C W`.
+Step = Callable[[WithinChunk, jax.Array, Arrays, Arrays], tuple[jax.Array, Arrays]]
+
+
+class Walk(NamedTuple):
+    """What is walked over, and how: tokens `B T H W`, matrices `B N H K V` of N = T / size blocks, a carry `B H K V`.
+
+    `outputs` are widths and dtypes of outputs `B T H W`. `columns` names the tokens and outputs that lie along the
+    columns of the carry; all others are sums over these.
+    With `keep` the carries before each block are returned, in the form of matrices. A step that takes derivatives
+    `differentiates`.
+    """
+
+    size: int
+    outputs: dict[str, tuple[int, Any]]
+    columns: tuple[str, ...] = ()
+    reverse: bool = False
+    keep: bool = False
+    differentiates: bool = False
+
+    def place(self, i, blocks: int):
+        return blocks - 1 - i if self.reverse else i
+
+
+Result = tuple[jax.Array, Arrays, jax.Array | None]  # carry, outputs, carries
+
+
+#: Tokens in a block. A TPU's matrix unit is 128 wide and deep; on a GPU a block of 64, with keys of 128, spills
+#: 7 kB a thread in its backward pass (sm_90a).
+TPU_BLOCK, GPU_BLOCK = 128, 32
+
+
+def on_platforms(f: Callable, length: int, size: int | None, *arrays):
+    """`f(walk, block size, *arrays)` on the platform the program is lowered for; a CPU interprets the TPU's kernel.
+
+    `walk(step, path, carry, tokens, matrices)` is what this file is about; `step` is called with the arithmetic of the
+    platform first. A block is a power of two, 16 at least.
+    """
+    on = lambda walk, block: partial(f, walk, _power(size or min(block, max(length, 2))))
+    interpreted = partial(on_tpu, interpret=True)
+    return lax.platform_dependent(
+        *arrays, cpu=on(interpreted, TPU_BLOCK), tpu=on(on_tpu, TPU_BLOCK), cuda=on(on_gpu, GPU_BLOCK)
+    )
+
+
+# ---- TPU ------------------------------------------------------------------------------------------------------------
+
+
+def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any = False) -> Result:
+    from jax.experimental.pallas import tpu as pltpu
+
+    batch, heads, K, V = carry.shape
+    length = next(iter(tokens.values())).shape[1]
+    blocks, size = length // walk.size, walk.size
+    within = WithinChunk(lax.Precision.HIGHEST, walk.differentiates)
+
+    # A block is a tile of the last two axes; tokens of one channel lie along the lanes.
+    tiled = lambda x: x.swapaxes(1, 2).reshape(batch, heads, *((blocks, 1, size) if x.shape[3] == 1 else x.shape[1::2]))
+    shape = lambda width: (batch, heads, *((blocks, 1, size) if width == 1 else (length, width)))
+    untiled = lambda x: x.reshape(batch, heads, length, -1).swapaxes(1, 2)
+    at = lambda i: walk.place(i, blocks)
+    lanes = pl.BlockSpec((None, None, None, 1, size), lambda b, h, i: (b, h, at(i), 0, 0))
+    rows = lambda width: pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, at(i), 0))
+    spec = lambda width: lanes if width == 1 else rows(width)
+    matrix = lambda x: pl.BlockSpec((None, None, None, *x.shape[3:]), lambda b, h, i: (b, at(i), h, 0, 0))
+    whole = pl.BlockSpec((None, None, K, V), lambda b, h, i: (b, h, 0, 0))
+
+    def kernel(start, token_refs, matrix_refs, final, outputs, carries, scratch):
+        i = pl.program_id(2)
+
+        @pl.when(i == 0)
+        def _():
+            scratch[...] = start[...]
+
+        if walk.keep:
+            carries[...] = scratch[...]
+        read = lambda name: token_refs[name][...].T if tokens[name].shape[3] == 1 else token_refs[name][...]
+        here = {name: read(name) for name in tokens}
+        after, out = step(within, scratch[...], here, {name: ref[...] for name, ref in matrix_refs.items()})
+        scratch[...] = after
+        for name, value in out.items():
+            value = value.T if walk.outputs[name][0] == 1 else value
+            outputs[name][...] = value.astype(outputs[name].dtype)
+
+        @pl.when(i == blocks - 1)
+        def _():
+            final[...] = after
+
+    kept = jax.ShapeDtypeStruct((batch, blocks, heads, K, V), carry.dtype)
+    final, outputs, carries = pl.pallas_call(
+        kernel,
+        grid=(batch, heads, blocks),
+        in_specs=[
+            whole,
+            {name: spec(x.shape[3]) for name, x in tokens.items()},
+            {name: matrix(x) for name, x in matrices.items()},
+        ],
+        out_specs=[
+            whole,
+            {name: spec(width) for name, (width, _) in walk.outputs.items()},
+            matrix(kept) if walk.keep else None,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(carry.shape, carry.dtype),
+            {name: jax.ShapeDtypeStruct(shape(width), dtype) for name, (width, dtype) in walk.outputs.items()},
+            kept if walk.keep else None,
+        ],
+        scratch_shapes=[pltpu.VMEM((K, V), carry.dtype)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+    )(carry, {name: tiled(x) for name, x in tokens.items()}, matrices)
+    return final, {name: untiled(x) for name, x in outputs.items()}, carries
+
+
+# ---- GPU ------------------------------------------------------------------------------------------------------------
+
+#: Columns of the carry that a program works on at once: what two matrices of 128 rows leave of 255 registers a thread.
+COLUMNS = 64
+
+
+def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any = False) -> Result:
+    exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    step = partial(step, WithinChunk(exact, walk.differentiates))
+    K, V = carry.shape[2:]
+    carry = _filled(_filled(carry, 2), 3)
+    tokens = {name: _filled(x, 3) for name, x in tokens.items()}
+    matrices = {name: _filled(_filled(x, 3), 4) for name, x in matrices.items()}
+    wide = walk._replace(outputs={name: (_power(width), dtype) for name, (width, dtype) in walk.outputs.items()})
+    final, carries = _carries(step, wide, carry, tokens, matrices, interpret)
+    outputs = _outputs(step, wide, carries, tokens, matrices, interpret)
+    cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
+    return final[..., :K, :V], cut, carries[..., :K, :V] if walk.keep else None
+
+
+def _carries(step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, interpret):
+    """The last carry and, of every block, the one before it: a loop over time for some of the columns."""
+    batch, heads, K, V = carry.shape
+    length, size = next(iter(tokens.values())).shape[1], walk.size
+    blocks, part = length // size, min(COLUMNS, V)
+
+    def token(name):
+        if name in walk.columns:
+            return pl.BlockSpec((None, length, None, part), lambda b, h, j: (b, 0, h, j))
+        return pl.BlockSpec((None, length, None, tokens[name].shape[3]), lambda b, h, j: (b, 0, h, 0))
+
+    matrix = pl.BlockSpec((None, blocks, None, K, part), lambda b, h, j: (b, 0, h, 0, j))
+    state = pl.BlockSpec((None, None, K, part), lambda b, h, j: (b, h, 0, j))
+
+    def kernel(start, token_refs, matrix_refs, final, carries):
+        def block(i, S):
+            i = walk.place(i, blocks)
+            carries[i] = S
+            here = {name: ref[pl.ds(i * size, size), :] for name, ref in token_refs.items()}
+            return step(S, here, {name: ref[i] for name, ref in matrix_refs.items()})[0]
+
+        final[...] = lax.fori_loop(0, blocks, block, start[...])
+
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, heads, V // part),
+        in_specs=[state, {name: token(name) for name in tokens}, {name: matrix for name in matrices}],
+        out_specs=[state, matrix],
+        out_shape=[
+            jax.ShapeDtypeStruct(carry.shape, carry.dtype),
+            jax.ShapeDtypeStruct((batch, blocks, heads, K, V), carry.dtype),
+        ],
+        compiler_params=_triton(),
+        interpret=interpret,
+    )(carry, tokens, matrices)
+
+
+def _outputs(step, walk: Walk, carries, tokens: Arrays, matrices: Arrays, interpret) -> Arrays:
+    """The outputs of all blocks, each from the carry before it.
+
+    Some columns of the carry at a time: outputs that lie along them are written so, others are sums over all of them.
+    """
+    batch, blocks, heads, K, V = carries.shape
+    part = min(COLUMNS, V)
+    row = lambda width: pl.BlockSpec((None, walk.size, None, width), lambda b, h, i: (b, i, h, 0))
+    matrix = pl.BlockSpec((None, None, None, K, V), lambda b, h, i: (b, i, h, 0, 0))
+
+    def kernel(carry, token_refs, matrix_refs, outputs):
+        def columns(j, totals):
+            here = pl.ds(j * part, part)
+            of = lambda name, ref: ref[:, here] if name in walk.columns else ref[...]
+            beside = {name: ref[:, here] for name, ref in matrix_refs.items()}
+            _, found = step(carry[:, here], {name: of(name, ref) for name, ref in token_refs.items()}, beside)
+            for name in found.keys() - totals.keys():
+                outputs[name][:, here] = found[name].astype(outputs[name].dtype)
+            return {name: total + found[name].astype(total.dtype) for name, total in totals.items()}
+
+        sums = {
+            name: jnp.zeros((walk.size, width), carries.dtype)
+            for name, (width, _) in walk.outputs.items()
+            if name not in walk.columns
+        }
+        for name, total in lax.fori_loop(0, V // part, columns, sums).items():
+            outputs[name][...] = total.astype(outputs[name].dtype)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, heads, blocks),
+        in_specs=[matrix, {name: row(x.shape[3]) for name, x in tokens.items()}, {name: matrix for name in matrices}],
+        out_specs={name: row(width) for name, (width, _) in walk.outputs.items()},
+        out_shape={
+            name: jax.ShapeDtypeStruct((batch, blocks * walk.size, heads, width), dtype)
+            for name, (width, dtype) in walk.outputs.items()
+        },
+        compiler_params=_triton(),
+        interpret=interpret,
+    )(carries, tokens, matrices)
+
+
+def _triton():
+    from jax.experimental.pallas import triton
+
+    return triton.CompilerParams(num_warps=8, num_stages=2)
+
+
+def _power(width: int) -> int:
+    """The width that a matrix product takes: a power of two, 16 at least; 1 is no matrix."""
+    return width if width == 1 else max(16, 1 << (width - 1).bit_length())
+
+
+def _filled(x, axis: int):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, _power(x.shape[axis]) - x.shape[axis])
+    return jnp.pad(x, widths)
