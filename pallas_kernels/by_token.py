@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from .over_time import check_unchecked
+
 Arrays = dict[str, jax.Array]
 #: (states, fixed, rows) → (states, outputs)
 Token = Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
@@ -53,6 +55,7 @@ def pulled_back(
 
 
 def _on_platforms(f, *args):
+    check_unchecked(args)
     on = lambda width, strides, interpret: partial(f, partial(_call, width, strides, interpret))
     return lax.platform_dependent(
         *args,

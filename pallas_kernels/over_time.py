@@ -58,12 +58,28 @@ def on_platforms(f: Callable, length: int, size: int | None, *arrays):
 
     `walk(step, path, carry, tokens, matrices)` is what this file is about; `step` is called with the arithmetic of the
     platform first. A block is a power of two, 16 at least.
+
+    Raises:
+      NotImplementedError: as `check_unchecked`.
     """
+    check_unchecked(arrays)
     on = lambda walk, block: partial(f, walk, _power(size or min(block, max(length, 2))))
     interpreted = partial(on_tpu, interpret=True)
     return lax.platform_dependent(
         *arrays, cpu=on(interpreted, TPU_BLOCK), tpu=on(on_tpu, TPU_BLOCK), cuda=on(on_gpu, GPU_BLOCK)
     )
+
+
+def check_unchecked(arrays) -> None:
+    """Raise inside a `jax.shard_map` that tracks which axes its values vary over.
+
+    Raises:
+      NotImplementedError: an interpreted kernel, which is traced whatever the platform, loses track.
+    """
+    varying = {axis for x in jax.tree.leaves(arrays) for axis in jax.typeof(x).manual_axis_type.varying}
+    if varying:
+        axes = ", ".join(sorted(varying))
+        raise NotImplementedError(f"impl='pallas' inside jax.shard_map over {axes} takes check_vma=False there.")
 
 
 # ---- TPU ------------------------------------------------------------------------------------------------------------

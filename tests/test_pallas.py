@@ -1,0 +1,205 @@
+"""Kernels beside the definitions: on both kinds of accelerator as far as a CPU can tell, and proof that they ran.
+
+What an op's family says of the form "pallas" stands in `test_ops.py`; here are chunks, columns and lengths of the size
+in use, the GPU's way through time, races, and the compilers' front ends.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import OPS, assert_close, cast, log_decays, normals, segments
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels.by_token as by_token
+import pallas_kernels.over_time as over_time
+from jaxseq import ops
+
+KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms]
+
+
+def matrix_inputs(op, length, decay="B T H K", dtype=np.float32, K=32, V=32, B=2, H=2, strength="strong", seed=0):
+    """Arguments of a matrix-state op; transitions grow nothing."""
+    rng = np.random.default_rng(seed)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    draw = lambda *shape: rng.standard_normal(shape)
+    inputs = dict(query=draw(B, length, H, K), key=unit(draw(B, length, H, K)), value=draw(B, length, H, V))
+    shape = {"B T H K": (B, length, H, K), "B T H V": (B, length, H, V), "B T H": (B, length, H)}.get(decay)
+    inputs |= {"log_decay": log_decays(rng, shape, strength)} if shape else {}
+    if op is ops.delta_rule:
+        inputs |= {"beta": rng.uniform(0, 1, (B, length, H))}
+    if op is ops.dplr_recurrence:
+        inputs |= {"a": -inputs["key"], "b": rng.uniform(0, 1, (B, length, H, 1)) * inputs["key"]}
+    inputs |= {"initial_state": draw(B, H, K, V)}
+    return cast(inputs, dtype), jnp.asarray(segments(rng, B, length)) if length > 1 else None
+
+
+def channel_inputs(op, length, dtype=np.float32, B=2, D=40, N=4, complex_=False):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
+    ids = jnp.asarray(segments(rng, B, length))
+    if op is ops.linear_recurrence:
+        decay = 0.6 * draw(B, length, D)
+        return cast(dict(decay=decay / (1 + abs(decay)), inputs=draw(B, length, D)), dtype), ids
+    moving = {name: draw(B, length, N) for name in "BC"}
+    inputs = dict(x=draw(B, length, D), dt=-log_decays(rng, (B, length, D), "strong"), A=-rng.uniform(0, 2, (D, N)))
+    return cast(inputs | moving | {"initial_state": draw(B, D, N)}, dtype), ids
+
+
+def everything(op, ids, impl):
+    """Inputs → values, final state and every gradient."""
+
+    def run(inputs):
+        values, pull = jax.vjp(lambda inputs: op(**inputs, segment_ids=ids, impl=impl), inputs)
+        rng = np.random.default_rng(1)
+        return values, pull(jax.tree.map(lambda c, v: jnp.asarray(c, v.dtype), normals(rng, values), values))
+
+    return jax.jit(run)
+
+
+def check(op, inputs, ids, tolerance="float32 strong"):
+    """The kernel in float32 or bfloat16 against `sequential` in float64, on the numbers that the kernel sees."""
+    with jax.enable_x64(True):
+        expected = jax.device_get(everything(op, ids, "sequential")(cast(inputs, np.float64)))
+    assert_close(everything(op, ids, "pallas")(inputs), expected, tolerance)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The GPU's kernels, interpreted, with several parts of the columns."""
+    monkeypatch.setattr(over_time, "COLUMNS", 16)
+    walk = partial(over_time.on_gpu, interpret=True)
+    monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 32, *arrays))
+    call = partial(by_token._call, by_token._gpu_width, None, True)
+    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(call, *arrays))
+
+
+MATRIX = {
+    "gla per channel": (ops.gated_linear_attention, "B T H K"),
+    "gla per head": (ops.gated_linear_attention, "B T H"),
+    "gla no decay": (ops.gated_linear_attention, None),
+    "gla per value": (partial(ops.gated_linear_attention, decay_axis="value"), "B T H V"),
+    "delta_rule": (ops.delta_rule, None),
+    "delta_rule per head": (ops.delta_rule, "B T H"),
+    "delta_rule per channel": (ops.delta_rule, "B T H K"),
+    "dplr_recurrence": (ops.dplr_recurrence, "B T H K"),
+}
+CHANNELS = {
+    "linear_recurrence": (ops.linear_recurrence, False),
+    "linear_recurrence complex": (ops.linear_recurrence, True),
+    "selective_scan": (ops.selective_scan, False),
+}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_matrix_states_on_a_gpu(name, on_a_gpu):
+    op, decay = MATRIX[name]
+    check(op, *matrix_inputs(op, 70, decay))
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels_on_a_gpu(name, on_a_gpu):
+    op, complex_ = CHANNELS[name]
+    check(op, *channel_inputs(op, 37, complex_=complex_))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gla per channel", "delta_rule per channel"])
+def test_lengths_of_chunks_in_use(name, length, monkeypatch):
+    monkeypatch.setattr(over_time, "TPU_BLOCK", 64)
+    op, decay = MATRIX[name]
+    check(op, *matrix_inputs(op, length, decay, H=1, K=16, V=24))
+
+
+@pytest.mark.parametrize("length", [15, 33])
+def test_lengths_of_strides(length):
+    check(ops.linear_recurrence, *channel_inputs(ops.linear_recurrence, length))
+
+
+@pytest.mark.parametrize("name", ["gla per head", "delta_rule per channel"])
+def test_bfloat16_of_chunks_in_use(name):
+    op, decay = MATRIX[name]
+    inputs, ids = matrix_inputs(op, 150, decay, H=1, strength="mild")
+    inputs = {k: x if k in ("log_decay", "initial_state") else x.astype(jnp.bfloat16) for k, x in inputs.items()}
+    check(op, inputs, ids, "bfloat16 gradient")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_ran(name):
+    """In both directions; and the forms that are no kernel have none."""
+    member = OPS[name]
+    inputs = cast(member.inputs(np.random.default_rng(0), 5, "mild"), np.float32)
+    for impl in ("pallas", "chunked"):
+        values = lambda inputs, impl=impl: member.call(inputs, None, impl)[0]
+        backward = lambda inputs, run=values: jax.vjp(run, inputs)[1](jnp.ones_like(jax.eval_shape(run, inputs)))
+        forward, both = str(jax.make_jaxpr(values)(inputs)), str(jax.make_jaxpr(backward)(inputs))
+        assert ("pallas_call" in forward) == (impl == "pallas")
+        assert (both.count("pallas_call") > forward.count("pallas_call")) == (impl == "pallas")
+
+
+@pytest.mark.parametrize("name", ["gla per head", "linear_recurrence"])
+def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
+    """Under the interpreter that keeps the memories of a TPU apart."""
+    careful = pltpu.InterpretParams(detect_races=True)
+    walk = partial(over_time.on_tpu, interpret=careful)
+    monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 16, *arrays))
+    call = partial(by_token._call, by_token._tpu_width, 1, careful)
+    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(call, *arrays))
+    if name in MATRIX:
+        op, decay = MATRIX[name]
+        check(op, *matrix_inputs(op, 33, decay, B=1, H=1, K=16, V=16))
+    else:
+        check(ops.linear_recurrence, *channel_inputs(ops.linear_recurrence, 33, B=1, D=8))
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    assert not interpreter.races.races_found
+
+
+SHAPES = {"odd length": (2, 131, 2, 64, 64), "wide": (1, 64, 1, 256, 256), "uneven": (1, 100, 2, 32, 48)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [*MATRIX, *CHANNELS])
+def test_lowers_for_tpu_and_gpu(name, shape):
+    (B, T, H, K, V), dtype = SHAPES[shape], jnp.bfloat16
+    if name in MATRIX:
+        op, decay = MATRIX[name]
+        inputs, ids = matrix_inputs(op, T, decay, B=B, H=H, K=K, V=V)
+        inputs = {k: x.astype(dtype) if k in ("query", "key", "value") else x for k, x in inputs.items()}
+    else:
+        op, complex_ = CHANNELS[name]
+        inputs, ids = channel_inputs(op, T, B=B, D=H * V, N=16, complex_=complex_)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    traced = everything(op, ids, "pallas").trace(inputs)
+    for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
+        assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_inside_shard_map():
+    """Time is split over devices; where shard_map keeps track of axes, the message says what to do."""
+    mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    inputs, _ = matrix_inputs(ops.delta_rule, 64, "B T H")
+    inputs.pop("initial_state")
+
+    def mapped(**options):
+        spec = P("data", "sequence")
+        run = lambda inputs: ops.delta_rule(**inputs, impl="pallas")[0]
+        return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(spec,), out_specs=spec, **options))
+
+    expected = jax.jit(lambda inputs: ops.delta_rule(**inputs, impl="sequential")[0])(inputs)
+    assert_close(mapped(check_vma=False)(inputs), expected, "float32 strong")
+    with pytest.raises(NotImplementedError, match=r"impl='pallas' inside jax.shard_map over .*check_vma=False"):
+        mapped()(inputs)
+
+
+def test_what_the_selective_scan_has_no_kernel_for():
+    inputs, _ = channel_inputs(ops.selective_scan, 5)
+    inputs |= {name: inputs[name][:, :, None].repeat(2, 2) for name in "BC"}
+    with pytest.raises(
+        NotImplementedError, match=r"impl='pallas' of selective_scan takes a real A, and B and C `B T N`"
+    ):
+        ops.selective_scan(**inputs, impl="pallas")
