@@ -1,0 +1,120 @@
+"""Every kernel through the compiler of an accelerator that is not there: `python tests/compile_kernels.py v5e:2x2|…|cuda`.
+
+Prints a line of JSON for each: what it is, its scoped memory on a TPU, its registers and spilled bytes a thread on an
+H100, and the seconds. A process of its own, for a compiler may take it down.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PLATFORM = sys.argv[1]
+DUMP = tempfile.mkdtemp()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+if PLATFORM == "cuda":
+    os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP}"
+else:
+    os.environ.pop("XLA_FLAGS", None)
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_pallas import CHANNELS, MATRIX, channel_inputs, matrix_inputs
+
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 80000000000
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 patch: 0 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def device():
+    if PLATFORM == "cuda":
+        return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
+    return topologies.get_topology_desc(platform="tpu", topology_name=PLATFORM)
+
+
+def call(name: str, width: int):
+    """The op and its arguments: bfloat16 tokens, float32 decays."""
+    if name in CHANNELS:
+        op, complex_ = CHANNELS[name]
+        inputs, _ = channel_inputs(op, 256, D=8 * width, N=16, complex_=complex_)
+    else:
+        op, decay = MATRIX[name]
+        inputs, _ = matrix_inputs(op, 256, decay, K=width, V=width)
+        narrow = inputs.keys() - {"log_decay", "initial_state"}
+        inputs = {k: x.astype(jnp.bfloat16) if k in narrow else x for k, x in inputs.items()}
+    return op, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+
+
+def functions(op):
+    forward = lambda inputs: op(**inputs, impl="pallas")
+    ones = lambda like: jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like)
+    backward = lambda inputs: jax.vjp(forward, inputs)[1](ones(jax.eval_shape(forward, inputs)))
+    return {"forward": forward, "backward": backward}
+
+
+def on_tpu(text: str) -> dict:
+    """The scoped memory of the largest kernel, bytes."""
+    sizes = [int(size) for size in re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', text)]
+    return {"scoped_bytes": max(sizes, default=0), "kernels": text.count("tpu_custom_call")}
+
+
+def on_gpu() -> dict:
+    """Registers and spills of the worst kernel, by the assembler's own account."""
+    (ptxas,) = {p.resolve() for root in sys.path for p in Path(root).glob("nvidia/cuda_nvcc/bin/ptxas")}
+    worst = {"registers": 0, "spilled_bytes": 0, "kernels": 0}
+    for file in Path(DUMP).glob("*.ptx"):
+        if re.search(r"\.entry kernel", file.read_text()):
+            command = [ptxas, "-v", "-arch=sm_90a", file, "-o", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            worst["kernels"] += 1
+            worst["registers"] = max(worst["registers"], *map(int, re.findall(r"Used (\d+) registers", said)))
+            spilled = map(int, re.findall(r"(\d+) bytes spill stores", said))
+            worst["spilled_bytes"] = max(worst["spilled_bytes"], *spilled)
+        file.unlink()
+    return worst
+
+
+def main():
+    mesh = Mesh(np.array(device().devices)[:1], ("x",))
+    whole = NamedSharding(mesh, P())
+    for name in [*MATRIX, *CHANNELS]:
+        for width in (64, 128):
+            op, inputs = call(name, width)
+            if name in CHANNELS and width > 64:
+                continue
+            for direction, function in functions(op).items():
+                start = time.perf_counter()
+                lowered = jax.jit(function, in_shardings=whole, out_shardings=whole).trace(inputs)
+                platform = "cuda" if PLATFORM == "cuda" else "tpu"
+                compiled = lowered.lower(lowering_platforms=(platform,)).compile()
+                seconds = round(time.perf_counter() - start, 1)
+                found = on_gpu() if PLATFORM == "cuda" else on_tpu(compiled.as_text())
+                row = {"platform": PLATFORM, "kernel": name, "width": width, "direction": direction}
+                print(json.dumps(row | found | {"seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
