@@ -1,7 +1,7 @@
-"""Every kernel through the compiler of an accelerator that is not there: `python tests/compile_kernels.py v5e:2x2|…|cuda`.
+"""Every kernel through the compiler of an accelerator that is not there; `test_kernel_compilers.py` runs it.
 
 Prints a line of JSON for each: what it is, its scoped memory on a TPU, its registers and spilled bytes a thread on an
-H100, and the seconds. A process of its own, for a compiler may take it down.
+H100, and the seconds. A process of its own, as a compiler may take it down.
 """
 
 import json
@@ -9,19 +9,8 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-
-PLATFORM = sys.argv[1]
-DUMP = tempfile.mkdtemp()
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-if PLATFORM == "cuda":
-    os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP}"
-else:
-    os.environ.pop("XLA_FLAGS", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_pallas import CHANNELS, MATRIX, channel_inputs, matrix_inputs
 
-
+PLATFORM, DUMP = sys.argv[1:]
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048

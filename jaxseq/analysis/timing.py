@@ -44,7 +44,7 @@ def side_by_side(
     Times are medians of `repeats` rounds, after one to warm up, in each of which a form is called for so many
     `seconds`, once at least. A program that wants more temporary memory than `most_mib` is not run: its times are NaN.
     """
-    first, shuffled = next(iter(case.forms)), random.Random(seed)
+    first = next(iter(case.forms))
 
     @jax.jit
     def draw(turn):
@@ -64,14 +64,8 @@ def side_by_side(
             mib[name, stage] = program.memory_analysis().temp_size_in_bytes / 2**20
             if most_mib is None or mib[name, stage] <= most_mib:
                 programs[name, stage] = program
-    times: dict[tuple, list[float]] = {}
-    for turn in range(1 + repeats):
-        arguments = jax.block_until_ready(draw(turn))
-        # What a form leaves behind, in caches or in memory to be freed, slows down the next one: so the order changes.
-        for key in shuffled.sample(list(programs), len(programs)):
-            calls = timed(programs[key], arguments, seconds)
-            times[key] = times.get(key, []) + calls if turn else []  # the first round warms up
-    ms = {key: median(times[key]) if key in times else float("nan") for key in mib}
+    times = in_turns(programs, draw, seed=seed, repeats=repeats, seconds=seconds)
+    ms = {key: times.get(key, float("nan")) for key in mib}
 
     def row(name) -> Timing:
         both = (name, _forward), (name, _training)
@@ -80,6 +74,25 @@ def side_by_side(
         return Timing._make([case.op, name, case.length, *numbers])
 
     return [row(name) for name in case.forms]
+
+
+def in_turns(
+    programs: dict[Any, Callable], draw: Callable[[int], tuple], *, seed: int, repeats: int, seconds: float
+) -> dict[Any, float]:
+    """Median milliseconds of each program, all called in every round, on what `draw(round)` gives; one to warm up.
+
+    A program with an attribute `prepare` is called with `prepare(*arguments)`, which is not timed.
+    """
+    times: dict[Any, list[float]] = {key: [] for key in programs}
+    shuffled = random.Random(seed)
+    for turn in range(1 + repeats):
+        arguments = jax.block_until_ready(draw(turn))
+        # What a form leaves behind, in caches or in memory to be freed, slows down the next one: so the order changes.
+        for key in shuffled.sample(list(programs), len(programs)):
+            prepared = getattr(programs[key], "prepare", lambda *arguments: arguments)(*arguments)
+            calls = timed(programs[key], prepared, seconds)
+            times[key] += calls if turn else []
+    return {key: median(calls) for key, calls in times.items()}
 
 
 def exponent(lengths, values) -> float:

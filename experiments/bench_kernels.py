@@ -1,0 +1,368 @@
+"""The kernels beside other people's, the chunked forms and what the machine allows, in one process.
+
+Claim   On an accelerator, forward and backward of `impl="pallas"` is at least as fast as the hand-tuned kernels of
+        flash-linear-attention for gated linear attention, SSD and the delta rule, and as our own chunked form in every
+        op; `linear_recurrence` moves its arrays at 80 % of the speed of a copy. Errors stay within the ops' tolerances.
+Source  flash-linear-attention (the package `fla`, with torch) where it is installed; the copy and the matrix product
+        are measured in the same run. 32,768 tokens of 2,048 channels, sequences of 2,048 to 65,536.
+Expect  Not measured on an accelerator yet. On a CPU the kernels are interpreted: errors hold, speeds say nothing.
+Run     python -m experiments.bench_kernels [--preset cpu|gpu] [--lengths 2048 8192] [--widths 64 128]
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import log_sigmoid, sigmoid, softplus
+from matplotlib.figure import Figure
+
+from jaxseq import ops
+from jaxseq.analysis import in_turns, timed
+from jaxseq.layers.normalised import unit
+from jaxseq.train import MetricsWriter, Run, main
+from jaxseq.train.files import write_json
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the inputs, and how long to measure."""
+
+    ops: str = ""
+    """Kernels by name, with commas between them; all where none is given."""
+    seed: int = 0
+    """Seed of the inputs, drawn anew for every round, and of the order of calls in it."""
+    tokens: int = 128
+    """Tokens of all sequences together; longer ones come alone."""
+    lengths: tuple[int, ...] = (128,)
+    """Tokens of a sequence."""
+    channels: int = 32
+    """Channels of all heads together."""
+    widths: tuple[int, ...] = (16,)
+    """Channels of a head: of keys and of values."""
+    states: int = 16
+    """States a channel of the selective scan, and an eighth of those a head of SSD."""
+    copied_mib: int = 16
+    """Size of the array that is copied to measure the bandwidth."""
+    product: int = 512
+    """Side of the matrices that are multiplied to measure the rate."""
+    error_length: int = 100
+    """Tokens of the sequence that errors are measured on."""
+    repeats: int = 2
+    """Rounds over all programs of an op, after one to warm up; times are medians over all calls."""
+    seconds: float = 0.01
+    """A round calls each program for this long, once at least."""
+
+    def __post_init__(self):
+        for name in ("tokens", "channels", "states", "copied_mib", "product", "error_length", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if unknown := set(self.names()) - set(NAMES):
+            raise ValueError(f"ops={self.ops}: none is called {min(unknown)!r}; choose {', '.join(NAMES)}.")
+        if wide := [width for width in self.widths if width < 1 or self.channels % width]:
+            raise ValueError(f"widths={self.widths}: {wide[0]} does not divide channels={self.channels}.")
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.ops.split(",")] if self.ops else [*NAMES]
+
+
+NAMES = (
+    ["gla", "retention", "delta_rule", "gated_delta_rule", "kda", "dplr"]  # in MATRIX
+    + ["ssd", "selective_scan", "linear_recurrence"]
+)
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(
+        tokens=32_768, lengths=(2048, 8192, 32_768, 65_536), channels=2048, widths=(64, 128), copied_mib=2048,
+        product=8192, error_length=512, repeats=7, seconds=0.2,
+    ),
+}  # fmt: skip
+
+
+class Kernel(NamedTuple):
+    """An op at one size; `flops` a forward pass, in matrix products, and the library that has a kernel for it too."""
+
+    name: str
+    length: int
+    op: Callable
+    draw: Callable[[int, Any], tuple]  # (batch, key) -> inputs
+    flops: float = 0.0
+    peer: tuple[str, Callable] | None = None  # where it is, and (function, inputs) -> output
+
+
+def normals(key, *shapes):
+    return [jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)]
+
+
+def matrix_inputs(shape, key_width, gate, beta, key_heads, batch, key):
+    """Bfloat16 tokens and float32 log decays, as strong as those of a layer early in training."""
+    T, H, V = shape
+    decays = {"key": (batch, T, H, key_width), "head": (batch, T, H), None: (1,)}[gate]
+    heads = (batch, T, key_heads or H, key_width)
+    q, k, v, b, g = normals(key, heads, heads, (batch, T, H, V), (batch, T, H), decays)
+    tokens = [x.astype(jnp.bfloat16) for x in (q, unit(k), v, sigmoid(b))]
+    return *tokens[: 3 + beta], *([log_sigmoid(g + 3)] if gate else [])
+
+
+def recurrence_inputs(T, D, batch, key):
+    decay, inputs = normals(key, *[(batch, T, D)] * 2)
+    return sigmoid(decay + 3), inputs
+
+
+def selective_inputs(T, D, N, batch, key):
+    x, dt, B, C = normals(key, *[(batch, T, D)] * 2, *[(batch, T, N)] * 2)
+    A = -jnp.broadcast_to(jnp.arange(1.0, N + 1), (D, N))
+    return x.astype(jnp.bfloat16), softplus(dt - 4), A, B.astype(jnp.bfloat16), C.astype(jnp.bfloat16)
+
+
+def products(tokens, heads, key_width, value_width, corrections=0, chunk=64) -> float:
+    """Of chunks: scores, their use, reading the state and writing to it; as much again for what a delta rule erases."""
+    return 2.0 * tokens * heads * (1 + corrections) * (chunk * (key_width + value_width) + 2 * key_width * value_width)
+
+
+def dplr(q, k, v, g, impl):
+    return ops.dplr_recurrence(q, k, v, -k, 0.5 * k, g, impl=impl)
+
+
+def rwkv7_of_fla(f, q, k, v, g):
+    return f(q, g, k, v, -k, 0.5 * k, scale=q.shape[-1] ** -0.5)
+
+
+#: Name: op, what decays (each key channel, each head, nothing), whether there is a β, and who else has a kernel for it.
+MATRIX: dict[str, tuple[Callable, str | None, bool, tuple[str, Callable] | None]] = {
+    "gla": (ops.gated_linear_attention, "key", False, ("gla:chunk_gla", lambda f, q, k, v, g: f(q, k, v, g))),
+    "retention": (
+        ops.gated_linear_attention, None, False, ("simple_gla:chunk_simple_gla", lambda f, q, k, v: f(q, k, v)),
+    ),
+    "delta_rule": (ops.delta_rule, None, True, ("delta_rule:chunk_delta_rule", lambda f, q, k, v, b: f(q, k, v, b))),
+    "gated_delta_rule": (
+        ops.delta_rule, "head", True,
+        ("gated_delta_rule:chunk_gated_delta_rule", lambda f, q, k, v, b, g: f(q, k, v, g, b)),
+    ),
+    "kda": (ops.delta_rule, "key", True, ("kda:chunk_kda", lambda f, q, k, v, b, g: f(q, k, v, g, b))),
+    "dplr": (dplr, "key", False, ("rwkv7:chunk_rwkv7", rwkv7_of_fla)),
+}  # fmt: skip
+
+
+def ssd_of_fla(f, q, k, v, g):
+    """Which has no keys that heads share."""
+    q, k = (x.expand(*v.shape[:3], -1).contiguous() for x in (q, k))
+    return f(q, k, v, g)
+
+
+def kernels(config: Config) -> Iterator[Kernel]:
+    for T in config.lengths:
+        tokens, D = max(config.tokens, T), config.channels
+        for K in config.widths:
+            shape = T, D // K, K
+            for name, (op, gate, beta, peer) in MATRIX.items():
+                inputs = partial(matrix_inputs, shape, K, gate, beta, None)
+                yield Kernel(f"{name}/{K}", T, op, inputs, products(tokens, D // K, K, K, beta), peer)
+        V, N = config.widths[0], 8 * config.states
+        inputs, flops = partial(matrix_inputs, (T, D // V, V), N, "head", False, 1), products(tokens, D // V, N, V)
+        yield Kernel("ssd", T, ops.gated_linear_attention, inputs, flops, ("simple_gla:chunk_simple_gla", ssd_of_fla))
+        yield Kernel("selective_scan", T, ops.selective_scan, partial(selective_inputs, T, D, config.states))
+        yield Kernel("linear_recurrence", T, ops.linear_recurrence, partial(recurrence_inputs, T, D))
+
+
+# ---- programs: forward, and with every gradient ---------------------------------------------------------------------
+
+
+def forward(op, impl, cotangent, *inputs):
+    return op(*inputs, impl=impl)[0]
+
+
+def training(op, impl, cotangent, *inputs):
+    out, pull_back = jax.vjp(partial(forward, op, impl, None), *inputs)
+    return out, pull_back(cotangent)
+
+
+STAGES = {"forward": forward, "training": training}
+
+
+class Torch:
+    """A function of torch as a program: the same arrays, on its device, and done when it returns."""
+
+    def __init__(self, call: Callable, stage: str):
+        import torch
+
+        self.torch, self.call, self.stage = torch, call, stage
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def prepare(self, *arrays):
+        kinds = {"bfloat16": self.torch.bfloat16, "float32": self.torch.float32}
+        there = lambda x: self.torch.from_numpy(np.array(x, np.float32)).to(self.device, kinds[x.dtype.name])
+        cotangent, *inputs = map(there, arrays)
+        return cotangent, *(x.requires_grad_(self.stage == "training") for x in inputs)
+
+    def __call__(self, cotangent, *inputs):
+        out = self.call(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        found = (out, self.torch.autograd.grad(out, inputs, cotangent)) if self.stage == "training" else out
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        return jax.tree.map(lambda x: x.detach(), found)
+
+
+def peer_of(kernel: Kernel) -> Callable | None:
+    if kernel.peer is None or not all(map(importlib.util.find_spec, ("torch", "fla"))):
+        return None
+    module, name = kernel.peer[0].split(":")
+    return partial(kernel.peer[1], getattr(importlib.import_module(f"fla.ops.{module}"), name))
+
+
+def errors(config: Config, kernel: Kernel) -> dict[str, float]:
+    """The largest relative error of output and gradients, against the definition in float64 on the same numbers."""
+    key = jax.random.key(config.seed)
+    short = kernel.draw(1, key)
+    short = tuple(x[:, : config.error_length] if x.ndim > 2 else x for x in short)
+    cotangent = jax.random.normal(key, forward_shape(kernel, short).shape, forward_shape(kernel, short).dtype)
+    wide = [np.asarray(x, np.float64) for x in (cotangent, *short)]
+    with jax.enable_x64(True):
+        exact = jax.tree.leaves(jax.device_get(jax.jit(partial(training, kernel.op, "sequential"))(*wide)))
+    apart = lambda a, b: float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
+    found = {impl: jax.jit(partial(training, kernel.op, impl))(cotangent, *short) for impl in ("chunked", "pallas")}
+    if call := peer_of(kernel):
+        program = Torch(call, "training")
+        found["fla"] = jax.tree.map(lambda x: x.float().cpu().numpy(), program(*program.prepare(cotangent, *short)))
+    return {name: max(map(apart, jax.tree.leaves(of), exact)) for name, of in found.items()}
+
+
+def forward_shape(kernel: Kernel, inputs):
+    return jax.eval_shape(partial(forward, kernel.op, "chunked", None), *inputs)
+
+
+class Machine(NamedTuple):
+    """What it does at best, measured."""
+
+    bytes_per_ms: float
+    flops_per_ms: float
+
+    def floor(self, kernel: Kernel, arrays, stage: str) -> float:
+        """Milliseconds: all inputs read and the output written, and again with the gradients; or the products."""
+        moved = sum(x.nbytes for x in arrays) * (3 if stage == "training" else 1)
+        return max(moved / self.bytes_per_ms, kernel.flops * (3 if stage == "training" else 1) / self.flops_per_ms)
+
+
+def machine(config: Config) -> Machine:
+    array = jnp.ones(config.copied_mib * 2**18, jnp.float32)
+    square = jnp.ones((config.product,) * 2, jnp.bfloat16)
+    best = lambda f, x: min(timed(f, (x,), 0.1)[-5:] + timed(f, (x,), 0.5))
+    copy, product = jax.jit(lambda x: x + 1), jax.jit(lambda x: x @ x)
+    jax.block_until_ready((copy(array), product(square)))
+    return Machine(2 * array.nbytes / best(copy, array), 2 * config.product**3 / best(product, square))
+
+
+def rows_of(config: Config, kernel: Kernel, best: Machine) -> Iterator[dict[str, Any]]:
+    """A row for each form: milliseconds, share of what the machine allows, MiB beside inputs and outputs, error."""
+    batch = max(1, config.tokens // kernel.length)
+    programs: dict[tuple[str, str], Any] = {}
+
+    @jax.jit
+    def draw(turn):
+        key = jax.random.fold_in(jax.random.key(config.seed), turn)
+        inputs = kernel.draw(batch, key)
+        out = forward_shape(kernel, inputs)
+        return jax.random.normal(jax.random.fold_in(key, 99), out.shape, out.dtype), *inputs
+
+    arrays = draw(0)
+    for impl in ("chunked", "pallas"):
+        for stage, function in STAGES.items():
+            programs[impl, stage] = jax.jit(partial(function, kernel.op, impl)).lower(*arrays).compile()
+    mib = {key: program.memory_analysis().temp_size_in_bytes / 2**20 for key, program in programs.items()}
+    if call := peer_of(kernel):
+        programs |= {("fla", stage): Torch(call, stage) for stage in STAGES}
+    ms = in_turns(programs, draw, seed=config.seed, repeats=config.repeats, seconds=config.seconds)
+    apart = errors(config, kernel)
+    for form in dict.fromkeys(form for form, _ in programs):
+        row = {"op": kernel.name, "length": kernel.length, "form": form, "error": apart[form]}
+        for stage in STAGES:
+            row |= {f"{stage}_ms": ms[form, stage], f"{stage}_mib": mib.get((form, stage), float("nan"))}
+            row |= {f"{stage}_of_best": best.floor(kernel, arrays, stage) / ms[form, stage]}
+        yield row
+
+
+HEADER = (
+    f"{'op':<22}{'T':>7} {'form':<9}{'forward: ms':>12}{'of best':>9}{'MiB':>8}"
+    f"{'training: ms':>14}{'of best':>9}{'MiB':>8}{'error':>10}"
+)
+LINE = (
+    "{op:<22}{length:>7} {form:<9}{forward_ms:>12.3f}{forward_of_best:>9.2f}{forward_mib:>8.0f}"
+    "{training_ms:>14.3f}{training_of_best:>9.2f}{training_mib:>8.0f}{error:>10.1e}"
+)
+
+
+def draw_plot(rows: list[dict], path: Path) -> None:
+    """A panel an op: time over T."""
+    names = list(dict.fromkeys(row["op"] for row in rows))
+    height = -(-len(names) // 3)
+    figure = Figure(figsize=(12, 3 * height), dpi=150, layout="constrained")
+    panels = figure.subplots(height, 3, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
+        for form in dict.fromkeys(row["form"] for row in rows if row["op"] == name):
+            of = [row for row in rows if row["op"] == name and row["form"] == form]
+            axes.plot([row["length"] for row in of], [row["training_ms"] for row in of], "o-", label=form, markersize=3)
+        axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
+        axes.set_title(name, fontsize="small")
+        axes.legend(fontsize="x-small", frameon=False)
+    for axes in panels:
+        axes.axis("off")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+def measure(run: Run[Config]) -> None:
+    config, rows = run.config, []
+    best = machine(config)
+    print(f"copy {best.bytes_per_ms / 1e6:.1f} GB/s, bfloat16 product {best.flops_per_ms / 1e9:.2f} TFLOP/s")
+    print(HEADER)
+    with MetricsWriter(run.folder, step=0) as writer:
+        for kernel in (kernel for kernel in kernels(config) if kernel.name.split("/")[0] in config.names()):
+            for row in rows_of(config, kernel, best):
+                rows.append(row)
+                print(LINE.format(**row), flush=True)
+                numbers = {name: float(x) for name, x in row.items() if name not in ("op", "length", "form")}
+                writer.write(kernel.length, f"{kernel.name}/{row['form']}", numbers)
+    write_json(run.folder / "table.json", {"rows": rows, "machine": best._asdict()})
+    draw_plot(rows, run.folder / "plots" / "times.png")
+    verdict(run, rows)
+
+
+def verdict(run: Run[Config], rows: list[dict]) -> None:
+    of = {(row["op"], row["length"], row["form"]): row for row in rows}
+    judged = jax.default_backend() != "cpu"  # an interpreter's speed is nobody's claim
+    checks: dict[str, tuple[float, float]] = {}
+    for other in ("fla", "chunked") if judged else ():
+        for name in dict.fromkeys(row["op"] for row in rows):
+            ratios = [
+                of[name, T, other]["training_ms"] / of[name, T, "pallas"]["training_ms"]
+                for T in run.config.lengths
+                if (name, T, other) in of
+            ]
+            if ratios:
+                checks[f"{other} / pallas, ms, {name}"] = min(ratios), 1
+    if judged and "linear_recurrence" in run.config.names():
+        shares = [
+            row["training_of_best"] for row in rows if (row["op"], row["form"]) == ("linear_recurrence", "pallas")
+        ]
+        checks["linear_recurrence of a copy"] = min(shares), 0.8
+    worst = max(row["error"] for row in rows if row["form"] == "pallas")
+    checks["2e-2 / error in bfloat16"] = 2e-2 / worst, 1
+    run.finish(
+        claim="kernels train as fast as flash-linear-attention's and as the chunked forms, and linear_recurrence at 80 "
+        "% of a copy" + ("" if judged else "; on a CPU kernels are interpreted, and errors alone are judged"),
+        measured={name: value for name, (value, _) in checks.items()},
+        baseline=1,
+        threshold={name: threshold for name, (_, threshold) in checks.items()},
+        holds=judged and all(value >= threshold for value, threshold in checks.values()),
+    )
+
+
+if __name__ == "__main__":
+    main("bench_kernels", PRESETS, measure)

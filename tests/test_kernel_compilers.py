@@ -1,0 +1,52 @@
+"""Every kernel compiles for accelerators that are not there, with the makers' own compilers, where they are installed.
+
+`pip install jaxseq[kernels-tpu]` or `jaxseq[kernels-cuda]`; the table is printed with `pytest -s`.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+#: What one kernel may keep on a TPU, of 16 MiB on the smallest one.
+SCOPED_BYTES = 6 * 2**20
+#: What a thread may spill on an H100, by the width of a head. Where it does, registers are what to tune for next.
+SPILLED_BYTES = {64: 3500, 128: 10_000}
+
+
+@pytest.mark.parametrize(
+    "platform, package, extra",
+    [
+        ("v5e:2x2", "libtpu", "tpu"),
+        ("v6e:2x2", "libtpu", "tpu"),
+        ("v5p:2x2x1", "libtpu", "tpu"),
+        ("cuda", "jax_cuda12_plugin", "cuda"),
+    ],
+)
+def test_compiles(platform, package, extra, tmp_path, capfd):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install jaxseq[kernels-{extra}]")
+    script = Path(__file__).with_name("compile_kernels.py")
+    nowhere = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    flags = f"--xla_dump_to={tmp_path}" if platform == "cuda" else ""
+    environment = os.environ | nowhere | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is compiled anew is dumped
+    command = [sys.executable, script, platform, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    with capfd.disabled():
+        print()
+        for row in rows:
+            print("  ".join(f"{name} {value}" for name, value in row.items()))
+    assert done.returncode == 0, f"after {len(rows)} kernels: {done.stderr[-2000:]}"
+    assert len(rows) == 38
+    for row in rows:
+        assert row["kernels"] >= (2 if row["direction"] == "backward" else 1), row
+        if platform == "cuda":
+            assert row["spilled_bytes"] <= SPILLED_BYTES[row["width"]], row
+        else:
+            assert row["scoped_bytes"] <= SCOPED_BYTES, row
