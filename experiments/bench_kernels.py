@@ -1,10 +1,11 @@
 """The kernels beside other people's, the chunked forms and what the machine allows, in one process.
 
 Claim   On an accelerator, forward and backward of `impl="pallas"` is at least as fast as the hand-tuned kernels of
-        flash-linear-attention for gated linear attention, SSD and the delta rule, and as our own chunked form in every
-        op; `linear_recurrence` moves its arrays at 80 % of the speed of a copy. Errors stay within the ops' tolerances.
-Source  flash-linear-attention (the package `fla`, with torch) where it is installed; the copy and the matrix product
-        are measured in the same run. 32,768 tokens of 2,048 channels, sequences of 2,048 to 65,536.
+        flash-linear-attention for gated linear attention, SSD and the delta rule, as torch's attention, and as our own
+        chunked form of every op; `linear_recurrence` moves its arrays at 80 % of the speed of a copy. Errors stay
+        within the ops' tolerances.
+Source  flash-linear-attention (the package `fla`) and torch, where they are installed: the peers. The copy and the
+        matrix product are measured in the same run. 32,768 tokens of 2,048 channels, sequences of 2,048 to 65,536.
 Expect  Not measured on an accelerator yet. On a CPU the kernels are interpreted: errors hold, speeds say nothing.
 Run     python -m experiments.bench_kernels [--preset cpu|gpu] [--lengths 2048 8192] [--widths 64 128]
 """
@@ -48,6 +49,8 @@ class Config:
     """Channels of a head: of keys and of values."""
     states: int = 16
     """States a channel of the selective scan, and an eighth of those a head of SSD."""
+    most_attended: int = 128
+    """Longer sequences are left out of attention."""
     copied_mib: int = 16
     """Size of the array that is copied to measure the bandwidth."""
     product: int = 512
@@ -60,7 +63,16 @@ class Config:
     """A round calls each program for this long, once at least."""
 
     def __post_init__(self):
-        for name in ("tokens", "channels", "states", "copied_mib", "product", "error_length", "repeats"):
+        for name in (
+            "tokens",
+            "channels",
+            "states",
+            "most_attended",
+            "copied_mib",
+            "product",
+            "error_length",
+            "repeats",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if unknown := set(self.names()) - set(NAMES):
@@ -74,13 +86,13 @@ class Config:
 
 NAMES = (
     ["gla", "retention", "delta_rule", "gated_delta_rule", "kda", "dplr"]  # in MATRIX
-    + ["ssd", "selective_scan", "linear_recurrence"]
+    + ["ssd", "selective_scan", "linear_recurrence", "attention"]
 )
 PRESETS = {
     "cpu": Config(),
     "gpu": Config(
-        tokens=32_768, lengths=(2048, 8192, 32_768, 65_536), channels=2048, widths=(64, 128), copied_mib=2048,
-        product=8192, error_length=512, repeats=7, seconds=0.2,
+        tokens=32_768, lengths=(2048, 8192, 32_768, 65_536), channels=2048, widths=(64, 128), most_attended=8192,
+        copied_mib=2048, product=8192, error_length=512, repeats=7, seconds=0.2,
     ),
 }  # fmt: skip
 
@@ -93,7 +105,7 @@ class Kernel(NamedTuple):
     op: Callable
     draw: Callable[[int, Any], tuple]  # (batch, key) -> inputs
     flops: float = 0.0
-    peer: tuple[str, Callable] | None = None  # where it is, and (function, inputs) -> output
+    peer: tuple[str, Callable] | None = None  # in fla.ops, or torch's own where "", and (function, inputs) -> output
 
 
 def normals(key, *shapes):
@@ -156,6 +168,14 @@ def ssd_of_fla(f, q, k, v, g):
     return f(q, k, v, g)
 
 
+def attention(q, k, v, impl):
+    return ops.softmax_attention(q, k, v, impl=impl), None
+
+
+def attention_of_torch(f, q, k, v):
+    return f(*(x.swapaxes(1, 2) for x in (q, k, v)), is_causal=True).swapaxes(1, 2)
+
+
 def kernels(config: Config) -> Iterator[Kernel]:
     for T in config.lengths:
         tokens, D = max(config.tokens, T), config.channels
@@ -167,6 +187,9 @@ def kernels(config: Config) -> Iterator[Kernel]:
         V, N = config.widths[0], 8 * config.states
         inputs, flops = partial(matrix_inputs, (T, D // V, V), N, "head", False, 1), products(tokens, D // V, N, V)
         yield Kernel("ssd", T, ops.gated_linear_attention, inputs, flops, ("simple_gla:chunk_simple_gla", ssd_of_fla))
+        if config.most_attended >= T:
+            inputs = partial(matrix_inputs, (T, D // V, V), V, None, False, None)
+            yield Kernel("attention", T, attention, inputs, tokens * T * 2.0 * D, ("", attention_of_torch))
         yield Kernel("selective_scan", T, ops.selective_scan, partial(selective_inputs, T, D, config.states))
         yield Kernel("linear_recurrence", T, ops.linear_recurrence, partial(recurrence_inputs, T, D))
 
@@ -211,7 +234,11 @@ class Torch:
 
 
 def peer_of(kernel: Kernel) -> Callable | None:
-    if kernel.peer is None or not all(map(importlib.util.find_spec, ("torch", "fla"))):
+    if kernel.peer is None or not importlib.util.find_spec("torch"):
+        return None
+    if not kernel.peer[0]:
+        return partial(kernel.peer[1], importlib.import_module("torch.nn.functional").scaled_dot_product_attention)
+    if not importlib.util.find_spec("fla"):
         return None
     module, name = kernel.peer[0].split(":")
     return partial(kernel.peer[1], getattr(importlib.import_module(f"fla.ops.{module}"), name))
@@ -230,7 +257,7 @@ def errors(config: Config, kernel: Kernel) -> dict[str, float]:
     found = {impl: jax.jit(partial(training, kernel.op, impl))(cotangent, *short) for impl in ("chunked", "pallas")}
     if call := peer_of(kernel):
         program = Torch(call, "training")
-        found["fla"] = jax.tree.map(lambda x: x.float().cpu().numpy(), program(*program.prepare(cotangent, *short)))
+        found["peer"] = jax.tree.map(lambda x: x.float().cpu().numpy(), program(*program.prepare(cotangent, *short)))
     return {name: max(map(apart, jax.tree.leaves(of), exact)) for name, of in found.items()}
 
 
@@ -277,7 +304,7 @@ def rows_of(config: Config, kernel: Kernel, best: Machine) -> Iterator[dict[str,
             programs[impl, stage] = jax.jit(partial(function, kernel.op, impl)).lower(*arrays).compile()
     mib = {key: program.memory_analysis().temp_size_in_bytes / 2**20 for key, program in programs.items()}
     if call := peer_of(kernel):
-        programs |= {("fla", stage): Torch(call, stage) for stage in STAGES}
+        programs |= {("peer", stage): Torch(call, stage) for stage in STAGES}
     ms = in_turns(programs, draw, seed=config.seed, repeats=config.repeats, seconds=config.seconds)
     apart = errors(config, kernel)
     for form in dict.fromkeys(form for form, _ in programs):
@@ -338,7 +365,7 @@ def verdict(run: Run[Config], rows: list[dict]) -> None:
     of = {(row["op"], row["length"], row["form"]): row for row in rows}
     judged = jax.default_backend() != "cpu"  # an interpreter's speed is nobody's claim
     checks: dict[str, tuple[float, float]] = {}
-    for other in ("fla", "chunked") if judged else ():
+    for other in ("peer", "chunked") if judged else ():
         for name in dict.fromkeys(row["op"] for row in rows):
             ratios = [
                 of[name, T, other]["training_ms"] / of[name, T, "pallas"]["training_ms"]
@@ -355,8 +382,8 @@ def verdict(run: Run[Config], rows: list[dict]) -> None:
     worst = max(row["error"] for row in rows if row["form"] == "pallas")
     checks["2e-2 / error in bfloat16"] = 2e-2 / worst, 1
     run.finish(
-        claim="kernels train as fast as flash-linear-attention's and as the chunked forms, and linear_recurrence at 80 "
-        "% of a copy" + ("" if judged else "; on a CPU kernels are interpreted, and errors alone are judged"),
+        claim="kernels train as fast as flash-linear-attention's and torch's and as the chunked forms, and "
+        f"linear_recurrence at 80 % of a copy{'' if judged else '; interpreted on a CPU, errors alone are judged'}",
         measured={name: value for name, (value, _) in checks.items()},
         baseline=1,
         threshold={name: threshold for name, (_, threshold) in checks.items()},

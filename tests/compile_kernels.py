@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +19,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_pallas import CHANNELS, MATRIX, channel_inputs, matrix_inputs
+from test_pallas import ATTENTION, CHANNELS, MATRIX, attention_inputs, channel_inputs, matrix_inputs
+
+from jaxseq import ops
 
 PLATFORM, DUMP = sys.argv[1:]
 H100 = """
@@ -46,7 +49,11 @@ def device():
 
 def call(name: str, width: int):
     """The op and its arguments: bfloat16 tokens, float32 decays."""
-    if name in CHANNELS:
+    if name in ATTENTION:
+        op = partial(ops.softmax_attention, **ATTENTION[name], segment_ids=jnp.zeros((2, 256), jnp.int32))
+        inputs = attention_inputs(256, K=width, V=width)
+        inputs = {name: x.astype(jnp.bfloat16) for name, x in inputs.items()}
+    elif name in CHANNELS:
         op, complex_ = CHANNELS[name]
         inputs, _ = channel_inputs(op, 256, D=8 * width, N=16, complex_=complex_)
     else:
@@ -89,7 +96,7 @@ def on_gpu() -> dict:
 def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
-    for name in [*MATRIX, *CHANNELS]:
+    for name in [*MATRIX, *CHANNELS, *ATTENTION]:
         for width in (64, 128):
             op, inputs = call(name, width)
             if name in CHANNELS and width > 64:

@@ -389,10 +389,14 @@ OPS = {
     "log_recurrence max_plus": OpMember(
         _log_recurrence_inputs, partial(_log_recurrence, semiring="max_plus"), moving=("log_decay", "log_inputs")
     ),
-    "softmax_attention": OpMember(_attention_inputs, _attention, sweep=True),
-    "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5)),
-    "softmax_attention softcap": OpMember(_attention_inputs, partial(_attention, logit_softcap=2.0, window=20)),
-    "softmax_attention both ways": OpMember(partial(_attention_inputs, groups=1), partial(_attention, causal=False)),
+    "softmax_attention": OpMember(_attention_inputs, _attention, _kernel, sweep=True),
+    "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5), _kernel),
+    "softmax_attention softcap": OpMember(
+        _attention_inputs, partial(_attention, logit_softcap=2.0, window=20), _kernel
+    ),
+    "softmax_attention both ways": OpMember(
+        partial(_attention_inputs, groups=1), partial(_attention, causal=False), _kernel
+    ),
 }
 
 

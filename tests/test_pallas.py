@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels.by_token as by_token
+import pallas_kernels.over_pairs as over_pairs
 import pallas_kernels.over_time as over_time
 from jaxseq import ops
 
@@ -50,11 +51,19 @@ def channel_inputs(op, length, dtype=np.float32, B=2, D=40, N=4, complex_=False)
     return cast(inputs | moving | {"initial_state": draw(B, D, N)}, dtype), ids
 
 
+def attention_inputs(length, dtype=np.float32, B=2, H=4, groups=2, K=32, V=24, past=0):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape)
+    inputs = dict(query=draw(B, length, H, K), key=draw(B, past + length, groups, K))
+    return cast(inputs | {"value": draw(B, past + length, groups, V)}, dtype)
+
+
 def everything(op, ids, impl):
     """Inputs → values, final state and every gradient."""
 
     def run(inputs):
-        values, pull = jax.vjp(lambda inputs: op(**inputs, segment_ids=ids, impl=impl), inputs)
+        options = {} if ids is None else {"segment_ids": ids}
+        values, pull = jax.vjp(lambda inputs: op(**inputs, **options, impl=impl), inputs)
         rng = np.random.default_rng(1)
         return values, pull(jax.tree.map(lambda c, v: jnp.asarray(c, v.dtype), normals(rng, values), values))
 
@@ -76,6 +85,8 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 32, *arrays))
     call = partial(by_token._call, by_token._gpu_width, None, True)
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(call, *arrays))
+    pairs = partial(over_pairs.on_gpu, block=32, interpret=True)
+    monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", pairs)
 
 
 MATRIX = {
@@ -93,6 +104,28 @@ CHANNELS = {
     "linear_recurrence complex": (ops.linear_recurrence, True),
     "selective_scan": (ops.selective_scan, False),
 }
+
+
+ATTENTION = {
+    "attention": dict(),
+    "attention window": dict(window=40),
+    "attention both ways": dict(causal=False, window=20, logit_softcap=2.0),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_in_many_blocks(name):
+    """Blocks that nothing is seen in are left out; segments; more keys than queries."""
+    ids = jnp.asarray(segments(np.random.default_rng(0), 1, 300))
+    check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(300, B=1), ids)
+    if ATTENTION[name].get("causal", True):
+        check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(70, past=200, B=1), None)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_on_a_gpu(name, on_a_gpu):
+    ids = jnp.asarray(segments(np.random.default_rng(0), 2, 100))
+    check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(100), ids)
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -163,16 +196,19 @@ SHAPES = {"odd length": (2, 131, 2, 64, 64), "wide": (1, 64, 1, 256, 256), "unev
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", [*MATRIX, *CHANNELS])
+@pytest.mark.parametrize("name", [*MATRIX, *CHANNELS, *ATTENTION])
 def test_lowers_for_tpu_and_gpu(name, shape):
     (B, T, H, K, V), dtype = SHAPES[shape], jnp.bfloat16
     if name in MATRIX:
         op, decay = MATRIX[name]
         inputs, ids = matrix_inputs(op, T, decay, B=B, H=H, K=K, V=V)
         inputs = {k: x.astype(dtype) if k in ("query", "key", "value") else x for k, x in inputs.items()}
-    else:
+    elif name in CHANNELS:
         op, complex_ = CHANNELS[name]
         inputs, ids = channel_inputs(op, T, B=B, D=H * V, N=16, complex_=complex_)
+    else:
+        op, inputs = partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(T, dtype, B, 2 * H, H, K, V)
+        ids = jnp.zeros((B, T), jnp.int32)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     traced = everything(op, ids, "pallas").trace(inputs)
     for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):

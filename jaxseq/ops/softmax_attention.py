@@ -10,6 +10,7 @@ from ..monoid import Softmax, softmax
 from ..shapes import Array, Float, Int, accumulator, typed
 from ..sharded import first_position, halo, is_split
 from .dispatch import dispatch
+from .flash_attention import Sight, flash_attention
 from .ring_attention import Rules, ring_attention
 
 #: The position of a key that is not there: nothing sees it.
@@ -75,6 +76,11 @@ def chunked(q, k, v, positions, segments, rules, chunk_size, reach):
 
     o = lax.map(block, jnp.arange(0, length + end, chunk_size))
     return o.swapaxes(0, 1).reshape(o.shape[1], -1, *o.shape[3:])[:, :length]
+
+
+def in_kernel(sight: Sight, q, k, v, positions, segments):
+    o = flash_attention(sight, q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, segments)
+    return o.reshape(*q.shape[:-1], v.shape[-1])
 
 
 def _visible(causal, window, query_positions, key_positions, segments):
@@ -160,6 +166,10 @@ def softmax_attention(
         "parallel": partial(parallel, rules=rules),
         "chunked": partial(chunked, rules=rules, chunk_size=min(chunk_size, length), reach=reach),
     }
+    if not is_split():
+        behind = None if window is None else window - 1
+        sight = Sight(span - length, span, behind, 0 if causal else behind, logit_softcap)
+        forms["pallas"] = partial(in_kernel, sight)
     best = "parallel" if length * span <= chunk_size * 4 * chunk_size and reach is None else "chunked"
     return finish(dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments))
 
