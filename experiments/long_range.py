@@ -2,8 +2,9 @@
 
 Claim   How A starts decides what a diagonal state space learns: on pooled digits the mean of S4D-Lin, -Inv and -LegS
         is 8 points of accuracy above S4D-Real's and 4 above S4D-Random's, and S4D-LegS at most a point below S4, which
-        starts from LegS too. On all 784 pixels S4D-Lin gets 0.98, the mean a point more than Real. On raw speech S4D-Lin gets 0.9, and loses 10 points
-        at most at half the sampling rate with dt doubled, 20 or more without. What is asked is what a run trained.
+        starts alike. On all 784 pixels S4D-Lin gets 0.98, the mean a point more than Real. On raw speech S4D-Lin gets
+        0.9, and loses 10 points at most at half the sampling rate with dt doubled, 20 or more without. What is asked is
+        what a run trained.
 Source  S4D (arXiv 2206.11893), tables 3 and 4, on digits read pixel after pixel; the peers in the same run: DSS
         (2203.14343), S5 (2208.04933), LRU (2303.06349), Mamba (2312.00752).
 Expect  On digits pooled to 196 steps about 0.8, 0.8, 0.8, Real 0.5 to 0.6 and Random 0.7 after 500 steps of one seed,
@@ -309,7 +310,7 @@ def measure(run: Run[Config]) -> None:
     means = lambda scores: {name: float(np.mean(values)) for name, values in scores.items()}
     margins = asked(config, means(found), means(half_rate))
     run.finish(
-        claim=f"S4D-Lin, -Inv and -LegS by the thresholds, S4D-LegS beside S4: {', '.join(margins) or 'nothing to compare'}",
+        claim=f"S4D-Lin, -Inv and -LegS by the thresholds, LegS beside S4: {', '.join(margins) or 'none to compare'}",
         measured=means(found),
         baseline={"majority": majority} | {n: v for n, v in means(found).items() if n in ("lstm", "transformer")},
         threshold={name: least for name, (_, least) in margins.items()},
