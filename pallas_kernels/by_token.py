@@ -30,10 +30,16 @@ STRIDE = 16
 TPU_STRIDES = 8
 
 
+def whole(length: int) -> int:
+    """The length in whole strides and, where there are several, blocks."""
+    unit = STRIDE * TPU_STRIDES if length > STRIDE * TPU_STRIDES else STRIDE
+    return length + -length % unit
+
+
 class Inputs(NamedTuple):
     """States `B N D`; rows `B T D` of the channels and `B T N` that they share; what is fixed, `N D`.
 
-    T is a multiple of `STRIDE`.
+    T is a `whole` length.
     """
 
     state: Arrays
@@ -155,7 +161,7 @@ def _call(width: Callable, most: int | None, interpret: bool, body: Callable, re
     W = width(channels, depth)
     batch, length = next(iter(reads["rows"].values())).shape[:2]
     strides, parts = length // STRIDE, -(-channels // W)
-    block = next(n for n in range(min(most or strides, strides), 0, -1) if strides % n == 0)
+    block = min(most or strides, strides)
     blocks, tokens = strides // block, block * STRIDE
     at = lambda i: blocks - 1 - i if reverse else i
     forms = {

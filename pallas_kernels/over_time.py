@@ -47,7 +47,6 @@ class Walk(NamedTuple):
 
 Result = tuple[jax.Array, Arrays, jax.Array | None]  # carry, outputs, carries
 
-
 #: Tokens in a block. A TPU's matrix unit is 128 wide and deep; on a GPU a block of 64, with keys of 128, spills
 #: 7 kB a thread in its backward pass (sm_90a).
 TPU_BLOCK, GPU_BLOCK = 128, 32
@@ -117,8 +116,8 @@ def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
         here = {name: read(name) for name in tokens}
         after, out = step(within, scratch[...], here, {name: ref[...] for name, ref in matrix_refs.items()})
         scratch[...] = after
-        for name, value in out.items():
-            value = value.T if walk.outputs[name][0] == 1 else value
+        for name, (width, _) in walk.outputs.items():
+            value = out[name].T if width == 1 else out[name]
             outputs[name][...] = value.astype(outputs[name].dtype)
 
         @pl.when(i == blocks - 1)
@@ -166,7 +165,7 @@ def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
     matrices = {name: _filled(_filled(x, 3), 4) for name, x in matrices.items()}
     wide = walk._replace(outputs={name: (_power(width), dtype) for name, (width, dtype) in walk.outputs.items()})
     final, carries = _carries(step, wide, carry, tokens, matrices, interpret)
-    outputs = _outputs(step, wide, carries, tokens, matrices, interpret)
+    outputs = _outputs(step, wide, carries, tokens, matrices, interpret) if walk.outputs else {}
     cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
     return final[..., :K, :V], cut, carries[..., :K, :V] if walk.keep else None
 
@@ -224,7 +223,7 @@ def _outputs(step, walk: Walk, carries, tokens: Arrays, matrices: Arrays, interp
             of = lambda name, ref: ref[:, here] if name in walk.columns else ref[...]
             beside = {name: ref[:, here] for name, ref in matrix_refs.items()}
             _, found = step(carry[:, here], {name: of(name, ref) for name, ref in token_refs.items()}, beside)
-            for name in found.keys() - totals.keys():
+            for name in outputs.keys() - totals.keys():
                 outputs[name][:, here] = found[name].astype(outputs[name].dtype)
             return {name: total + found[name].astype(total.dtype) for name, total in totals.items()}
 

@@ -148,7 +148,7 @@ def test_lengths_of_chunks_in_use(name, length, monkeypatch):
     check(op, *matrix_inputs(op, length, decay, H=1, K=16, V=24))
 
 
-@pytest.mark.parametrize("length", [15, 33])
+@pytest.mark.parametrize("length", [15, 33, 150])
 def test_lengths_of_strides(length):
     check(ops.linear_recurrence, *channel_inputs(ops.linear_recurrence, length))
 

@@ -93,16 +93,16 @@ def chunkwise(chunk: Callable, roles: Roles, place: Place, tokens: dict[str, jax
 
 def _forward(chunk, roles, keep: bool, walk: Callable, size: int, tokens, g, S):
     """Read-outs, the final state, and the states before each chunk where they are kept."""
-
-    def step(within, S, here, _):
-        here = here.copy()
-        decays = within.decays_of(here.pop("g"))
-        out, after = chunk(within, {name: x.astype(S.dtype) for name, x in here.items()}, decays, S)
-        return after, {"o": out}
-
     path = Walk(size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep)
-    after, outputs, states = walk(step, path, S, _filled(size, tokens | {"g": g}), {})
+    after, outputs, states = walk(partial(_step, chunk), path, S, _filled(size, tokens | {"g": g}), {})
     return outputs["o"][:, : g.shape[1]], after, states
+
+
+def _step(chunk, within, S, here, _):
+    here = here.copy()
+    decays = within.decays_of(here.pop("g"))
+    out, after = chunk(within, {name: x.astype(S.dtype) for name, x in here.items()}, decays, S)
+    return after, {"o": out}
 
 
 def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o, d_S):
@@ -117,7 +117,8 @@ def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o
     4.3). Its rounding error is ε times the other gradients, also where strong decays leave a far smaller one.
     """
     if states is None:
-        states = _forward(chunk, roles, True, walk, size, tokens, g, S)[2]
+        alone = Walk(size, {}, roles.columns, keep=True)
+        states = walk(partial(_step, chunk), alone, S, _filled(size, tokens | {"g": g}), {})[2]
 
     def step(within, d_after, here, beside):
         here = here.copy()

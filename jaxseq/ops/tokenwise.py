@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.by_token import STRIDE, Inputs, by_token, pulled_back
+from pallas_kernels.by_token import Inputs, by_token, pulled_back, whole
 
 
 def tokenwise(token: Callable, outputs: tuple[str, ...], inputs: Inputs, idle: dict[str, float], reverse: bool = False):
@@ -14,7 +14,7 @@ def tokenwise(token: Callable, outputs: tuple[str, ...], inputs: Inputs, idle: d
     length = next(iter(inputs.rows.values())).shape[1]
 
     def fill(name, x):  # at the end, where time is reversed before the first token
-        return jnp.pad(x, ((0, 0), (0, -length % STRIDE), (0, 0)), constant_values=idle.get(name, 0))
+        return jnp.pad(x, ((0, 0), (0, whole(length) - length), (0, 0)), constant_values=idle.get(name, 0))
 
     rows, shared = ({name: fill(name, x) for name, x in of.items()} for of in (inputs.rows, inputs.shared))
     state, out = _run(token, outputs, reverse, inputs._replace(rows=rows, shared=shared))
