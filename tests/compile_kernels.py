@@ -96,7 +96,8 @@ def on_gpu() -> dict:
 def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
-    for name in [*MATRIX, *CHANNELS, *ATTENTION]:
+    same = {"gla no decay", "delta_rule"}  # as with a decay a head
+    for name in [name for name in (*MATRIX, *CHANNELS, *ATTENTION) if name not in same]:
         for width in (64, 128):
             op, inputs = call(name, width)
             if name in CHANNELS and width > 64:

@@ -339,7 +339,9 @@ OPS = {
     "linear_recurrence complex": OpMember(partial(_recurrence_inputs, complex_=True), _recurrence, **_recurrent),
     "gla per channel": OpMember(_gla_inputs, sweep=True, **_linear),
     "gla per head": OpMember(partial(_gla_inputs, decay="B T H"), **_linear),
-    "gla fixed decay": OpMember(partial(_gla_inputs, decay="H"), **_linear | dict(moving=("query", "key", "value"))),
+    "gla fixed decay": OpMember(
+        partial(_gla_inputs, decay="H"), **_linear | dict(moving=("query", "key", "value"), forms=_kernel[:-1])
+    ),
     "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear),
     "gla bonus": OpMember(partial(_gla_inputs, bonus=True), **_linear),
     "gla per value": OpMember(
@@ -347,11 +349,13 @@ OPS = {
         **_linear | dict(call=partial(_matrix_state, partial(ops.gated_linear_attention, decay_axis="value"))),
         sweep=True,
     ),
-    "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear),
+    "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear | dict(forms=_kernel[:-1])),
     "delta_rule": OpMember(_delta_inputs, **_delta),
     "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), **_delta),
     "delta_rule per channel": OpMember(partial(_delta_inputs, decay="B T H K"), sweep=True, **_delta),
-    "delta_rule grouped keys": OpMember(partial(_delta_inputs, decay="B T H", key_heads=1), **_delta),
+    "delta_rule grouped keys": OpMember(
+        partial(_delta_inputs, decay="B T H", key_heads=1), **_delta | dict(forms=_kernel[:-1])
+    ),
     "dplr_recurrence": OpMember(_dplr_inputs, sweep=True, **_dplr),
     "selective_scan": OpMember(_selective_inputs, _selective, _kernel, sweep=True, moving=("x", "dt", "B", "C")),
     "selective_scan groups": OpMember(

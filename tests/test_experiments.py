@@ -94,6 +94,7 @@ def test_the_main_job_on_split_time_is_the_same(run, texts, tmp_path):
     assert abs(measured[0] - measured[1]) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_table_of_mixers_measures_each_once(run, texts, tmp_path):
     """Parameters near the target, a state that grows or does not; what is in the table is not trained again."""
     command = ("experiments.mixer_table", "--preset", "debug", "--data.path", str(texts), "--out", str(tmp_path))
@@ -143,6 +144,7 @@ SPIKES = (
 SMALL = ("--states", "2", "--data.neurons", "3", "--data.length", "40", "--data.test-sequences", "2")
 
 
+@pytest.mark.slow
 def test_the_switching_glm_reports_and_resumes_fit_by_fit(run, tmp_path):
     out = tmp_path / "run"
     first = run(*SPIKES, *SMALL, "--out", str(out))

@@ -20,7 +20,7 @@ import pallas_kernels.over_pairs as over_pairs
 import pallas_kernels.over_time as over_time
 from jaxseq import ops
 
-KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms]
+KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms and member.sweep]
 
 
 def matrix_inputs(op, length, decay="B T H K", dtype=np.float32, K=32, V=32, B=2, H=2, strength="strong", seed=0):
@@ -192,7 +192,7 @@ def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
     assert not interpreter.races.races_found
 
 
-SHAPES = {"odd length": (2, 131, 2, 64, 64), "wide": (1, 64, 1, 256, 256), "uneven": (1, 100, 2, 32, 48)}
+SHAPES = {"odd": (2, 131, 2, 32, 48), "wide": (1, 64, 1, 256, 256)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
