@@ -273,7 +273,9 @@ class Machine(NamedTuple):
 
     def floor(self, kernel: Kernel, arrays, stage: str) -> float:
         """Milliseconds: all inputs read and the output written, and again with the gradients; or the products."""
-        moved = sum(x.nbytes for x in arrays) * (3 if stage == "training" else 1)
+        moved = (
+            sum(x.nbytes for x in arrays) * (3 if stage == "training" else 1) - (stage == "training") * arrays[0].nbytes
+        )
         return max(moved / self.bytes_per_ms, kernel.flops * (3 if stage == "training" else 1) / self.flops_per_ms)
 
 

@@ -135,7 +135,8 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = TPU_BLOCK,
 def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = GPU_BLOCK, interpret: Any = False) -> Arrays:
     batch, heads, length, other = _sizes(first, second)
     rows, columns = -(-length // block), -(-other // block)
-    within = WithinChunk(lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+    wide = interpret or any(x.dtype == jnp.float64 for x in (*first.values(), *second.values()))
+    within = WithinChunk(lax.Precision.HIGHEST if wide else lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
     first, second = ({name: _filled(x, block, power=True) for name, x in of.items()} for of in (first, second))
     head = lambda x: lambda h: lax.div(h, np.int32(heads // x.shape[2]))
     own = lambda x: pl.BlockSpec((None, block, None, x.shape[3]), lambda b, h, i: (b, i, head(x)(h), 0))

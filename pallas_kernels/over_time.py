@@ -62,7 +62,7 @@ def on_platforms(f: Callable, length: int, size: int | None, *arrays):
       NotImplementedError: as `check_unchecked`.
     """
     check_unchecked(arrays)
-    on = lambda walk, block: partial(f, walk, _power(size or min(block, max(length, 2))))
+    on = lambda walk, block: partial(f, walk, _power(max(2, size or min(block, length))))
     interpreted = partial(on_tpu, interpret=True)
     return lax.platform_dependent(
         *arrays, cpu=on(interpreted, TPU_BLOCK), tpu=on(on_tpu, TPU_BLOCK), cuda=on(on_gpu, GPU_BLOCK)
@@ -157,7 +157,8 @@ COLUMNS = 64
 
 
 def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any = False) -> Result:
-    exact = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    narrow = carry.dtype == jnp.float32 and not interpret
+    exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if narrow else lax.Precision.HIGHEST
     step = partial(step, WithinChunk(exact, walk.differentiates))
     K, V = carry.shape[2:]
     carry = _filled(_filled(carry, 2), 3)

@@ -20,8 +20,6 @@ from . import within_chunk
 
 #: Tokens in a chunk: on CPU 16 to 64 are as fast, for all ops; see experiments/README.md.
 CHUNK = 32
-#: And in a kernel: a side of the matrix units of GPUs, half of that of TPUs.
-KERNEL_CHUNK = 32
 
 
 class Roles(NamedTuple):

@@ -81,7 +81,8 @@ def _sides(ids, first, second):
 
 
 def _forward(sight, q, k, v, ids):
-    dtype, wide, width = promoted(q.dtype, k.dtype, v.dtype), accumulator(q.dtype), v.shape[-1]
+    dtype = promoted(q.dtype, k.dtype, v.dtype)
+    wide, width = accumulator(dtype), v.shape[-1]
 
     def start(size):
         return jnp.full((size, 1), NONE, wide), jnp.zeros((size, 1), wide), jnp.zeros((size, _power(width)), wide)
@@ -100,14 +101,15 @@ def _forward(sight, q, k, v, ids):
         return {"o": sums / some, "L": most + jnp.log(some)}
 
     fold = Fold(start, step, finish, {"o": (_power(width), wide), "L": (1, wide)}, sight.keys_met)
-    found = over_pairs(fold, *_sides(ids, {"q": q}, {"k": k, "v": _wide(v)}))
+    found = over_pairs(fold, *_sides(ids, {"q": _wide(q)}, {"k": _wide(k), "v": _wide(v)}))
     o = found["o"][..., :width]
     return o, (q, k, v, ids, o, found["L"])
 
 
 def _backward(sight, residuals, d_o):
     q, k, v, ids, o, L = residuals
-    dtype, wide = promoted(q.dtype, k.dtype, v.dtype), accumulator(q.dtype)
+    dtype = promoted(q.dtype, k.dtype, v.dtype)
+    wide = accumulator(dtype)
     K, V, groups = q.shape[-1], v.shape[-1], k.shape[2]
     delta = jnp.sum(o * d_o, axis=-1, keepdims=True)
     queries = {"q": _wide(q), "d_o": _wide(d_o.astype(dtype)), "L": L, "delta": delta}

@@ -167,7 +167,7 @@ def softmax_attention(
         "chunked": partial(chunked, rules=rules, chunk_size=min(chunk_size, length), reach=reach),
     }
     if not is_split():
-        behind = None if window is None else window - 1
+        behind = None if window is None or window >= span else window - 1
         sight = Sight(span - length, span, behind, 0 if causal else behind, logit_softcap)
         forms["pallas"] = partial(in_kernel, sight)
     best = "parallel" if length * span <= chunk_size * 4 * chunk_size and reach is None else "chunked"
