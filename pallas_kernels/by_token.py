@@ -39,13 +39,14 @@ def whole(length: int) -> int:
 class Inputs(NamedTuple):
     """States `B N D`; rows `B T D` of the channels and `B T N` that they share; what is fixed, `N D`.
 
-    T is a `whole` length.
+    T is a `whole` length; a GPU takes N that are powers of two. `flags` are shared rows without a gradient.
     """
 
     state: Arrays
     rows: Arrays
     shared: Arrays
     fixed: Arrays
+    flags: Arrays
 
 
 def by_token(token: Token, outputs: tuple[str, ...], reverse: bool, keep: bool, inputs: Inputs):
@@ -99,7 +100,7 @@ def _forward(token: Token, outputs, reverse: bool, keep: bool, call, inputs: Inp
     strides = x.shape[1] // STRIDE
     kept = lambda h: jax.ShapeDtypeStruct((h.shape[0], strides, *h.shape[1:]), h.dtype)
     rows = {name: jax.ShapeDtypeStruct(x.shape, h.dtype) for name in outputs}
-    reads = {"rows": inputs.rows, "shared": inputs.shared, "fixed": inputs.fixed}
+    reads = {"rows": inputs.rows, "shared": inputs.shared | inputs.flags, "fixed": inputs.fixed}
     writes = {"rows": rows, "kept": jax.tree.map(kept, inputs.state) if keep else {}}
     state, written = call(body, reverse, inputs.state, reads, writes)
     return state, written["rows"], written["kept"]
@@ -114,7 +115,10 @@ def _backward(token: Token, reverse: bool, call, inputs: Inputs, kept: Arrays, d
             d_h, d_fixed = carry
             h, pulls = {name: ref[n] for name, ref in refs["kept"].items()}, []
             for t in _tokens(n, reverse):
-                (h, _), pull = jax.vjp(token, h, fixed, _rows(refs, t))
+                rows = _rows(refs, t)
+                flags = {name: rows.pop(name) for name in inputs.flags}
+                advance = lambda h, fixed, rows, flags=flags: token(h, fixed, rows | flags)
+                (h, _), pull = jax.vjp(advance, h, fixed, rows)
                 pulls.append((t, pull))
             for t, pull in reversed(pulls):
                 d_out = {name: ref[t, :] for name, ref in refs["d_outputs"].items()}
@@ -129,14 +133,15 @@ def _backward(token: Token, reverse: bool, call, inputs: Inputs, kept: Arrays, d
 
     batch = next(iter(inputs.state.values())).shape[0]
     carry = {"state": d_state, "fixed": {k: jnp.zeros((batch, *x.shape), x.dtype) for k, x in inputs.fixed.items()}}
-    reads = {"rows": inputs.rows, "shared": inputs.shared, "fixed": inputs.fixed, "kept": kept, "d_outputs": d_outputs}
+    shared = inputs.shared | inputs.flags
+    reads = {"rows": inputs.rows, "shared": shared, "fixed": inputs.fixed, "kept": kept, "d_outputs": d_outputs}
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     writes = {"rows": jax.tree.map(like, inputs.rows), "partial": jax.tree.map(like, inputs.shared)}
     carry, written = call(body, not reverse, carry, reads, writes)
     # What all channels, or all sequences, share has a part from each program.
     shared = {name: jnp.sum(x, axis=1) for name, x in written["partial"].items()}
     fixed = {name: jnp.sum(x, axis=0) for name, x in carry["fixed"].items()}
-    return Inputs(carry["state"], written["rows"], shared, fixed)
+    return Inputs(carry["state"], written["rows"], shared, fixed, jax.tree.map(jnp.zeros_like, inputs.flags))
 
 
 def _tokens(stride, reverse: bool) -> list:

@@ -45,6 +45,8 @@ class Fold(NamedTuple):
 def over_pairs(fold: Fold, first: Arrays, second: Arrays) -> Arrays:
     """Outputs `B T H W` of a fold over `first`, `B T H W`, and `second`, `B S G W`, with G | H; heads may be 1 in both.
 
+    Widths are 1 or those of `within_chunk.matrix_width`.
+
     Raises:
       NotImplementedError: as `over_time.check_unchecked`.
     """
@@ -60,9 +62,8 @@ def _sizes(first: Arrays, second: Arrays):
     return batch, heads, length, next(iter(second.values())).shape[1]
 
 
-def _filled(x, block: int, power: bool = False):
-    width = x.shape[3] if x.shape[3] == 1 or not power else max(16, 1 << (x.shape[3] - 1).bit_length())
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, width - x.shape[3])))
+def _filled(x, block: int):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
 
 
 def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = TPU_BLOCK, interpret: Any = False) -> Arrays:
@@ -137,7 +138,7 @@ def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = GPU_BLOCK,
     rows, columns = -(-length // block), -(-other // block)
     wide = interpret or any(x.dtype == jnp.float64 for x in (*first.values(), *second.values()))
     within = WithinChunk(lax.Precision.HIGHEST if wide else lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
-    first, second = ({name: _filled(x, block, power=True) for name, x in of.items()} for of in (first, second))
+    first, second = ({name: _filled(x, block) for name, x in of.items()} for of in (first, second))
     head = lambda x: lambda h: lax.div(h, np.int32(heads // x.shape[2]))
     own = lambda x: pl.BlockSpec((None, block, None, x.shape[3]), lambda b, h, i: (b, i, head(x)(h), 0))
     all_of = lambda x: pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda b, h, i: (b, 0, head(x)(h), 0))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .within_chunk import WithinChunk
+from .within_chunk import WithinChunk, matrix_width
 
 Arrays = dict[str, jax.Array]
 #: carry `K V`, tokens `C W`, matrices `K V` → carry, outputs `C W`.
@@ -62,7 +62,7 @@ def on_platforms(f: Callable, length: int, size: int | None, *arrays):
       NotImplementedError: as `check_unchecked`.
     """
     check_unchecked(arrays)
-    on = lambda walk, block: partial(f, walk, _power(max(2, size or min(block, length))))
+    on = lambda walk, block: partial(f, walk, matrix_width(size or min(block, length)))
     interpreted = partial(on_tpu, interpret=True)
     return lax.platform_dependent(
         *arrays, cpu=on(interpreted, TPU_BLOCK), tpu=on(on_tpu, TPU_BLOCK), cuda=on(on_gpu, GPU_BLOCK)
@@ -161,10 +161,16 @@ def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
     exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if narrow else lax.Precision.HIGHEST
     step = partial(step, WithinChunk(exact, walk.differentiates))
     K, V = carry.shape[2:]
-    carry = _filled(_filled(carry, 2), 3)
-    tokens = {name: _filled(x, 3) for name, x in tokens.items()}
-    matrices = {name: _filled(_filled(x, 3), 4) for name, x in matrices.items()}
-    wide = walk._replace(outputs={name: (_power(width), dtype) for name, (width, dtype) in walk.outputs.items()})
+
+    def width(name, own: int) -> int:  # one channel that all others share stays one
+        shared = own == 1 and (V if name in walk.columns else K) > 1
+        return own if shared else matrix_width(own)
+
+    fill = lambda x, *widths: jnp.pad(x, [(0, 0)] * (x.ndim - len(widths)) + [(0, w) for w in widths])
+    filled = lambda x: fill(x, matrix_width(K) - K, matrix_width(V) - V)
+    carry, matrices = filled(carry), {name: filled(x) for name, x in matrices.items()}
+    tokens = {name: fill(x, width(name, x.shape[3]) - x.shape[3]) for name, x in tokens.items()}
+    wide = walk._replace(outputs={name: (width(name, w), dtype) for name, (w, dtype) in walk.outputs.items()})
     final, carries = _carries(step, wide, carry, tokens, matrices, interpret)
     outputs = _outputs(step, wide, carries, tokens, matrices, interpret) if walk.outputs else {}
     cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
@@ -254,14 +260,3 @@ def _triton():
     from jax.experimental.pallas import triton
 
     return triton.CompilerParams(num_warps=8, num_stages=2)
-
-
-def _power(width: int) -> int:
-    """The width that a matrix product takes: a power of two, 16 at least; 1 is no matrix."""
-    return width if width == 1 else max(16, 1 << (width - 1).bit_length())
-
-
-def _filled(x, axis: int):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, _power(x.shape[axis]) - x.shape[axis])
-    return jnp.pad(x, widths)

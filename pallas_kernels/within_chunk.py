@@ -16,6 +16,11 @@ from jax import lax
 NOTHING_LEFT = -1e4
 
 
+def matrix_width(width: int) -> int:
+    """The next width that a GPU's product of matrices takes: a power of two, 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
 class Decays(NamedTuple):
     """Decays inside a chunk: from its start to what reads the state, from what writes to its end, of all tokens.
 

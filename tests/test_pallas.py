@@ -134,10 +134,17 @@ def test_matrix_states_on_a_gpu(name, on_a_gpu):
     check(op, *matrix_inputs(op, 70, decay))
 
 
+@pytest.mark.parametrize("K, V", [(1, 8), (8, 1), (12, 20)])
+@pytest.mark.parametrize("name", ["gla per channel", "gla per head", "gla per value", "delta_rule per head"])
+def test_widths_that_are_no_power_of_two_on_a_gpu(name, K, V, on_a_gpu):
+    op, decay = MATRIX[name]
+    check(op, *matrix_inputs(op, 33, decay, B=1, K=K, V=V))
+
+
 @pytest.mark.parametrize("name", CHANNELS)
 def test_channels_on_a_gpu(name, on_a_gpu):
     op, complex_ = CHANNELS[name]
-    check(op, *channel_inputs(op, 37, complex_=complex_))
+    check(op, *channel_inputs(op, 37, complex_=complex_, N=3))
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, pytest.param(1000, marks=pytest.mark.slow)])
@@ -174,7 +181,7 @@ def test_the_kernel_ran(name):
         assert (both.count("pallas_call") > forward.count("pallas_call")) == (impl == "pallas")
 
 
-@pytest.mark.parametrize("name", ["gla per head", "linear_recurrence"])
+@pytest.mark.parametrize("name", ["gla per head", "delta_rule per channel", "linear_recurrence", "selective_scan"])
 def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
     """Under the interpreter that keeps the memories of a TPU apart."""
     careful = pltpu.InterpretParams(detect_races=True)
@@ -186,13 +193,36 @@ def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
         op, decay = MATRIX[name]
         check(op, *matrix_inputs(op, 33, decay, B=1, H=1, K=16, V=16))
     else:
-        check(ops.linear_recurrence, *channel_inputs(ops.linear_recurrence, 33, B=1, D=8))
+        op, _ = CHANNELS[name]
+        check(op, *channel_inputs(op, 33, B=1, D=8))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
     assert not interpreter.races.races_found
 
 
-SHAPES = {"odd": (2, 131, 2, 32, 48), "wide": (1, 64, 1, 256, 256)}
+TRANSFORMED = {"vmap": jax.vmap, "checkpoint": lambda f: jax.vmap(jax.checkpoint(f))}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMED)
+@pytest.mark.parametrize("name", ["delta_rule", "selective_scan", "attention"])
+def test_kernels_under_transformations(name, transformation):
+    """Of the gradient too: each example by itself."""
+    if name == "attention":
+        op, inputs = ops.softmax_attention, attention_inputs(20, B=2)
+    else:
+        op, _ = (MATRIX | CHANNELS)[name]
+        inputs, _ = (matrix_inputs if name in MATRIX else channel_inputs)(op, 20)
+    shared = {k: inputs.pop(k) for k in ("A",) if k in inputs}
+
+    def loss(inputs, impl):
+        values = op(**jax.tree.map(lambda x: x[None], inputs), **shared, impl=impl)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(values))
+
+    run = lambda impl: TRANSFORMED[transformation](jax.grad(partial(loss, impl=impl)))
+    assert_close(jax.jit(run("pallas"))(inputs), jax.jit(run("sequential"))(inputs), "float32 strong")
+
+
+SHAPES = {"odd": (2, 131, 2, 24, 48), "wide": (1, 64, 1, 256, 256)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -205,7 +235,7 @@ def test_lowers_for_tpu_and_gpu(name, shape):
         inputs = {k: x.astype(dtype) if k in ("query", "key", "value") else x for k, x in inputs.items()}
     elif name in CHANNELS:
         op, complex_ = CHANNELS[name]
-        inputs, ids = channel_inputs(op, T, B=B, D=H * V, N=16, complex_=complex_)
+        inputs, ids = channel_inputs(op, T, B=B, D=H * V, N=K // 2, complex_=complex_)
     else:
         op, inputs = partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(T, dtype, B, 2 * H, H, K, V)
         ids = jnp.zeros((B, T), jnp.int32)

@@ -1,6 +1,5 @@
 """The files of a folder in the Hugging Face format: JSON objects and safetensors."""
 
-import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..train.files import read_json
 from .architecture import Architecture
 from .words import FILES, Words
 
@@ -111,13 +111,7 @@ def words_of(path: Path) -> Words:
     """The object in a JSON file."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object.")
-    return Words(value, str(path))
+    return Words(read_json(path, remedy=""), str(path))
 
 
 def safetensors(name: str = "safetensors"):

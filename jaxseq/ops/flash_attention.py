@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.over_pairs import Fold, over_pairs
+from pallas_kernels.within_chunk import matrix_width
 
 from ..shapes import accumulator, promoted
 
@@ -85,7 +86,7 @@ def _forward(sight, q, k, v, ids):
     wide, width = accumulator(dtype), v.shape[-1]
 
     def start(size):
-        return jnp.full((size, 1), NONE, wide), jnp.zeros((size, 1), wide), jnp.zeros((size, _power(width)), wide)
+        return jnp.full((size, 1), NONE, wide), jnp.zeros((size, 1), wide), jnp.zeros((size, matrix_width(width)), wide)
 
     def step(within, carry, first, second, i, j):
         most, total, sums = carry
@@ -100,7 +101,7 @@ def _forward(sight, q, k, v, ids):
         some = jnp.where(total == 0, 1, total)
         return {"o": sums / some, "L": most + jnp.log(some)}
 
-    fold = Fold(start, step, finish, {"o": (_power(width), wide), "L": (1, wide)}, sight.keys_met)
+    fold = Fold(start, step, finish, {"o": (matrix_width(width), wide), "L": (1, wide)}, sight.keys_met)
     found = over_pairs(fold, *_sides(ids, {"q": _wide(q)}, {"k": _wide(k), "v": _wide(v)}))
     o = found["o"][..., :width]
     return o, (q, k, v, ids, o, found["L"])
@@ -114,7 +115,7 @@ def _backward(sight, residuals, d_o):
     delta = jnp.sum(o * d_o, axis=-1, keepdims=True)
     queries = {"q": _wide(q), "d_o": _wide(d_o.astype(dtype)), "L": L, "delta": delta}
     keys = {"k": _wide(k), "v": _wide(v)}
-    zeros = lambda size, width: jnp.zeros((size, _power(width)), wide)
+    zeros = lambda size, width: jnp.zeros((size, matrix_width(width)), wide)
 
     def pulled(within, first, second, i, j):
         p, slope = sight.weights(within, first, second, i, j, dtype)
@@ -135,13 +136,13 @@ def _backward(sight, residuals, d_o):
 
     first, second = _sides(ids, queries, keys)
     of_queries = Fold(
-        lambda size: zeros(size, K), to_queries, lambda d_q: {"q": d_q}, {"q": (_power(K), wide)}, sight.keys_met
+        lambda size: zeros(size, K), to_queries, lambda d_q: {"q": d_q}, {"q": (matrix_width(K), wide)}, sight.keys_met
     )
     of_keys = Fold(
         lambda size: (zeros(size, K), zeros(size, V)),
         to_keys,
         lambda carry: dict(zip("kv", carry, strict=True)),
-        {"k": (_power(K), wide), "v": (_power(V), wide)},
+        {"k": (matrix_width(K), wide), "v": (matrix_width(V), wide)},
         sight.queries_met,
     )
     d_q = over_pairs(of_queries, first, second)["q"][..., :K]
@@ -155,10 +156,5 @@ def _backward(sight, residuals, d_o):
 _attend.defvjp(_forward, _backward)
 
 
-def _power(width: int) -> int:
-    """What a GPU multiplies: a power of two, 16 at least."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
 def _wide(x):
-    return jnp.pad(x, ((0, 0),) * 3 + ((0, _power(x.shape[-1]) - x.shape[-1]),))
+    return jnp.pad(x, ((0, 0),) * 3 + ((0, matrix_width(x.shape[-1]) - x.shape[-1]),))

@@ -52,7 +52,7 @@ def in_kernel(decay, inputs, initial_state, reverse):
     planes = lambda name, x: split(name, channels(x))
     state = {name: h[:, None] for name, h in planes("h", initial_state).items()}
     rows = planes("decay", decay) | planes("inputs", inputs)
-    final, states = tokenwise(_token, tuple(state), Inputs(state, rows, {}, {}), {"decay": 1}, reverse)
+    final, states = tokenwise(_token, tuple(state), Inputs(state, rows, {}, {}, {}), {"decay": 1}, reverse)
     whole = lambda of, like: (jax.lax.complex(*of.values()) if len(of) > 1 else of["h"]).reshape(like.shape)
     return whole(states, inputs), whole(final, initial_state)
 

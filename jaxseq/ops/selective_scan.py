@@ -81,10 +81,13 @@ def in_kernel(x, dt, keep, A, B, C, h):
             f"impl='pallas' of selective_scan takes a real A, and B and C `B T N`; A is {A.dtype}, B {B.shape} and C "
             f"{C.shape}. Choose None, 'sequential', 'parallel' or 'chunked'."
         )
-    shared = {"keep": keep[..., None], "B": B[:, :, 0], "C": C[:, :, 0]}
-    inputs = Inputs({"h": h.swapaxes(1, 2)}, {"x": x, "dt": dt}, shared, {"A": A.T})
+    N = A.shape[1]
+    filled = lambda M: jnp.pad(M, [(0, 0)] * (M.ndim - 1) + [(0, (1 << (N - 1).bit_length()) - N)])
+    A, B, C, h = (filled(M) for M in (A, B[:, :, 0], C[:, :, 0], h))  # states that stay zero
+    state = {"h": h.swapaxes(1, 2)}
+    inputs = Inputs(state, {"x": x, "dt": dt}, {"B": B, "C": C}, {"A": A.T}, {"keep": keep[..., None]})
     state, out = tokenwise(_token, ("y",), inputs, {"keep": 1})
-    return out["y"], state["h"].swapaxes(1, 2)
+    return out["y"], state["h"].swapaxes(1, 2)[..., :N]
 
 
 def _token(h, fixed, row):

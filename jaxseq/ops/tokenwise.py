@@ -16,8 +16,9 @@ def tokenwise(token: Callable, outputs: tuple[str, ...], inputs: Inputs, idle: d
     def fill(name, x):  # at the end, where time is reversed before the first token
         return jnp.pad(x, ((0, 0), (0, whole(length) - length), (0, 0)), constant_values=idle.get(name, 0))
 
-    rows, shared = ({name: fill(name, x) for name, x in of.items()} for of in (inputs.rows, inputs.shared))
-    state, out = _run(token, outputs, reverse, inputs._replace(rows=rows, shared=shared))
+    over_time = ("rows", "shared", "flags")
+    filled = {kind: {name: fill(name, x) for name, x in getattr(inputs, kind).items()} for kind in over_time}
+    state, out = _run(token, outputs, reverse, inputs._replace(**filled))
     return state, {name: y[:, :length] for name, y in out.items()}
 
 

@@ -26,8 +26,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, remedy: str = "; repair it, or give another --out") -> dict[str, Any]:
+    """The object in a JSON file; `remedy` is what to do where there is none.
 
     Raises:
       ValueError: the file holds none.
@@ -35,9 +35,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); repair it, or give another --out.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}){remedy}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; repair it, or give another --out.")
+        raise ValueError(f"{path} holds no JSON object{remedy}.")
     return value
 
 
