@@ -1,5 +1,6 @@
 """The contract of every causal mixer, over the family table."""
 
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -132,6 +133,30 @@ def test_every_setting_steps_as_it_calls(name, built):
     both = jax.jit(lambda params, x: (module.apply(params, x), by_steps(module, params, x)[0]))
     whole, steps = both(params, x)
     assert_close(steps, whole, "mixer")
+
+
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_every_form_is_the_same(name, built):
+    """Values and gradients under each `impl` that the mixer's op has."""
+    module, params = built(name)
+    if not hasattr(module, "impl"):
+        pytest.skip("nothing to choose")
+    x = draw(2 * CHUNK + 3)
+    with pytest.raises(NotImplementedError, match="impl='none' is no form of") as refused:
+        jax.eval_shape(MIXERS[name].build(impl="none").apply, params, x)
+    forms = re.findall(r"'(\w+)'", str(refused.value).split("choose")[1])
+    assert "sequential" in forms and len(forms) > 1
+
+    def everything(form):
+        module = MIXERS[name].build(impl=form)
+        values, pull = jax.vjp(module.apply, params, x)
+        return values, pull(draw(2 * CHUNK + 3, seed=1))
+
+    expected = jax.jit(partial(everything, "sequential"))()
+    for form in forms[1:]:
+        values, gradients = jax.jit(partial(everything, form))()
+        assert_close(values, expected[0], "mixer")
+        assert_close(gradients, expected[1], MIXERS[name].gradient)
 
 
 @pytest.mark.parametrize("name", FULL_MIXERS)
