@@ -325,6 +325,27 @@ def _log_recurrence(inputs, segment_ids, impl, **options):
     return ops.log_recurrence(**inputs, segment_ids=segment_ids, impl=impl, **options)
 
 
+def _nonlinear_inputs(rng, T, strength):
+    """A state of two arrays, and a gate that opens and shuts; no cell that grows."""
+    x = (1 if strength == "mild" else 30) * rng.standard_normal((2, T, 3))
+    W, V = 0.4 * rng.standard_normal((3, 3)), rng.standard_normal((3, 3))
+    return dict(x=x, W=W, V=V, initial_state=rng.standard_normal((2, 3)))
+
+
+def _nonlinear(inputs, segment_ids, impl, **options):
+    W, V = inputs["W"], inputs["V"]
+
+    def cell(state, x):
+        gate = jax.nn.sigmoid((x @ V).astype(state["h"].dtype))
+        c = gate * state["c"] + (1 - gate) * jnp.tanh(state["h"] @ W.astype(gate.dtype) + x.astype(gate.dtype))
+        return {"c": c, "h": jnp.tanh(c)}
+
+    start = {"c": inputs["initial_state"], "h": jnp.tanh(inputs["initial_state"])}
+    options |= dict(segment_ids=segment_ids, impl=impl)
+    states, final = ops.nonlinear_recurrence(cell, inputs["x"], start, **options)
+    return states["h"], final["c"]
+
+
 _recurrent = dict(moving=("decay", "inputs"), forms=("sequential", "parallel", "chunked", "in_place", "pallas"))
 _kernel = ("sequential", "parallel", "chunked", "pallas")
 _tokens = ("query", "key", "value", "log_decay", "beta", "a", "b")
@@ -392,6 +413,15 @@ OPS = {
     "log_recurrence": OpMember(_log_recurrence_inputs, _log_recurrence, sweep=True, moving=("log_decay", "log_inputs")),
     "log_recurrence max_plus": OpMember(
         _log_recurrence_inputs, partial(_log_recurrence, semiring="max_plus"), moving=("log_decay", "log_inputs")
+    ),
+    "nonlinear_recurrence": OpMember(
+        _nonlinear_inputs, _nonlinear, forms=("sequential", "parallel"), sweep=True, moving=("x",)
+    ),
+    "nonlinear_recurrence diagonal": OpMember(
+        _nonlinear_inputs,
+        partial(_nonlinear, jacobian="diagonal", block_size=CHUNK),
+        forms=("sequential", "parallel"),
+        moving=("x",),
     ),
     "softmax_attention": OpMember(_attention_inputs, _attention, _kernel, sweep=True),
     "softmax_attention window": OpMember(_attention_inputs, partial(_attention, window=5), _kernel),

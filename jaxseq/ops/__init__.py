@@ -18,6 +18,7 @@ from .hidden_markov import viterbi as viterbi
 from .linear_recurrence import linear_recurrence as linear_recurrence
 from .log_matmul import log_matmul as log_matmul
 from .log_recurrence import log_recurrence as log_recurrence
+from .nonlinear_recurrence import nonlinear_recurrence as nonlinear_recurrence
 from .selective_scan import selective_scan as selective_scan
 from .softmax_attention import softmax_attention as softmax_attention
 from .state_space import diagonal_kernel as diagonal_kernel

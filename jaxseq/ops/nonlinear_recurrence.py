@@ -1,0 +1,253 @@
+"""h_t = cell(h_{t-1}, x_t) of any differentiable cell: step by step, or all at once by Newton iterations.
+
+A trajectory h solves the recurrence where its residual h_t − cell(h_{t-1}, x_t) is zero for all t. The residual's
+derivative is block bidiagonal, L = I − J, so a Newton step δ = L⁻¹ residual(h) is an affine scan: δ_t = J_t δ_{t-1} +
+residual_t. The gradient of a solution is one more, in reverse. (DEER, arXiv 2309.12252; with the diagonal of J alone
+and other steps that overflow less, arXiv 2407.19115.)
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import scan
+from ..monoid import MatrixAffine, matrix_affine
+from ..segments import segment_starts
+from ..shapes import Array, Bool, Float, Int, accumulator
+from ..sharded import AXIS, devices, halo, is_split, on_last, own, sharded
+from .dispatch import dispatch
+from .linear_recurrence import linear_recurrence
+
+Cell = Callable[[Any, Any], Any]  # (state "B …", inputs "B …") -> state "B …"
+JACOBIANS = ("full", "diagonal")
+
+
+class Report(NamedTuple):
+    """What Newton's iterations did in each block of time; `error` is the largest last step over tolerance."""
+
+    iterations: Int[Array, "blocks"]
+    converged: Bool[Array, "blocks"]
+    error: Float[Array, "blocks"]
+
+
+class Newton(NamedTuple):
+    """How a trajectory is solved for: see `nonlinear_recurrence`."""
+
+    jacobian: str
+    damping: float
+    tolerance: float | None
+    max_iterations: int
+
+
+def nonlinear_recurrence(
+    cell: Cell,
+    xs,
+    initial_state,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    restart=None,
+    impl: str | None = "sequential",
+    guess=None,
+    jacobian: str = "full",
+    damping: float = 0.0,
+    tolerance: float | None = None,
+    max_iterations: int = 50,
+    block_size: int | None = None,
+    report: bool = False,
+):
+    """All states of a nonlinear recurrence, and the last one.
+
+        h_t = cell(h_{t-1}, x_t)
+
+    `cell(state, x) -> state` takes states and inputs of one token, trees of arrays `B …`, each sequence by itself, and
+    may close over parameters; `xs` is a tree of arrays `B T …`. At a change of `segment_ids` the state restarts from
+    `restart`, zeros where None. States are kept, and the last one returned, in at least float32; all of them are returned in
+    the dtypes of `initial_state`.
+
+    `sequential` is a loop over time. `parallel` takes Newton steps from `guess`, a tree of states `B T …` (the
+    initial state where None), until the largest is below `tolerance` (1 + |h|), 16 rounding errors where None. With
+    `jacobian="diagonal"` steps are cheaper, O(N) and not O(N³) of N numbers of state, and more; `damping` shrinks J to
+    (1 − damping) J, for cells that overflow on the way. Blocks of `block_size` tokens are solved one after the other
+    (all of time at once where None, and where time is split over devices): J of a block takes C N² numbers a sequence.
+    A block that has not converged after `max_iterations` is run step by step, so values are never worse than its.
+
+    With `report=True` a third result is a `Report`: in `sequential`, of no iterations.
+
+    Raises:
+      ValueError: T = 0, or an option out of range.
+      TypeError: `cell` returns another tree, other shapes or dtypes than its state.
+      NotImplementedError: `impl` is none of the forms.
+    """
+    length = _checked(xs, jacobian, damping, tolerance, max_iterations, block_size)
+    dtypes = jax.tree.map(lambda h: h.dtype, initial_state)
+    initial_state = jax.tree.map(lambda h: h.astype(accumulator(h.dtype)), initial_state)
+    _check_cell(cell, xs, initial_state)
+    if segment_ids is not None:
+        restart = jax.tree.map(jnp.zeros_like, initial_state) if restart is None else restart
+        cell, xs = _restarting(cell, restart), (segment_starts(segment_ids), xs)
+    xs, initial_state = own((xs, initial_state))
+    newton = Newton(jacobian, damping, tolerance, max_iterations)
+    size = length if block_size is None or is_split() else min(block_size, length)
+    newtons = partial(parallel, newton=newton, guess=guess, size=size)
+    forms: dict[str, Callable] = {"sequential": sequential, "parallel": newtons}
+    states, final, done = dispatch("nonlinear_recurrence", impl, forms, "sequential")(cell, xs, initial_state)
+    states = jax.tree.map(lambda h, dtype: h.astype(dtype), states, dtypes)
+    return (states, final, done) if report else (states, final)
+
+
+def sequential(cell: Cell, xs, state):
+    """The definition. Where time is split, the devices run one after the other."""
+
+    def run(state):
+        step = lambda h, x: (cell(h, x),) * 2
+        return scan.loop(step, state, xs)
+
+    def after(_, start):  # the start of a device is right once all before it are
+        _, final = run(start)
+        return jax.tree.map(lambda h, first: halo(h[:, None], first[:, None])[:, 0], final, state)
+
+    states, final = run(lax.fori_loop(1, devices(), after, state))
+    none = jnp.zeros((1,))
+    return states, on_last(final), Report(none.astype(jnp.int32), none == 0, none)
+
+
+def parallel(cell: Cell, xs, state, newton: Newton, guess, size: int):
+    flat, tree = _raveler(state)
+    every = jax.vmap(cell, in_axes=1, out_axes=1)
+    guess = jax.tree.map(lambda h: jnp.repeat(h[:, None], _length(xs), axis=1), state) if guess is None else guess
+
+    def block(start, within):
+        xs, guess = within
+
+        def residual(h):
+            before = jnp.concatenate([halo(h, start[:, None]), h[:, :-1]], axis=1)
+            return h - flat(every(tree(before), xs))
+
+        def solve(residual, guess):
+            h, count, error = _iterate(newton, residual, guess)
+            step_by_step = lambda: flat(sequential(cell, xs, tree(start))[0])
+            # What comes along is of floats: a derivative of integers is none that `custom_root` would take.
+            return lax.cond(error <= 1, lambda: h, step_by_step), (count.astype(h.dtype), error)
+
+        h, done = lax.custom_root(residual, guess, solve, partial(_linear_solve, newton), has_aux=True)
+        return own(on_last(h[:, -1])), (h, done)
+
+    blocks = scan.split_chunks(jax.tree.map(lambda x: _padded(x, size), (xs, flat(guess))), size)
+    _, (h, (count, error)) = lax.scan(block, flat(state), blocks)
+    h = scan.join_chunks(h)[:, : _length(xs)]
+    return tree(h), tree(on_last(h[:, -1])), Report(count.astype(jnp.int32), error <= 1, error)
+
+
+def _iterate(newton: Newton, residual: Callable, guess):
+    """The last trajectory, the count of Newton steps and the size of the last, 1 being small enough.
+
+    What overflows in a step keeps its place, and is met again by the next.
+    """
+    limit = 16 * jnp.finfo(guess.dtype).eps if newton.tolerance is None else newton.tolerance
+
+    def step(carry):
+        h, count, _ = carry
+        value, push = jax.linearize(residual, h)
+        moved = h - _bidiagonal(newton, push, value)
+        finite = jnp.isfinite(moved)
+        moved = jnp.where(finite, moved, h)
+        error = jnp.where(finite, jnp.abs(moved - h) / (limit * (1 + jnp.abs(moved))), jnp.inf)
+        return moved, count + 1, _largest(error)
+
+    going = lambda carry: (carry[2] > 1) & (carry[1] < newton.max_iterations)
+    return lax.while_loop(going, step, (guess, jnp.int32(0), jnp.asarray(jnp.inf, guess.dtype)))
+
+
+def _bidiagonal(newton: Newton, matvec: Callable, b, *, reverse: bool = False):
+    """(I − J)⁻¹ b by a scan, where matvec is I − J, and its blocks J_t are found by what it does to unit vectors.
+
+    In reverse, for the transposed of such a map: what it does to the same vectors is J_{t+1}ᵀ.
+    """
+    N, keep = b.shape[-1], 1 - newton.damping
+    if newton.jacobian == "diagonal":
+        unit = lambda n: own(jnp.broadcast_to(jax.nn.one_hot(n, N, dtype=b.dtype), b.shape))
+        diagonal = lax.map(lambda n: keep * (1 - matvec(unit(n))[..., n]), jnp.arange(N))
+        return linear_recurrence(jnp.moveaxis(diagonal, 0, -1), b, reverse=reverse)[0]
+    units = jnp.broadcast_to(jnp.eye(N, dtype=b.dtype)[:, None, None], (N, *b.shape))
+    J = jnp.moveaxis(keep * (units - jax.vmap(matvec)(own(units))), 0, -1)
+    run = sharded if is_split() else scan.parallel
+    return run(matrix_affine, MatrixAffine(J, b), jnp.zeros_like(b[:, 0]), reverse=reverse)[0]
+
+
+def _linear_solve(newton: Newton, matvec: Callable, b):
+    """`_bidiagonal` for derivatives, exact whatever the Jacobian of the steps was."""
+    exact = newton._replace(jacobian="full", damping=0.0)
+    forward, backward = (lambda f, b, r=reverse: _bidiagonal(exact, f, b, reverse=r) for reverse in (False, True))
+    return lax.custom_linear_solve(matvec, b, forward, backward)
+
+
+def _largest(error):
+    return lax.pmax(jnp.max(error), AXIS) if is_split() else jnp.max(error)
+
+
+def _length(xs) -> int:
+    return jax.tree.leaves(xs)[0].shape[1]
+
+
+def _padded(x, size: int):
+    """More of the last token, to whole blocks: any other filling might be nothing that the cell can take."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+
+
+def _raveler(state) -> tuple[Callable, Callable]:
+    """From trees of states `B …` or `B T …` to vectors `… N`, and back."""
+    leaves, structure = jax.tree.flatten(state)
+    dtype = accumulator(*(x.dtype for x in leaves))
+    sizes = [int(np.prod(x.shape[1:])) for x in leaves]
+
+    def flat(tree):
+        lead = lambda x, like: x.shape[: x.ndim - like.ndim + 1]
+        rows = [x.reshape(*lead(x, y), -1).astype(dtype) for x, y in zip(jax.tree.leaves(tree), leaves, strict=True)]
+        return jnp.concatenate(rows, axis=-1)
+
+    def tree(vector):
+        parts = jnp.split(vector, np.cumsum(sizes)[:-1], axis=-1)
+        shaped = [x.reshape(*x.shape[:-1], *y.shape[1:]).astype(y.dtype) for x, y in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(structure, shaped)
+
+    return flat, tree
+
+
+def _restarting(cell: Cell, restart) -> Cell:
+    def restarted(state, token):
+        starts, x = token
+        chosen = lambda first, h: jnp.where(lax.expand_dims(starts, range(1, h.ndim)), first.astype(h.dtype), h)
+        return cell(jax.tree.map(chosen, restart, state), x)
+
+    return restarted
+
+
+def _checked(xs, jacobian, damping, tolerance, max_iterations, block_size) -> int:
+    length = _length(xs)
+    if length == 0:
+        raise ValueError("xs has T = 0; nonlinear_recurrence takes at least one step of time.")
+    if jacobian not in JACOBIANS:
+        raise ValueError(f"jacobian={jacobian!r}; choose {' or '.join(map(repr, JACOBIANS))}.")
+    if not 0 <= damping <= 1:
+        raise ValueError(f"damping={damping}; nonlinear_recurrence takes 0 to 1.")
+    if tolerance is not None and tolerance <= 0:
+        raise ValueError(f"tolerance={tolerance} must be above 0, or None.")
+    for name, value in (("max_iterations", max_iterations), ("block_size", block_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    return length
+
+
+def _check_cell(cell: Cell, xs, state) -> None:
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), xs)
+    given = jax.tree.map(lambda h: jax.ShapeDtypeStruct(h.shape, h.dtype), state)
+    returned = jax.tree.map(lambda h: jax.ShapeDtypeStruct(h.shape, h.dtype), jax.eval_shape(cell, given, first))
+    if given != returned:
+        raise TypeError(f"cell returned {returned} for a state {given}; it keeps tree, shapes and dtypes.")
+    if not all(jnp.issubdtype(h.dtype, jnp.floating) for h in jax.tree.leaves(given)):
+        raise TypeError(f"initial_state is {given}; nonlinear_recurrence takes real floating numbers.")

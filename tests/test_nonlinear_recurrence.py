@@ -1,0 +1,179 @@
+"""Newton over time: that it converges and how fast, that it falls back, what it keeps, and how it is split."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import assert_close
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxseq.ops import nonlinear_recurrence
+
+B, N = 2, 8
+
+
+def tanh_rnn(W, h, x):
+    return jnp.tanh(h @ W + x)
+
+
+def gru(weights, h, x):
+    r, z = (jax.nn.sigmoid(x @ weights[i] + h @ weights[i + 1]) for i in (0, 2))
+    return z * h + (1 - z) * jnp.tanh(x + (r * h) @ weights[4])
+
+
+def problem(length, gain=0.9, seed=0, cell=tanh_rnn, dtype=np.float32, N=N):
+    rng = np.random.default_rng(seed)
+    shape = (N, N) if cell is tanh_rnn else (5, N, N)
+    W = gain * rng.standard_normal(shape) / np.sqrt(N)
+    return tuple(jnp.asarray(x, dtype) for x in (W, rng.standard_normal((B, length, N)), rng.standard_normal((B, N))))
+
+
+def everything(W, xs, start, cell=tanh_rnn, **options):
+    """States and all gradients, and what the iterations did."""
+
+    def loss(W, xs, start):
+        states, final, done = nonlinear_recurrence(partial(cell, W), xs, start, report=True, **options)
+        return jnp.sum(jnp.sin(states)) + jnp.sum(final), (states, done)
+
+    gradients, (states, done) = jax.grad(loss, (0, 1, 2), has_aux=True)(W, xs, start)
+    return states, gradients, done
+
+
+def run(*arguments, **options):
+    return jax.jit(partial(everything, **options))(*arguments)
+
+
+OPTIONS = {
+    "newton": {},
+    "blocks": {"block_size": 100},
+    "diagonal": {"jacobian": "diagonal"},
+    "damped": {"damping": 0.3},
+    "warm": {"guess": "sequential"},
+}
+
+
+@pytest.mark.parametrize("cell", [tanh_rnn, gru])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_parallel_is_sequential(name, cell):
+    """1,024 tokens, without falling back."""
+    arguments, options = problem(1024, cell=cell), dict(OPTIONS[name])
+    states, gradients, none = run(*arguments, cell=cell)
+    if "guess" in options:
+        options["guess"] = states
+    found, slopes, done = run(*arguments, cell=cell, impl="parallel", **options)
+    assert done.converged.all() and not none.iterations.any()
+    assert done.iterations.shape == (11 if name == "blocks" else 1,)
+    assert done.iterations.max() <= {"newton": 10, "blocks": 10, "warm": 1}.get(name, 50)
+    np.testing.assert_allclose(found, states, atol=1e-5)
+    assert_close(slopes, gradients, 1e-4)
+
+
+def test_iterations_grow_slower_than_time():
+    counts = [run(*problem(length), impl="parallel")[2].iterations[0] for length in (64, 4096)]
+    assert counts[1] <= 2 * counts[0]
+
+
+@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
+def test_chaos_falls_back(jacobian):
+    """Where neighbouring trajectories part, values are those of the loop to the bit, and the report says it."""
+    arguments = problem(200, gain=4.0)
+    states, _, _ = run(*arguments)
+    found, slopes, done = run(*arguments, impl="parallel", jacobian=jacobian, max_iterations=20)
+    assert not done.converged.any() and (done.iterations == 20).all() and (done.error > 1).all()
+    np.testing.assert_array_equal(found, states)
+    assert all(np.isfinite(x).all() for x in slopes)
+
+
+def test_only_the_blocks_that_need_it_fall_back():
+    W, xs, start = problem(300, gain=4.0)
+    calm = xs.at[:, :100].set(10.0)  # saturated: nothing is left of the state before
+    states, _, _ = run(W, calm, start)
+    found, _, done = run(W, calm, start, impl="parallel", block_size=100, max_iterations=20)
+    assert done.converged.tolist() == [True, False, False]
+    np.testing.assert_allclose(found[:, :100], states[:, :100], atol=1e-5)
+
+
+def test_as_many_iterations_as_tokens_always_suffice():
+    """After n steps the first n states are exact, whatever overflows behind them."""
+    grows = lambda h, x: jnp.cosh(2 * h) - 1 + x
+    xs = jnp.full((1, 12, 1), 0.1)
+    start = jnp.zeros((1, 1))
+    found, _, done = nonlinear_recurrence(
+        grows, xs, start, impl="parallel", guess=jnp.full_like(xs, 80.0), max_iterations=14, report=True
+    )
+    assert done.converged.all()
+    assert_close(found, nonlinear_recurrence(grows, xs, start)[0], "float32 strong")
+
+
+def test_second_derivatives_and_forward_mode():
+    with jax.enable_x64(True):
+        W, xs, start = problem(20, dtype=np.float64)
+        loss = lambda x, impl: jnp.sum(nonlinear_recurrence(partial(tanh_rnn, W), x, start, impl=impl)[0] ** 2)
+        both = lambda of: [jax.jit(of(partial(loss, impl=impl)))(xs) for impl in ("parallel", "sequential")]
+        tangent = lambda f: lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+        assert_close(*both(tangent), 1e-10)
+        assert_close(*both(lambda f: tangent(jax.grad(f))), 1e-10)
+
+
+@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
+def test_under_vmap(jacobian):
+    """Of weights as of sequences: each its own solution."""
+    W, xs, start = problem(50)
+    many = jnp.stack([W, 0.5 * W, -W])
+    each = lambda W, impl, **options: nonlinear_recurrence(partial(tanh_rnn, W), xs, start, impl=impl, **options)[0]
+    found = jax.jit(jax.vmap(partial(each, impl="parallel", jacobian=jacobian)))(many)
+    assert_close(found, jnp.stack([each(W, "sequential") for W in many]), 2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"jacobian": "diagonal"}, {"max_iterations": 1}], ids=str)
+@pytest.mark.parametrize("impl", ["sequential", "parallel"])
+def test_split_over_devices(impl, options):
+    """Also where Newton falls back: then the devices run one after the other."""
+    mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,))
+    arguments = problem(64)
+    specs = (P(), P(None, "sequence"), P())
+
+    def values(W, xs, start):
+        return nonlinear_recurrence(partial(tanh_rnn, W), xs, start, impl=impl, **options)
+
+    def both(f, *arguments):
+        (states, final), pull = jax.vjp(f, *arguments)
+        return states, final, pull((jnp.cos(states), jnp.sin(final)))
+
+    split = jax.shard_map(values, mesh=mesh, in_specs=specs, out_specs=(specs[1], P()))
+    whole = lambda W, xs, start: nonlinear_recurrence(partial(tanh_rnn, W), xs, start)
+    assert_close(jax.jit(partial(both, split))(*arguments), jax.jit(partial(both, whole))(*arguments), 2e-5)
+
+
+def test_blocks_bound_the_memory():
+    """Of value and gradient: J of one block, not of all of time."""
+
+    def temporary(size):
+        W, xs, start = problem(2048, N=32)
+        lowered = jax.jit(partial(everything, impl="parallel", block_size=size)).lower(W, xs, start)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(64) < temporary(None) / 4
+
+
+def test_wrong_arguments_are_named():
+    W, xs, start = problem(5)
+    call = partial(nonlinear_recurrence, partial(tanh_rnn, W), xs, start)
+    for options, message in {
+        ("jacobian", "block"): "jacobian='block'; choose 'full' or 'diagonal'",
+        ("damping", 2.0): "damping=2.0",
+        ("tolerance", 0.0): "tolerance=0.0 must be above 0",
+        ("max_iterations", 0): "max_iterations=0 must be at least 1",
+        ("block_size", 0): "block_size=0 must be at least 1",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call(**dict([options]), impl="parallel")
+    with pytest.raises(ValueError, match="T = 0"):
+        nonlinear_recurrence(partial(tanh_rnn, W), xs[:, :0], start)
+    with pytest.raises(TypeError, match="cell returned .* for a state"):
+        nonlinear_recurrence(lambda h, x: h[:, :2], xs, start)
+    with pytest.raises(NotImplementedError, match="choose None, 'sequential', 'parallel'"):
+        call(impl="chunked")
