@@ -66,8 +66,8 @@ def nonlinear_recurrence(
 
     `cell(state, x) -> state` takes states and inputs of one token, trees of arrays `B …`, each sequence by itself, and
     may close over parameters; `xs` is a tree of arrays `B T …`. At a change of `segment_ids` the state restarts from
-    `restart`, zeros where None. States are kept, and the last one returned, in at least float32; all of them are returned in
-    the dtypes of `initial_state`.
+    `restart`, zeros where None. States are kept, and the last one is returned, in at least float32; all of them are
+    returned in the dtypes of `initial_state`.
 
     `sequential` is a loop over time. `parallel` takes Newton steps from `guess`, a tree of states `B T …` (the
     initial state where None), until the largest is below `tolerance` (1 + |h|), 16 rounding errors where None. With
