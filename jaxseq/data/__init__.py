@@ -7,7 +7,14 @@ from .labelled import Labelled as Labelled
 from .labelled import listops_table as listops_table
 from .labelled import mnist as mnist
 from .labelled import spoken_digits as spoken_digits
+from .series import ETT_HOURLY as ETT_HOURLY
+from .series import Borders as Borders
+from .series import Series as Series
+from .series import Windows as Windows
+from .series import forecasting_series as forecasting_series
 from .spikes import spike_counts as spike_counts
+from .table import Table as Table
+from .table import read_table as read_table
 from .text import BEGIN as BEGIN
 from .text import VOCABULARY as VOCABULARY
 from .text import TextWindows as TextWindows

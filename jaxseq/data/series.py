@@ -1,0 +1,122 @@
+"""Multivariate time series: split by time, scaled by what is trained on, cut into windows."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .table import Table
+
+
+def time_marks(dates: np.ndarray) -> np.ndarray:
+    """Hour of the day, day of the week, of the month and of the year, `T 4`, each from −0.5 to 0.5."""
+    days = dates.astype("datetime64[D]")
+    since = lambda unit: (days - dates.astype(f"datetime64[{unit}]").astype("datetime64[D]")).astype(int)
+    hours = (dates - days).astype("timedelta64[h]").astype(int)
+    weekday = (days.astype(int) + 3) % 7  # 1970-01-01 was a Thursday; weeks start on Monday
+    marks = np.stack([hours / 23, weekday / 6, since("M") / 30, since("Y") / 365], axis=1)
+    return (marks - 0.5).astype(np.float32)
+
+
+class Borders(NamedTuple):
+    """How many rows are for training, validation and test, from the first on."""
+
+    train: int
+    validation: int
+    test: int
+
+    @classmethod
+    def of_shares(cls, length: int, train: float = 0.7, test: float = 0.2) -> "Borders":
+        first, last = int(length * train), int(length * test)
+        return cls(first, length - first - last, last)
+
+
+#: Sixteen months of hours for training, four for validation, four for test, of 30 days each: the ETT hourly tables.
+ETT_HOURLY = Borders(12 * 30 * 24, 4 * 30 * 24, 4 * 30 * 24)
+
+
+class Windows(NamedTuple):
+    """Windows of a part of a series: `lookback` steps to see and `horizon` to forecast, starting at each row."""
+
+    series: np.ndarray  # T V float32, scaled
+    marks: np.ndarray | None  # T C
+    lookback: int
+    horizon: int
+
+    @property
+    def count(self) -> int:
+        return len(self.series) - self.lookback - self.horizon + 1
+
+    def at(self, starts: np.ndarray) -> dict[str, np.ndarray]:
+        """`inputs N L V`, `targets N S V` and, where there are any, the `marks N L C` of the inputs."""
+        seen = np.asarray(starts)[:, None] + np.arange(self.lookback)
+        batch = {"inputs": self.series[seen], "targets": self.series[seen[:, -1:] + 1 + np.arange(self.horizon)]}
+        return batch if self.marks is None else batch | {"marks": self.marks[seen]}
+
+    def batches(self, size: int, seed: int):
+        """`step -> batch`, a function of the step alone: each epoch in an order of its own, whole batches.
+
+        Raises:
+          ValueError: there are fewer windows than one batch takes.
+        """
+        per_epoch = self.count // size
+        if per_epoch < 1:
+            raise ValueError(f"batch_size={size} is more than the {self.count} windows there are.")
+
+        def batch(step: int) -> dict[str, np.ndarray]:
+            epoch, place = divmod(step, per_epoch)
+            order = np.random.default_rng((seed, epoch)).permutation(self.count)
+            return self.at(order[place * size : (place + 1) * size])
+
+        return batch
+
+
+class Series(NamedTuple):
+    """A series in three parts, in units of the deviation of the first."""
+
+    train: Windows
+    validation: Windows
+    test: Windows
+    mean: np.ndarray  # V
+    deviation: np.ndarray  # V
+    names: tuple[str, ...]
+
+
+def forecasting_series(
+    table: Table, lookback: int, horizon: int, borders: Borders | None = None, *, marks: bool = False
+) -> Series:
+    """Windows for training, validation and test, shifted and scaled by mean and deviation of the rows for training.
+
+    The parts follow one another in time; the first windows of a later part see the last rows of the one before, and
+    forecast none of them. `borders` are 70, 10 and 20 % of the rows where None.
+
+    Raises:
+      ValueError: a number is below 1, the parts need more rows than there are, a part is shorter than its windows, a
+        column is constant over the rows for training, or `marks` of a table without dates.
+    """
+    for name, value in (("lookback", lookback), ("horizon", horizon)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    borders = Borders.of_shares(table.length) if borders is None else borders
+    if min(borders) < 0 or sum(borders) > table.length:
+        raise ValueError(f"{borders} take {sum(borders)} rows; the table has {table.length}.")
+    if marks and table.dates is None:
+        raise ValueError("marks=True; the table has no dates.")
+    trained = table.values[: borders.train]
+    needed = {"train": lookback + horizon, "validation": horizon, "test": horizon}
+    for name, rows in borders._asdict().items():
+        if rows < needed[name]:
+            raise ValueError(
+                f"{rows} rows for {name} of {table.length} are too few for lookback={lookback} and horizon={horizon}, "
+                f"which take {needed[name]}."
+            )
+    mean, deviation = trained.mean(axis=0), trained.std(axis=0)
+    if (constant := deviation <= 1e-12 * np.abs(mean)).any():
+        named = ", ".join(repr(name) for name, same in zip(table.names, constant, strict=True) if same)
+        raise ValueError(f"{named} never changes in the {borders.train} rows for training; leave it out.")
+    series = ((table.values - mean) / deviation).astype(np.float32)
+    times = time_marks(table.dates) if marks else None
+    ends = np.cumsum(borders)
+    cut = lambda x, a, b: None if x is None else x[a:b]
+    part = lambda a, b: Windows(series[a:b], cut(times, a, b), lookback, horizon)
+    parts = [part(max(0, end - rows - lookback), end) for rows, end in zip(borders, ends, strict=True)]
+    return Series(*parts, mean, deviation, table.names)
