@@ -5,6 +5,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from .initialisers import symmetric_uniform
+
 
 def projection(
     features: int,
@@ -27,3 +29,11 @@ def projection(
 def split_heads(x: jax.Array, width: int) -> jax.Array:
     """`B T D` → `B T H width`."""
     return x.reshape(*x.shape[:2], -1, width)
+
+
+def fan_in_projection(features: int, name: str, module: nn.Module, fan_in: int) -> nn.Dense:
+    """A dense layer of `fan_in` inputs, whose weights and biases start uniform within ± fan_in^-½."""
+    within = symmetric_uniform(fan_in**-0.5)
+    return nn.Dense(
+        features, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=within, bias_init=within, name=name
+    )

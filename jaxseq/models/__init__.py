@@ -2,6 +2,13 @@
 
 from .block import Stack as Stack
 from .classifier import Classifier as Classifier
+from .forecasters import LinearForecaster as LinearForecaster
+from .forecasters import PatchForecaster as PatchForecaster
+from .forecasters import SequenceForecaster as SequenceForecaster
+from .forecasters import last_value as last_value
+from .forecasters import seasonal_naive as seasonal_naive
+from .forecasters import window_mean as window_mean
+from .itransformer import ITransformer as ITransformer
 from .language import LanguageModel as LanguageModel
 from .named import ModelConfig as ModelConfig
 from .named import mixer_names as mixer_names

@@ -18,7 +18,7 @@ from jax import lax
 from .. import scan
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
-from ..shapes import Array, Bool, Float, Int, accumulator
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import AXIS, devices, halo, is_split, on_last, own, sharded
 from .dispatch import dispatch
 from .linear_recurrence import linear_recurrence
@@ -44,6 +44,7 @@ class Newton(NamedTuple):
     max_iterations: int
 
 
+@typed
 def nonlinear_recurrence(
     cell: Cell,
     xs,

@@ -1,0 +1,46 @@
+"""Attention of all tokens to all, whatever their order."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..shapes import Array, Float, Int, accumulator, typed
+from ..sharded import check_whole
+from .projection import fan_in_projection
+
+
+class SelfAttention(nn.Module):
+    """Multi-head softmax attention (arXiv 1706.03762) without positions: permuted tokens give permuted outputs.
+
+    All four maps have biases. Where there is an rng "dropout", a share of the weights and of the output is dropped. It
+    looks at the whole sequence: there is no state, and `__call__` alone.
+
+    Raises:
+      NotImplementedError: time is split over devices.
+    """
+
+    d_model: int
+    num_heads: int = 8
+    dropout: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        check_whole("SelfAttention", "give every device whole sequences")
+        if self.num_heads < 1 or self.d_model % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}.")
+        project = lambda name, x: fan_in_projection(self.d_model, name, self, self.d_model)(x)
+        heads = lambda name: project(name, x).reshape(*x.shape[:2], self.num_heads, -1)
+        q, k, v = (heads(f"{name}_proj") for name in "qkv")
+        logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator(q.dtype)) / q.shape[-1] ** 0.5
+        if segment_ids is not None:
+            same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+            logits = jnp.where(same, logits, jnp.finfo(logits.dtype).min)
+        dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        weights = dropped(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
+        o = jnp.einsum("bhts,bshv->bthv", weights, v).reshape(x.shape)
+        return dropped(project("out_proj", o))

@@ -1,0 +1,132 @@
+"""What a practitioner would try first on a window `B L V` for a forecast `B S V`."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from ..layers.instance_norm import instance_normalised
+from ..layers.mlp import MLP
+from ..layers.projection import fan_in_projection
+from ..layers.self_attention import SelfAttention
+from ..mixers.mamba import Mamba
+from ..shapes import Array, Float, accumulator, typed
+from .block import Slot, Stack
+
+
+@typed
+def last_value(x: Float[Array, "B L V"], horizon: int) -> Float[Array, "B S V"]:
+    """The last value again and again: the best forecast of a random walk."""
+    return jnp.repeat(x[:, -1:], horizon, axis=1)
+
+
+@typed
+def window_mean(x: Float[Array, "B L V"], horizon: int) -> Float[Array, "B S V"]:
+    return jnp.repeat(x.mean(axis=1, keepdims=True), horizon, axis=1)
+
+
+@typed
+def seasonal_naive(x: Float[Array, "B L V"], horizon: int, period: int) -> Float[Array, "B S V"]:
+    """The last `period` steps again and again.
+
+    Raises:
+      ValueError: a period is no number from 1 to the L steps there are.
+    """
+    if not 1 <= period <= x.shape[1]:
+        raise ValueError(f"period={period} must be at least 1 and at most the {x.shape[1]} steps of a window.")
+    return jnp.tile(x[:, -period:], (1, -(-horizon // period), 1))[:, :horizon]
+
+
+class LinearForecaster(nn.Module):
+    """One linear map over time for all variates (arXiv 2205.13504).
+
+    With `window` w one for the trend, a mean over w steps whose ends are repeated, and one for the rest: DLinear. With
+    `normalise` on windows of mean 0 and variance 1: RLinear (arXiv 2305.10721).
+    """
+
+    horizon: int
+    window: int | None = 25
+    normalise: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
+        x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
+        length = x.shape[1]
+        forecast = lambda name, x: fan_in_projection(self.horizon, name, self, length)(x.swapaxes(1, 2))
+        if self.window is None:
+            return restored(forecast("map", x).swapaxes(1, 2))
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"window={self.window}; LinearForecaster takes an odd number of steps, or None.")
+        reach = self.window // 2
+        padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)), mode="edge")
+        trend = sum(padded[:, n : n + length] for n in range(self.window)) / self.window
+        return restored((forecast("trend_map", trend) + forecast("rest_map", x - trend)).swapaxes(1, 2))
+
+
+class PatchForecaster(nn.Module):
+    """Patches of each variate by itself as tokens (PatchTST, arXiv 2211.14730), with LayerNorm where it has BatchNorm.
+
+    The last value is repeated for `stride` steps, so that the last patch is whole. All patches make the forecast.
+    """
+
+    horizon: int
+    d_model: int = 128
+    mixers: tuple[Slot, ...] = (SelfAttention,) * 2
+    mlp: Slot = MLP
+    patch: int = 16
+    stride: int = 8
+    dropout: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
+        batch, length, variates = x.shape
+        if not 1 <= self.stride <= self.patch <= length:
+            raise ValueError(
+                f"patch={self.patch} and stride={self.stride}; PatchForecaster takes 1 ≤ stride ≤ patch ≤ {length}."
+            )
+        x, restored = instance_normalised(x)
+        padded = jnp.pad(x, ((0, 0), (0, self.stride), (0, 0)), mode="edge")
+        starts = np.arange(0, length + self.stride - self.patch + 1, self.stride)[:, None]
+        patches = padded.swapaxes(1, 2).reshape(batch * variates, -1)[:, starts + np.arange(self.patch)[None]]
+        dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        h = fan_in_projection(self.d_model, "encoder", self, self.patch)(patches)
+        places = self.param("places", nn.initializers.uniform(0.02), (len(starts), self.d_model), self.param_dtype)
+        h = dropped((h + places.astype(h.dtype)[None]).astype(accumulator(h.dtype)))
+        names = ("d_model", "mixers", "mlp", "dtype", "param_dtype")
+        fields = {name: getattr(self, name) for name in names}
+        h, _ = Stack(**fields, norm="layer", norm_eps=1e-5, prenorm=False, remat=False, name="stack")(h)
+        h = dropped(h.reshape(batch, variates, -1))
+        return restored(fan_in_projection(self.horizon, "head", self, h.shape[-1])(h).swapaxes(1, 2))
+
+
+class SequenceForecaster(nn.Module):
+    """Time steps as tokens, all variates in each, through causal mixers; the last one makes the forecast."""
+
+    horizon: int
+    d_model: int = 128
+    mixers: tuple[Slot, ...] = (partial(Mamba, state_size=16),) * 2
+    mlp: Slot = None
+    normalise: bool = True
+    dropout: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
+        variates = x.shape[2]
+        x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
+        h = fan_in_projection(self.d_model, "encoder", self, variates)(x)
+        h = h.astype(accumulator(h.dtype))  # what layers add to
+        names = ("d_model", "mixers", "mlp", "dropout", "dtype", "param_dtype")
+        h, _ = Stack(**{name: getattr(self, name) for name in names}, remat=False, name="stack")(h)
+        y = fan_in_projection(self.horizon * variates, "head", self, self.d_model)(h[:, -1])
+        return restored(y.reshape(len(x), self.horizon, variates))

@@ -1,0 +1,153 @@
+"""Forecasting models against the authors' outputs, and what their users rely on."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recorded import load, recorded
+
+from jaxseq import Mamba
+from jaxseq.layers.mlp import MLP
+from jaxseq.layers.self_attention import SelfAttention
+from jaxseq.models.forecasters import (
+    LinearForecaster,
+    PatchForecaster,
+    SequenceForecaster,
+    last_value,
+    seasonal_naive,
+    window_mean,
+)
+from jaxseq.models.itransformer import ITransformer
+
+
+def recorded_itransformer(**fields):
+    """The module of the file, and the authors' weights in its layout."""
+    z = load("itransformer")
+    get = lambda name: np.asarray(z[f"p.{name}"], np.float32)
+    dense = lambda name: {"kernel": get(f"{name}.weight").squeeze().T, "bias": get(f"{name}.bias")}
+    norm = lambda name: {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
+
+    def layer(n):
+        at = f"encoder.attn_layers.{n}"
+        words = {"q": "query", "k": "key", "v": "value", "out": "out"}
+        attention = {f"{ours}_proj": dense(f"{at}.attention.{theirs}_projection") for ours, theirs in words.items()}
+        mlp = {"up_proj": dense(f"{at}.conv1"), "down_proj": dense(f"{at}.conv2")}
+        norms = {"mixer_norm": norm(f"{at}.norm1"), "mlp_norm": norm(f"{at}.norm2")}
+        return {"block_0": {"mixer": attention, "mlp": mlp, **norms}}
+
+    layers = jax.tree.map(lambda *x: np.stack(x), *(layer(n) for n in range(2)))
+    params = {
+        "encoder": dense("enc_embedding.value_embedding"),
+        "stack": {"layers": layers},
+        "norm": norm("encoder.norm"),
+        "head": dense("projector"),
+    }
+    slots = (partial(SelfAttention, num_heads=4),) * 2
+    return ITransformer(12, 16, slots, partial(MLP, hidden=32), **fields), {"params": params}, z
+
+
+@recorded
+def test_itransformer_is_the_authors():
+    """With marks and without, permuted, and unscaled; the parameters are those that `init` makes."""
+    model, params, z = recorded_itransformer()
+    x, marks = (jnp.asarray(z[name], jnp.float32) for name in ("x", "x_mark"))
+    made = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, made)
+    run = jax.jit(model.apply)
+    for name, found in {
+        "y": run(params, x),
+        "y_with_marks": run(params, x, marks),
+        "y_perm": run(params, x[..., z["perm"]]),
+        "y_no_norm": recorded_itransformer(normalise=False)[0].apply(params, x),
+    }.items():
+        np.testing.assert_allclose(found, z[name], atol=1e-5)
+
+
+def itransformer(horizon, num_heads=4, dropout=0.1):
+    slots = (partial(SelfAttention, num_heads=num_heads, dropout=dropout),) * 2
+    return ITransformer(horizon, 16, slots, partial(MLP, hidden=16, dropout=dropout), dropout=dropout)
+
+
+def test_itransformer_takes_any_number_of_variates():
+    model = itransformer(5)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 3)), jnp.float32)
+    params = model.init(jax.random.key(0), x)
+    assert model.apply(params, jnp.concatenate([x, x], axis=2)).shape == (2, 5, 6)
+    dropped = [model.apply(params, x, rngs={"dropout": jax.random.key(n)}) for n in range(2)]
+    assert np.abs(dropped[0] - dropped[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="horizon=0"):
+        itransformer(0).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="num_heads=3 does not divide d_model=16"):
+        itransformer(5, num_heads=3).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="marks"):
+        model.apply(params, x, jnp.zeros((2, 11, 4)))
+
+
+def windows(length=24, variates=3):
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, length, variates)), jnp.float32)
+
+
+MODELS = {
+    "itransformer": itransformer(6),
+    "dlinear": LinearForecaster(6, window=5),
+    "rlinear": LinearForecaster(6, window=None, normalise=True),
+    "patch": PatchForecaster(6, 16, (partial(SelfAttention, num_heads=2),), patch=8, stride=4),
+    "sequence": SequenceForecaster(6, 16, (partial(Mamba, state_size=4),)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forecasters(name):
+    """Where windows are normalised, one that is shifted and scaled gives the forecast that is."""
+    model, x = MODELS[name], windows()
+    params = model.init(jax.random.key(0), x)
+    y = jax.jit(model.apply)(params, x)
+    assert y.shape == (2, 6, 3)
+    with jax.numpy_dtype_promotion("standard"):  # flax's own norms promote
+        half = model.clone(dtype=jnp.bfloat16).apply(params, x.astype(jnp.bfloat16))
+    assert np.linalg.norm(half.astype(jnp.float32) - y) <= 0.05 * np.linalg.norm(y)
+    if name != "dlinear":
+        np.testing.assert_allclose(jax.jit(model.apply)(params, 50 * x + 7), 50 * y + 7, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["dlinear", "rlinear", "patch"])
+def test_variates_by_themselves(name):
+    """What one variate does says nothing of the others."""
+    model, x = MODELS[name], windows()
+    params = model.init(jax.random.key(0), x)
+    other = x.at[:, :, 1].multiply(-3)
+    y, z = (model.apply(params, a) for a in (x, other))
+    np.testing.assert_allclose(y[..., [0, 2]], z[..., [0, 2]], atol=1e-6)
+    assert np.abs(y - z)[..., 1].max() > 1e-3
+
+
+def test_dlinear_decomposes():
+    """Against a moving mean in NumPy."""
+    model, x = MODELS["dlinear"], windows()
+    params = model.init(jax.random.key(0), x)["params"]
+    padded = np.concatenate([np.repeat(x[:, :1], 2, 1), x, np.repeat(x[:, -1:], 2, 1)], axis=1)
+    trend = np.stack([padded[:, t : t + 5].mean(axis=1) for t in range(24)], axis=1)
+    y = sum(
+        np.einsum("blv,ls->bsv", part, params[name]["kernel"]) + np.asarray(params[name]["bias"])[None, :, None]
+        for name, part in (("trend_map", trend), ("rest_map", x - trend))
+    )
+    np.testing.assert_allclose(model.apply({"params": params}, x), y, atol=1e-5)
+
+
+def test_naive_forecasts():
+    x = windows(5)
+    np.testing.assert_array_equal(last_value(x, 3), np.stack([x[:, 4]] * 3, axis=1))
+    np.testing.assert_array_equal(seasonal_naive(x, 5, 2), np.stack([x[:, n] for n in (3, 4, 3, 4, 3)], axis=1))
+    np.testing.assert_allclose(window_mean(x, 2)[:, 1], x.mean(axis=1), atol=1e-6)
+    with pytest.raises(ValueError, match="period=6 must be at least 1 and at most the 5 steps"):
+        seasonal_naive(x, 3, 6)
+
+
+def test_wrong_fields_are_named():
+    init = lambda model: model.init(jax.random.key(0), windows())
+    with pytest.raises(ValueError, match="window=4; LinearForecaster takes an odd number"):
+        init(LinearForecaster(6, window=4))
+    with pytest.raises(ValueError, match="patch=30 and stride=8; PatchForecaster takes 1 ≤ stride ≤ patch ≤ 24"):
+        init(PatchForecaster(6, patch=30))
