@@ -1,5 +1,6 @@
 """The scripts at toy size, as a user runs them."""
 
+import csv
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import long_range
@@ -265,3 +267,27 @@ def test_the_bench_of_kernels(run, tmp_path):
     assert all(row["training_ms"] > 0 and row["error"] < 2e-2 for row in rows.values())
     assert not json.loads((out / "result.json").read_text())["holds"]  # nothing is claimed of a CPU
     assert (out / "plots" / "times.png").stat().st_size > 1000
+
+
+def test_forecasting_of_ones_own_table(run, tmp_path):
+    """The steps after the last row, in the units and times of the table; a bad table in one line."""
+    table, out = tmp_path / "table.csv", tmp_path / "r"
+    hours = np.datetime64("2020-01-01T00:00:00") + np.arange(300) * np.timedelta64(3600, "s")
+    rows = [f"{str(hour).replace('T', ' ')},{100 + n % 24},{np.sin(n):.3f}" for n, hour in enumerate(hours)]
+    table.write_text("\n".join(["date,load,oil", *rows]))
+    command = ("experiments.forecasting", "--preset", "debug", "--data.csv", str(table), "--horizon", "6")
+    command = (*command, "--models", "season,rlinear,itransformer", "--data.marks")
+    done = run(*command, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert set(result["measured"]["mse"]) == {"season", "rlinear", "itransformer"}
+    with open(out / "forecast.csv") as file:
+        forecast = list(csv.DictReader(file))
+    assert [row["date"] for row in forecast][:2] == ["2020-01-13 12:00:00", "2020-01-13 13:00:00"]
+    assert len(forecast) == 6
+    assert all(90 < float(row["load"]) < 130 for row in forecast)
+    assert (out / "plots" / "forecast.png").stat().st_size > 1000
+
+    table.write_text("date,load\n2020-01-01,1\n2020-01-01,2\n")
+    refused = run(*command, "--out", str(tmp_path / "s"))
+    assert refused.returncode == 2 and "comes twice" in refused.stderr and refused.stderr.count("\n") == 1

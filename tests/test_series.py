@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxseq.data import ETT_HOURLY, Borders, Table, forecasting_series, read_table
 from jaxseq.data.series import time_marks
 from jaxseq.data.table import filled_forward
+from jaxseq.tasks import lagged_copies
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 public = pytest.mark.skipif(not DATA.exists(), reason="the public data sets are not beside the repository")
@@ -135,3 +136,15 @@ def test_filling_forward(column):
         last = last if x is None else x
         expected.append(last)
     np.testing.assert_array_equal(filled_forward(values)[:, 0], expected)
+
+
+def test_copies_follow_their_parents():
+    """Each series but the roots is another one of an earlier column, some steps later, up to the noise."""
+    x = lagged_copies(0, 3000, num_series=6, num_roots=2, max_delay=5, noise=0.3)
+    assert x.shape == (3000, 6)
+    np.testing.assert_allclose(x[:, :2].std(axis=0), 1, atol=0.1)
+    for n in range(2, 6):
+        rest = {(p, d): x[d:, n] - 0.9 * x[:-d, p] for p in range(n) for d in range(1, 6)}
+        assert min(r.std() for r in rest.values()) == pytest.approx(0.3, rel=0.05)
+    with pytest.raises(ValueError, match="num_roots=9 must be at most num_series=6"):
+        lagged_copies(0, 10, num_series=6, num_roots=9)
