@@ -154,7 +154,7 @@ PRESETS = {
 def optimizer(config: Config, windows: Windows) -> optax.GradientTransformation:
     rate: Any = optax.cosine_decay_schedule(config.train.learning_rate, config.train.steps)
     if config.halve_every_epoch:
-        epoch = windows.count // config.train.batch_size
+        epoch = windows.number // config.train.batch_size
         rate = optax.exponential_decay(config.train.learning_rate, epoch, 0.5, staircase=True)
     return optax.adam(rate)
 
@@ -184,7 +184,7 @@ def squares(forecast: Callable, params, batch, key):
 def errors(forecast: Callable, params, windows: Windows, size: int = 256) -> dict[str, float]:
     """Over all windows, a batch at a time."""
     score = jax.jit(partial(squares, forecast))
-    rows = [np.arange(start, min(start + size, windows.count)) for start in range(0, windows.count, size)]
+    rows = [np.arange(start, min(start + size, windows.number)) for start in range(0, windows.number, size)]
     found = [score(params, windows.at(part), None)[1] for part in rows]
     return {name: float(np.average([f[name] for f in found], weights=list(map(len, rows)))) for name in found[0]}
 
@@ -285,7 +285,7 @@ def plot(path: Path, series: Series, models: dict[str, tuple[Callable, Any]], ms
     names = sorted(mse, key=mse.__getitem__, reverse=True)
     bars.barh(names, [mse[name] for name in names], color="#3b6fb6")
     bars.set(xlabel="test MSE, in variances of the training part")
-    window = series.test.at(np.asarray([series.test.count - 1]))
+    window = series.test.at(np.asarray([series.test.number - 1]))
     batch = jax.tree.map(jnp.asarray, window)
     unscaled = lambda x: np.asarray(x)[0, :, -1] * series.deviation[-1] + series.mean[-1]
     seen, ahead = np.arange(-series.test.lookback, 0), np.arange(series.test.horizon)

@@ -29,12 +29,15 @@ from jaxseq.mixers import (
     S4,
     S5,
     Based,
+    BigBird,
+    CausalOrchid,
     Comba,
     DeltaNet,
     GatedDeltaNet,
     LightNet,
     Lightning,
     LinearAttention,
+    Longformer,
     Mamba2,
     MesaNet,
     MinGRU,
@@ -42,6 +45,8 @@ from jaxseq.mixers import (
     ReBased,
     RetNet,
     Rodimus,
+    SelectiveAttention,
+    SubsampledAttention,
 )
 from jaxseq.ops.state_space import DISCRETISATIONS
 
@@ -623,6 +628,9 @@ MIXERS = {
         exact={"impl": "chunked"},
         slow=True,
     ),
+    "CausalOrchid": MixerMember(
+        partial(CausalOrchid, WIDTH, num_lags=3, window=2, chunk_size=CHUNK), extreme={"log_rate": 6.0}, slow=True
+    ),
     "LRU": MixerMember(partial(LRU, WIDTH, state_size=4), extreme={"nu_log": 6.0}, slow=True),
     # Λ so low that nothing decays: √(1 − a²) has no slope there that is finite.
     "RGLRU": MixerMember(partial(RGLRU, WIDTH, num_heads=2), extreme={"Lambda": -100.0}, slow=True),
@@ -635,6 +643,29 @@ MIXERS = {
     ),
     "Attention window grouped": MixerMember(
         partial(Attention, WIDTH, num_heads=4, num_kv_heads=2, window=4), extreme={"q_proj/kernel": 30.0}, reach=4
+    ),
+    "Attention blocks": MixerMember(partial(Attention, WIDTH, num_heads=2, block_size=3), cheap=True),
+    "Attention blocks looking back": MixerMember(
+        partial(Attention, WIDTH, num_heads=2, num_kv_heads=1, block_size=3, look_back=1), cheap=True
+    ),
+    "SubsampledAttention": MixerMember(partial(SubsampledAttention, WIDTH, num_heads=2), recurrent=False, cheap=True),
+    "Longformer": MixerMember(partial(Longformer, WIDTH, num_heads=2, window=2, dilation=(1, 2)), cheap=True),
+    "BigBird": MixerMember(
+        partial(BigBird, WIDTH, num_heads=2, block_size=2, num_global_blocks=1, num_random_blocks=1),
+        recurrent=False,
+        cheap=True,
+    ),
+    "SelectiveAttention": MixerMember(
+        partial(SelectiveAttention, WIDTH, num_heads=2),
+        recurrent=False,
+        extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0, "select_proj/kernel": -1e4},
+        slow=True,
+    ),
+    "SelectiveAttention selected": MixerMember(
+        partial(SelectiveAttention, WIDTH, num_heads=2, threshold=0.5), recurrent=False, cheap=True
+    ),
+    "SelectiveAttention all keys": MixerMember(
+        partial(SelectiveAttention, WIDTH, num_heads=2, threshold=0.5, keys="all"), recurrent=False, cheap=True
     ),
 } | {
     f"S4D {init} {disc}": MixerMember(

@@ -198,6 +198,16 @@ def test_bench_scan_measures_every_op_at_two_lengths(run, tmp_path):
     assert set(json.loads((tmp_path / "run" / "result.json").read_text())["measured"]) >= {"raw / None, ms"}
 
 
+@pytest.mark.slow
+def test_orchid_meets_its_ablation(run, tmp_path):
+    done = run("experiments.orchid", "--preset", "debug", "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert set(result["measured"]) == {"recall-correlation", "recall-magnitude"}
+    assert set(result["baseline"]) == {"recall-none"} and not result["holds"]
+    assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
+
+
 def test_long_range_reports_what_it_trained(run, tmp_path):
     """Two models on generated trees, one of them twice: scores, curves, a plot. What a kill left is found again."""
     out = tmp_path / "r"

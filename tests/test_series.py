@@ -35,7 +35,7 @@ def test_public_tables():
     electricity = read_table(DATA / "ett" / "ETTh1.csv.gz")
     assert electricity.names == ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
     series = forecasting_series(electricity, 96, 96, ETT_HOURLY, marks=True)
-    assert [part.count for part in (series.train, series.validation, series.test)] == [8449, 2785, 2785]
+    assert [part.number for part in (series.train, series.validation, series.test)] == [8449, 2785, 2785]
     rates = read_table(DATA / "exchange_rate" / "exchange_rate.txt.gz")
     assert rates.values.shape == (7588, 8) and rates.dates is None
     weather = read_table(DATA / "weather_part" / "weather.csv.gz")
@@ -104,7 +104,7 @@ def test_later_parts_forecast_nothing_seen_before():
     """Targets of the three parts are disjoint runs of rows, in order; scales are of the first alone."""
     table = Table(np.arange(100.0)[:, None] ** 2, ("a",), None)
     series = forecasting_series(table, 5, 3, Borders(60, 20, 20))
-    rows = lambda part: np.sqrt(part.at(np.arange(part.count))["targets"] * series.deviation + series.mean).round()
+    rows = lambda part: np.sqrt(part.at(np.arange(part.number))["targets"] * series.deviation + series.mean).round()
     for part, (first, last) in zip(series[:3], [(5, 59), (60, 79), (80, 99)], strict=True):
         assert rows(part).min() == first and rows(part).max() == last
     np.testing.assert_allclose(series.train.series.mean(), 0, atol=1e-6)

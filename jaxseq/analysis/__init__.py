@@ -1,9 +1,16 @@
 """Measures on models and what they infer."""
 
+from .associative_recall import Interval as Interval
+from .associative_recall import bootstrap as bootstrap
+from .associative_recall import gap_closed as gap_closed
+from .associative_recall import recall_hits as recall_hits
+from .associative_recall import share_of_gap as share_of_gap
+from .associative_recall import sliced_perplexity as sliced_perplexity
 from .bits_per_byte import BitsPerByte as BitsPerByte
 from .decoding import decoding_speeds as decoding_speeds
 from .decoding import state_bytes as state_bytes
 from .matching import matched_states as matched_states
+from .self_ensemble import self_ensemble as self_ensemble
 from .timing import Case as Case
 from .timing import Timing as Timing
 from .timing import exponent as exponent

@@ -43,7 +43,7 @@ class Windows(NamedTuple):
     horizon: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return len(self.series) - self.lookback - self.horizon + 1
 
     def at(self, starts: np.ndarray) -> dict[str, np.ndarray]:
@@ -58,13 +58,13 @@ class Windows(NamedTuple):
         Raises:
           ValueError: there are fewer windows than one batch takes.
         """
-        per_epoch = self.count // size
+        per_epoch = self.number // size
         if per_epoch < 1:
-            raise ValueError(f"batch_size={size} is more than the {self.count} windows there are.")
+            raise ValueError(f"batch_size={size} is more than the {self.number} windows there are.")
 
         def batch(step: int) -> dict[str, np.ndarray]:
             epoch, place = divmod(step, per_epoch)
-            order = np.random.default_rng((seed, epoch)).permutation(self.count)
+            order = np.random.default_rng((seed, epoch)).permutation(self.number)
             return self.at(order[place * size : (place + 1) * size])
 
         return batch
@@ -114,9 +114,9 @@ def forecasting_series(
         named = ", ".join(repr(name) for name, same in zip(table.names, constant, strict=True) if same)
         raise ValueError(f"{named} never changes in the {borders.train} rows for training; leave it out.")
     series = ((table.values - mean) / deviation).astype(np.float32)
-    times = time_marks(table.dates) if marks else None
+    times = time_marks(table.dates) if marks and table.dates is not None else None
     ends = np.cumsum(borders)
     cut = lambda x, a, b: None if x is None else x[a:b]
     part = lambda a, b: Windows(series[a:b], cut(times, a, b), lookback, horizon)
-    parts = [part(max(0, end - rows - lookback), end) for rows, end in zip(borders, ends, strict=True)]
-    return Series(*parts, mean, deviation, table.names)
+    train, validation, test = (part(max(0, end - n - lookback), end) for n, end in zip(borders, ends, strict=True))
+    return Series(train, validation, test, mean, deviation, table.names)

@@ -2,7 +2,9 @@
 
 from .abc import ABC as ABC
 from .attention import Attention as Attention
+from .attention import SlidingWindowAttention as SlidingWindowAttention
 from .based import Based as Based
+from .big_bird import BigBird as BigBird
 from .comba import Comba as Comba
 from .delta_net import DeltaNet as DeltaNet
 from .dss import DSS as DSS
@@ -16,6 +18,7 @@ from .kda import KDA as KDA
 from .lightnet import LightNet as LightNet
 from .lightning import Lightning as Lightning
 from .linear_attention import LinearAttention as LinearAttention
+from .longformer import Longformer as Longformer
 from .lru import LRU as LRU
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
@@ -23,6 +26,8 @@ from .mesa_net import MesaNet as MesaNet
 from .min_gru import MinGRU as MinGRU
 from .min_lstm import MinLSTM as MinLSTM
 from .mlstm import MLSTM as MLSTM
+from .orchid import CausalOrchid as CausalOrchid
+from .orchid import Orchid as Orchid
 from .rebased import ReBased as ReBased
 from .retnet import RetNet as RetNet
 from .rglru import RGLRU as RGLRU
@@ -32,3 +37,5 @@ from .rwkv7 import RWKV7 as RWKV7
 from .s4 import S4 as S4
 from .s4d import S4D as S4D
 from .s5 import S5 as S5
+from .selective_attention import SelectiveAttention as SelectiveAttention
+from .subsampled_attention import SubsampledAttention as SubsampledAttention

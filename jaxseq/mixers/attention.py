@@ -1,37 +1,42 @@
-"""Softmax attention with rotary positions."""
+"""Softmax attention with rotary positions, over everything, a window or blocks."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.cached_attention import (
+    AttentionState,
+    block_counts,
+    cached_attention,
+    counted,
+    empty_cache,
+    starts_of,
+)
 from ..layers.mixer import Mixer
-from ..layers.projection import projection
-from ..layers.rotary import rotary
-from ..segments import segment_counts
 from ..shapes import Array, Float, Int, check_width, typed
-from ..sharded import devices, first_position, on_last
-
-
-class AttentionState(NamedTuple):
-    key: Float[Array, "B L H K"]  # the last L tokens, newest last
-    value: Float[Array, "B L H K"]
-    segment: Int[Array, "B L"]  # 0: the segment in progress; below: an earlier one, or nothing yet
-    position: Int[Array, ""]  # tokens seen so far
 
 
 class Attention(Mixer):
     """Multi-head softmax attention (arXiv 1706.03762) with rotary positions and grouped key-value heads.
 
-    `num_kv_heads` divides `num_heads`; `window` w sees the last w tokens, itself included. The state is a cache of
-    the last `max_length` tokens (of w − 1 with a window): what lies further back is forgotten.
+    `num_kv_heads` divides `num_heads`. `window` w sees the last w tokens, itself included. `block_size` b cuts every
+    segment into blocks and sees what came before in its own one, and `look_back` whole blocks before that (MASFormer,
+    arXiv 2310.12442): at most (look_back + 1) b tokens. Neither has parameters: layers of one model may differ in them
+    (`jaxseq.models.mixed_spans`), and those of another be loaded.
+
+    The state is a cache of the last `max_length` tokens, of as many as are seen where that is bounded, less the token
+    itself: what lies further back is forgotten.
     """
 
     d_model: int
     num_heads: int = 4
     num_kv_heads: int | None = None
     window: int | None = None
+    block_size: int | None = None
+    look_back: int = 0
     rotary_base: float | None = 10000.0
     logit_softcap: float | None = None
     impl: str | None = None
@@ -43,43 +48,49 @@ class Attention(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "Attention")
         state = self.start(x) if state is None else state
-        (batch, length, _), cached, width = x.shape, state.key.shape[1], self.d_model // self.num_heads
-        project = lambda name, heads: projection(heads * width, name, self)(x).reshape(batch, length, heads, width)
-        q = project("q_proj", self.num_heads)
-        k, v = (project(name, self._kv_heads()) for name in ("k_proj", "v_proj"))
-        if self.rotary_base is not None:
-            positions = state.position + first_position(length) + jnp.arange(length, dtype=jnp.int32)
-            q, k = (rotary(a, positions, self.rotary_base) for a in (q, k))
-        k = jnp.concatenate([state.key.astype(k.dtype), k], axis=1)
-        v = jnp.concatenate([state.value.astype(v.dtype), v], axis=1)
-        # Segments are counted from the one in progress at the start of the call.
-        counts = jnp.zeros((batch, length), jnp.int32)
-        if segment_ids is not None:
-            counts = segment_counts(segment_ids)
-        segments = jnp.concatenate([state.segment, counts], axis=1)
-        packed = dict(segment_ids=counts, key_segment_ids=segments) if cached or segment_ids is not None else {}
-        o = ops.softmax_attention(
-            q, k, v, window=self.window, logit_softcap=self.logit_softcap, impl=self.impl, **packed
+        filled = None
+        if self.block_size is None:
+            counts = counted(segment_ids)
+        else:
+            starts = starts_of(segment_ids, x.shape[:2])
+            counts, filled = block_counts(starts, state.filled, self.block_size, self.look_back)
+        attend = partial(
+            ops.softmax_attention,
+            window=self._span(),
+            look_back=self.look_back,
+            logit_softcap=self.logit_softcap,
+            impl=self.impl,
         )
-        y = projection(self.d_model, "out_proj", self)(o.reshape(batch, length, -1))
-        last = lambda a, like: on_last(a[:, a.shape[1] - cached :].astype(like.dtype))
-        return y, AttentionState(
-            last(k, state.key),
-            last(v, state.value),
-            last(segments - segments[:, -1:], segments),
-            state.position + length * devices(),
-        )
+        y, state = cached_attention(self, x, state, counts, self._kv_heads(), attend)
+        return y, state._replace(filled=filled)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> AttentionState:
-        if max_length is None and self.window is None:
-            raise ValueError("max_length=None; Attention without a window takes the number of tokens its cache holds.")
-        spans = [span for span in (max_length, self.window and self.window - 1) if span is not None]
-        if min(spans) < 0:
-            raise ValueError(f"max_length={max_length} and window={self.window}; Attention takes no negative length.")
-        shape = (batch_size, min(spans), self._kv_heads(), self.d_model // self.num_heads)
-        segment = jnp.full(shape[:2], -1, jnp.int32)
-        return AttentionState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segment, jnp.zeros((), jnp.int32))
+        span, kv_heads = self._span(), self._kv_heads()
+        state = empty_cache(self, batch_size, [max_length, span if span is None else span - 1], kv_heads, dtype)
+        if self.block_size is None:
+            return state
+        # Below every block that a query may look back to.
+        return state._replace(segment=state.segment - self.look_back, filled=jnp.zeros(batch_size, jnp.int32))
+
+    @nn.nowrap
+    def _span(self) -> int | None:
+        """The most tokens that a query sees, itself included."""
+        if self.look_back < 0 or (self.look_back and self.block_size is None):
+            raise ValueError(
+                f"look_back={self.look_back} and block_size={self.block_size}; Attention takes 0 or more blocks, of "
+                "a size."
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}; Attention takes 1 or more tokens, or None.")
+        if self.block_size is None:
+            return self.window
+        if self.block_size < 1 or self.window is not None:
+            raise ValueError(
+                f"block_size={self.block_size} and window={self.window}; Attention takes blocks of 1 or more tokens, "
+                "or a window."
+            )
+        return (self.look_back + 1) * self.block_size
 
     @nn.nowrap
     def _kv_heads(self) -> int:
@@ -88,3 +99,7 @@ class Attention(Mixer):
         if self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}.")
         return kv_heads
+
+
+#: Attention over the last `window` tokens; the cache is a ring of as many.
+SlidingWindowAttention = partial(Attention, window=256)

@@ -122,8 +122,8 @@ class Stack(nn.Module):
         period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if self.remat else Pattern
         scanned = nn.scan(
             period,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
+            variable_axes={"params": 0, "losses": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True, "subsample": True},
             in_axes=(0, nn.broadcast),
             length=repeats,
             metadata_params={nn.PARTITION_NAME: None},

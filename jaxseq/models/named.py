@@ -1,6 +1,6 @@
 """A language model from a command line's words: the only place where mixers have names."""
 
-import dataclasses
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,10 +72,10 @@ def mixer_names() -> list[str]:
 
 
 def _known() -> dict[str, Any]:
-    return {name.lower(): kind for name, kind in vars(mixers).items() if isinstance(kind, type)}
+    return {name.lower(): kind for name, kind in vars(mixers).items() if callable(kind) and name[0].isupper()}
 
 
 def _with_options(kind, options) -> Slot:
     """The mixer with those options that it has a field for."""
-    fields = {field.name for field in dataclasses.fields(kind)}
+    fields = inspect.signature(kind).parameters
     return partial(kind, **{name: value for name, value in options.items() if name in fields and value is not None})

@@ -1,5 +1,6 @@
 """Recurrence families as functions, arrays in and arrays out."""
 
+from .block_sparse_attention import block_sparse_attention as block_sparse_attention
 from .convolution import long_convolution as long_convolution
 from .convolution import short_convolution as short_convolution
 from .delta_rule import delta_rule as delta_rule
@@ -15,6 +16,11 @@ from .hidden_markov import hidden_markov_filter as hidden_markov_filter
 from .hidden_markov import hidden_markov_log_likelihood as hidden_markov_log_likelihood
 from .hidden_markov import hidden_markov_smoother as hidden_markov_smoother
 from .hidden_markov import viterbi as viterbi
+from .input_spectrum import centred_convolution as centred_convolution
+from .input_spectrum import correlation_spectrum as correlation_spectrum
+from .input_spectrum import magnitude_spectrum as magnitude_spectrum
+from .input_spectrum import spectral_convolution as spectral_convolution
+from .lag_correlation import lag_correlation as lag_correlation
 from .linear_recurrence import linear_recurrence as linear_recurrence
 from .log_matmul import log_matmul as log_matmul
 from .log_recurrence import log_recurrence as log_recurrence
@@ -24,3 +30,5 @@ from .softmax_attention import softmax_attention as softmax_attention
 from .state_space import diagonal_kernel as diagonal_kernel
 from .state_space import diagonal_state_space as diagonal_state_space
 from .state_space import mimo_state_space as mimo_state_space
+from .subsampled_attention import subsampled_attention as subsampled_attention
+from .subsampled_attention import subsets as subsets

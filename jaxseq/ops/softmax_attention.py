@@ -83,7 +83,7 @@ def in_kernel(sight: Sight, q, k, v, positions, segments):
     return o.reshape(*q.shape[:-1], v.shape[-1])
 
 
-def _visible(causal, window, query_positions, key_positions, segments):
+def _visible(causal, window, look_back, query_positions, key_positions, segments):
     """Which keys `S` each query `T` may see, `1|B T S`."""
     lag = query_positions[:, None] - key_positions[None, :]
     seen = key_positions[None, :] > NOWHERE
@@ -92,7 +92,8 @@ def _visible(causal, window, query_positions, key_positions, segments):
         seen &= jnp.abs(lag) < window
     seen = seen[None]
     if segments is not None:
-        seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
+        own, other = segments[0][:, :, None], segments[1][:, None, :]
+        seen = seen & (own == other if look_back == 0 else (own - look_back <= other) & (other <= own))
     return seen
 
 
@@ -106,6 +107,7 @@ def softmax_attention(
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     key_segment_ids: Int[Array, "B S"] | None = None,
+    look_back: int = 0,
     scale: float | None = None,
     logit_softcap: float | None = None,
     chunk_size: int = 256,
@@ -117,12 +119,13 @@ def softmax_attention(
 
     Each of G key heads serves a run of H/G consecutive query heads. With more keys than queries, the queries stand
     at the last T positions. `window` w sees the last w positions, itself included (both sides when not causal).
-    A query sees keys of its own segment only; `key_segment_ids` are the queries' when None. `scale` is K^-½ when
+    A query sees keys of its own segment only, and of those whose numbers are up to `look_back` lower;
+    `key_segment_ids` are the queries' when None. `scale` is K^-½ when
     None, `logit_softcap` c is off when None. A query that may see no key returns zero. With time split over devices,
     keys of a causal window come from the device before, others go round a ring, in blocks of `chunk_size` queries.
 
     Raises:
-      ValueError: shapes disagree, G does not divide H, T > S, window < 1, or segments of queries alone.
+      ValueError: shapes disagree, G does not divide H, T > S, window < 1, look_back < 0, or segments of queries alone.
       NotImplementedError: `impl` is none of the forms, or S > T with time split over devices.
     """
     (batch, length, heads, width), (_, span, groups, _) = query.shape, key.shape
@@ -132,6 +135,8 @@ def softmax_attention(
         raise ValueError(f"query has {length} positions and key {span}; softmax_attention takes 1 ≤ T ≤ S.")
     if window is not None and window < 1:
         raise ValueError(f"window={window}; softmax_attention takes 1 or more, or None.")
+    if look_back < 0:
+        raise ValueError(f"look_back={look_back}; softmax_attention takes 0 or more.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}; softmax_attention takes 1 or more.")
     if segment_ids is not None and key_segment_ids is None and length != span:
@@ -140,7 +145,7 @@ def softmax_attention(
     q = query * jnp.asarray(width**-0.5 if scale is None else scale, query.dtype)
     q = q.reshape(batch, length, groups, heads // groups, width)
     capped = (lambda x: x) if logit_softcap is None else (lambda x: logit_softcap * jnp.tanh(x / logit_softcap))
-    rules = Rules(partial(_visible, causal, window), capped)
+    rules = Rules(partial(_visible, causal, window, look_back), capped)
     finish = lambda o: o.reshape(batch, length, heads, -1).astype(value.dtype)
     positions = jnp.arange(span - length, span, dtype=jnp.int32), jnp.arange(span, dtype=jnp.int32)
     # What a window reaches back, where the device before has it all.
@@ -166,7 +171,7 @@ def softmax_attention(
         "parallel": partial(parallel, rules=rules),
         "chunked": partial(chunked, rules=rules, chunk_size=min(chunk_size, length), reach=reach),
     }
-    if not is_split():
+    if not is_split() and look_back == 0:  # the kernel compares segments for equality
         behind = None if window is None or window >= span else window - 1
         sight = Sight(span - length, span, behind, 0 if causal else behind, logit_softcap)
         forms["pallas"] = partial(in_kernel, sight)

@@ -1,7 +1,14 @@
 """Synthetic tasks as pure functions of a key."""
 
+from .copying import compression as compression
+from .copying import induction as induction
+from .copying import selective_copying as selective_copying
+from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
 from .listops import listops as listops
+from .recall import associative_recall as associative_recall
+from .recall import mqar as mqar
+from .recall import noisy_recall as noisy_recall
 from .reset_recall import reset_recall as reset_recall
 from .switching_spikes import SwitchingSpikes as SwitchingSpikes
 from .switching_spikes import switching_spikes as switching_spikes

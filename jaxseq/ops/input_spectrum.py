@@ -1,0 +1,115 @@
+"""Kernels as long as the sequence, computed from the sequence: the conditioning networks of Orchid, and their use.
+
+All spectra are of full length, in an order where both ends meet. A frequency filter that is not symmetric gives a
+kernel that is not real; the real part of what it makes is taken, which is the same as making the filter symmetric.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ..shapes import Array, Float, Inexact, accumulator, typed
+
+PADDINGS = ("circular", "zero")
+TRANSFORMS = ("dft", "dct")
+
+
+@typed
+def centred_convolution(
+    x: Inexact[Array, "B T D"], weight: Float[Array, "W D"], *, padding: str = "circular"
+) -> Inexact[Array, "B T D"]:
+    """A depthwise convolution that looks both ways, over axis 1: time, or frequency.
+
+        y_n = Σ_w weight_w ⊙ x_{n+w-(W-1)/2}
+
+    Beyond the ends lies the other end with `padding` "circular", and nothing with "zero".
+
+    Raises:
+      ValueError: W is even, so that there is no centre, or the padding is unknown.
+    """
+    window = weight.shape[0]
+    if window % 2 == 0:
+        raise ValueError(f"weight has shape {weight.shape}; centred_convolution takes an odd window, not {window}.")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding={padding!r} is unknown; choose one of {', '.join(PADDINGS)}.")
+    length, reach = x.shape[1], (window - 1) // 2
+    around = jnp.pad(x, [(0, 0), (reach, reach), (0, 0)], "wrap" if padding == "circular" else "constant")
+    taps = jnp.stack([around[:, w : w + length] for w in range(window)])
+    return jnp.sum(weight.astype(x.dtype)[:, None, None] * taps, axis=0)
+
+
+@typed
+def magnitude_spectrum(
+    x: Float[Array, "B T D"], frequency_weight: Float[Array, "W D"], *, transform: str = "dft", ortho: bool = True
+) -> Inexact[Array, "B T D"]:
+    """conv(|F x|): the phase, and with it the place in time, is left out (Orchid, arXiv 2402.18508, eq. 2).
+
+    With `ortho` the transform keeps the norm, so that values do not grow with T. The root is of re² + im² + 1e-12,
+    which has a gradient at 0.
+
+    Raises:
+      ValueError: the transform is unknown, or the window is even.
+    """
+    spectrum = _transformed(x, transform, ortho)
+    power = spectrum.real**2 + spectrum.imag**2 if jnp.iscomplexobj(spectrum) else spectrum**2
+    return centred_convolution(jnp.sqrt(power + 1e-12), frequency_weight)
+
+
+@typed
+def correlation_spectrum(
+    key: Float[Array, "B T D"],
+    query: Float[Array, "B T D"],
+    frequency_weight: Float[Array, "W D"],
+    *,
+    transform: str = "dft",
+    ortho: bool = True,
+) -> Inexact[Array, "B T D"]:
+    """conv(F*(key) ⊙ F(query)): the spectrum of their cross-correlation (Orchid, arXiv 2402.18508, eq. 3).
+
+    `ortho` as in `magnitude_spectrum`, whose square this is where key and query are one.
+
+    Raises:
+      ValueError: the transform is unknown, or the window is even.
+    """
+    spectrum = jnp.conj(_transformed(key, transform, ortho)) * _transformed(query, transform, ortho)
+    return centred_convolution(spectrum, frequency_weight)
+
+
+@typed
+def spectral_convolution(
+    x: Float[Array, "B T D"],
+    spectrum: Inexact[Array, "B T D"] | None,
+    kernel: Float[Array, "L D"],
+    *,
+    transform: str = "dft",
+) -> Float[Array, "B T D"]:
+    """Circular convolution with a kernel a sequence, given by its spectrum, and one for all: real F⁻¹((h + F k) ⊙ F x).
+
+    `transform` is what `spectrum` is of: where it is a cosine transform, its inverse is the kernel. None is no
+    spectrum. At least in float32.
+
+    Raises:
+      ValueError: the kernel is not as long as x, or the transform is unknown.
+    """
+    if kernel.shape[0] != x.shape[1]:
+        raise ValueError(f"kernel has length {kernel.shape[0]}; x has {x.shape[1]}, and spectra are of equal length.")
+    _check_transform(transform)
+    wide = accumulator(x.dtype)
+    kernel = kernel.astype(wide)[None]
+    if spectrum is not None and transform == "dct":
+        kernel, spectrum = kernel + jax.scipy.fft.idct(spectrum, axis=1, norm="ortho"), None
+    total = jnp.fft.fft(kernel, axis=1)
+    total = total if spectrum is None else total + spectrum.astype(total.dtype)
+    return jnp.fft.ifft(total * jnp.fft.fft(x.astype(wide), axis=1), axis=1).real.astype(x.dtype)
+
+
+def _transformed(x, transform: str, ortho: bool):
+    _check_transform(transform)
+    x = x.astype(accumulator(x.dtype))
+    if transform == "dct":
+        return jax.scipy.fft.dct(x, axis=1, norm="ortho")
+    return jnp.fft.fft(x, axis=1, norm="ortho" if ortho else "backward")
+
+
+def _check_transform(transform: str) -> None:
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform={transform!r} is unknown; choose one of {', '.join(TRANSFORMS)}.")

@@ -1,0 +1,37 @@
+"""What the tasks share: draws without replacement, and the checks of their sizes."""
+
+import jax
+import jax.numpy as jnp
+
+from ..shapes import Array, Bool, Float, Int
+
+#: The label where nothing is asked.
+IGNORED = -100
+
+
+def distinct(key: Array, weights: Float[Array, "M"], shape: tuple[int, ...]) -> Int[Array, "*S"]:
+    """Indices in [0, M), drawn along the last axis of `shape` one after the other without replacement.
+
+    The next is i with probability proportional to weights_i among those left: the largest of log weights + Gumbel noise
+    (Gumbel top-k, arXiv 1903.06059).
+    """
+    *batch, count = shape
+    noise = jax.random.gumbel(key, (*batch, weights.size), weights.dtype)
+    return jax.lax.top_k(noise + jnp.expand_dims(jnp.log(weights), range(len(batch))), count)[1].astype(jnp.int32)
+
+
+def integers(key: Array, shape: tuple[int, ...], low: int, high: int) -> Int[Array, "*S"]:
+    """Uniform in [low, high), int32 whatever JAX's default is."""
+    return jax.random.randint(key, shape, low, high, jnp.int32)
+
+
+def require(task: str, least: dict[str, int], **sizes: int) -> None:
+    """Refuse the first of the sizes that is below its least, which is 1 where `least` does not name it."""
+    for name, size in sizes.items():
+        if size < least.get(name, 1):
+            raise ValueError(f"{name}={size}; {task} takes {least.get(name, 1)} or more.")
+
+
+def first_of(same: Bool[Array, "N P P"]) -> Int[Array, "N P"]:
+    """For each of P pairs the first that has its key: where a random map is drawn, one value for each key."""
+    return same.argmax(axis=-1).astype(jnp.int32)

@@ -1,0 +1,277 @@
+"""Subsampled attention: the recorded outputs, exact limits, costs, and what training and evaluation do with it."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import WIDTH, assert_close
+from recorded import load, recorded
+
+from jaxseq import Attention, LanguageModel, ops
+from jaxseq.analysis import self_ensemble
+from jaxseq.mixers import SubsampledAttention
+from jaxseq.models.block import Stack
+from jaxseq.ops.subsampled_attention import SUBSETS, num_scores
+
+MODES = pytest.mark.parametrize("mode", SUBSETS)
+BY_TOKENS = ("window", "local")
+
+
+def dense(q, k, v, mask):
+    """Softmax attention of `B T H K` arrays under a mask `T S`."""
+    logits = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
+    weights = np.where(mask, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    return np.einsum("bhts,bshv->bthv", weights / weights.sum(-1, keepdims=True), v)
+
+
+def mask_of(sets, mode, length):
+    """Which sources a query sees, from the sets alone."""
+    seen = np.zeros((length, length), bool)
+    for r, own in enumerate(np.asarray(sets)):
+        run = length // len(sets)
+        queries = own if mode in BY_TOKENS else np.arange(r * run, (r + 1) * run)
+        seen[np.ix_(queries, own)] = True
+    return seen
+
+
+def tensors(length, dtype=np.float64):
+    rng = np.random.default_rng(length)
+    return [jnp.asarray(rng.standard_normal((2, length, 4, 6)), dtype) for _ in range(3)]
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
+
+
+@recorded
+@pytest.mark.parametrize("causal", [True, False])
+@MODES
+def test_recorded_outputs(mode, causal):
+    golden, w = load("ssa_windows"), int(load("ssa_windows")["window"])
+    names = {"window": "uniform", "local": "local", "truncate": "truncate", "local_source": "source_local"}
+    name = f"{names[mode]}_{'causal' if causal else 'bidir'}"
+    if name not in golden:
+        pytest.skip("not recorded")
+    permutations = golden["perm_uniform" if mode in ("window", "truncate") else "perm_local"]
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(golden[n].swapaxes(1, 2)) for n in "qkv")
+        for permutation, expected in zip(permutations, golden[name], strict=True):
+            sets = jnp.asarray(np.sort(permutation.reshape(-1, w), axis=1)[: 1 if mode == "truncate" else None])
+            o = ops.subsampled_attention(q, k, v, sets, queries_too=mode in BY_TOKENS, causal=causal)
+            assert_close(o, expected.swapaxes(1, 2), "float64")
+
+
+@recorded
+def test_near_tokens_share_a_window_as_often_as_recorded():
+    golden = load("ssa_windows")
+    N, w, sigma = 32, int(golden["window"]), float(golden["sigma"])
+    draw = partial(ops.subsets, length=N, ratio=N // w, sigma=sigma)
+    sets = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 2000)))
+    window = np.argsort(sets.reshape(-1, N), axis=1) // w
+    together = [np.mean(window[:, d:] == window[:, : N - d]) for d in range(N)]
+    np.testing.assert_allclose(together, golden["pair_prob_by_distance_local"], atol=0.02)
+
+
+@MODES
+@pytest.mark.parametrize("causal", [True, False])
+def test_any_subset_is_a_mask(mode, causal):
+    """Values and gradients, of packed documents; a causal token always sees itself."""
+    T, ids = 24, np.repeat([0, 1, 2], [5, 12, 7])
+    with jax.enable_x64(True):
+        sets = ops.subsets(jax.random.key(1), T, ratio=4, mode=mode, sigma=3.0)
+        assert sets.shape == ((1, 6) if mode == "truncate" else (4, 6))
+        mask = mask_of(sets, mode, T)
+        mask = ((mask & np.tri(T, dtype=bool)) | np.eye(T, dtype=bool)) if causal else mask
+        mask &= ids[:, None] == ids[None]
+        segments = jnp.asarray(ids)[None].repeat(2, axis=0)
+        attend = lambda *qkv: ops.subsampled_attention(
+            *qkv, sets, queries_too=mode in BY_TOKENS, causal=causal, segment_ids=segments
+        )
+
+        def plain(q, k, v):
+            logits = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(6)
+            seen = jnp.asarray(mask)[None, None]
+            weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0)
+            return jnp.einsum("bhts,bshv->bthv", weights, v)
+
+        both = lambda f: jax.jit(lambda *qkv: jax.vjp(f, *qkv)[1](jnp.sin(qkv[0])))(*tensors(T))
+        assert_close(jax.jit(attend)(*tensors(T)), plain(*tensors(T)), "float64")
+        assert_close(both(attend), both(plain), 1e-11)
+
+
+def test_limits_of_the_jitter():
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(ops.subsets(key, 12, ratio=3, sigma=0.0), np.arange(12).reshape(3, 4))
+    wide = [ops.subsets(jax.random.key(n), 64, ratio=8, sigma=1e4) for n in range(30)]
+    assert abs(np.mean([np.ptp(s, axis=1).mean() for s in map(np.asarray, wide)]) - 65 * 7 / 9) < 3
+    for mode in SUBSETS[1:]:
+        whole = ops.subsets(key, 12, ratio=3, mode=mode)
+        np.testing.assert_array_equal(np.sort(np.asarray(whole).reshape(-1)), np.arange(12))
+
+
+def test_a_window_of_everything_is_dense():
+    """To the bit: such a set is in order."""
+    q, k, v = tensors(16, jnp.float32)
+    for mode in BY_TOKENS:
+        o = ops.subsampled_attention(q, k, v, ops.subsets(jax.random.key(0), 16, ratio=1, mode=mode))
+        np.testing.assert_array_equal(o, ops.softmax_attention(q, k, v))
+
+
+def multiplications(jaxpr) -> int:
+    """Of all matrix products of a program, those in loops as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            depth = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+            total += int(depth * equation.outvars[0].aval.size)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += times * multiplications(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@MODES
+def test_it_costs_what_it_says(mode):
+    """The products of scores and of values; scores of all pairs over the ratio, but for each query's own."""
+    B, T, H, K, ratio = 2, 512, 4, 6, 4
+    q = jnp.ones((B, T, H, K))
+    sets = ops.subsets(jax.random.key(0), T, ratio=ratio, mode=mode)
+    run = lambda q, sets: ops.subsampled_attention(q, q, q, sets, queries_too=mode in BY_TOKENS, impl="parallel")
+    counted = multiplications(jax.make_jaxpr(run)(q, sets).jaxpr)
+    scores = num_scores(T, ratio=ratio, mode=mode)
+    assert counted == 2 * B * H * K * scores
+    assert scores == T * T // ratio if mode in BY_TOKENS else T * T // ratio < scores <= 1.5 * T * T // ratio
+    assert num_scores(1024, ratio=4) == 262_144
+
+
+def test_wrong_subsets_are_named():
+    key, q = jax.random.key(0), jnp.ones((1, 12, 1, 2))
+    for fields, message in (
+        (dict(ratio=5), "ratio=5 does not divide the 12 tokens"),
+        (dict(ratio=0), "ratio=0"),
+        (dict(ratio=3, sigma=-1.0), "sigma=-1.0; subsets takes 0 or more"),
+        (dict(ratio=3, mode="swin"), "mode='swin' is unknown; choose one of truncate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.subsets(key, 12, **fields)
+    with pytest.raises(ValueError, match=r"sets has shape .2, 4.; sets of 12 tokens"):
+        ops.subsampled_attention(q, q, q, jnp.zeros((2, 4), jnp.int32))
+
+
+# ---- the mixer ------------------------------------------------------------------------------------------------------
+
+
+def draw(length, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((2, length, WIDTH)), jnp.float32)
+
+
+def built(**fields):
+    module = SubsampledAttention(WIDTH, num_heads=2, **fields)
+    return module, jax.tree.map(lambda x: 20 * x, module.init(jax.random.key(0), draw(16)))
+
+
+def test_evaluation_is_dense_attention():
+    """With the parameters of training, made without a key for subsets; an rng alone changes nothing."""
+    _, params = built(subsample=True)
+    full, x = Attention(WIDTH, num_heads=2), draw(16)
+    module, _ = built()
+    expected = full.apply(params, x)
+    np.testing.assert_array_equal(module.apply(params, x, rngs={"subsample": jax.random.key(1)}), expected)
+    np.testing.assert_array_equal(
+        built(subsample=True, ratio=1)[0].apply(params, x, rngs={"subsample": jax.random.key(1)}), expected
+    )
+
+
+@MODES
+def test_training(mode):
+    """Another draw, another output; the same key, the same; causal by original positions; packed documents apart."""
+    module, params = built(subsample=True, mode=mode, sigma=2.0)
+    apply = jax.jit(lambda x, key, ids=None: module.apply(params, x, ids, rngs={"subsample": key}))
+    x, key = draw(16), jax.random.key(1)
+    np.testing.assert_array_equal(apply(x, key), apply(x, key))
+    assert np.abs(apply(x, key) - apply(x, jax.random.key(2))).max() > 1e-3
+    depends = np.abs(jax.jacrev(lambda x: apply(x, key)[0].sum(-1))(x)[:, 0]).max(-1)
+    t, s = np.indices(depends.shape)
+    assert (depends[s > t] == 0).all() and (depends[s == t] > 0).all() and (depends[s < t] > 0).any()
+    ids = jnp.asarray(np.arange(16) >= 9, jnp.int32)[None].repeat(2, axis=0)
+    changed = apply(x.at[:, :9].set(0), key, ids)
+    np.testing.assert_array_equal(changed[:, 9:], apply(x, key, ids)[:, 9:])
+    gradients = jax.jit(jax.grad(lambda p: jnp.sum(module.apply(p, x, rngs={"subsample": key}) ** 2)))(params)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+
+
+def test_rotary_positions_are_those_of_the_sequence():
+    """Against the op on keys rotated in place: every token's weights are a subset of the dense ones."""
+    module, params = built(subsample=True, sigma=2.0)
+    x, sets = draw(16), []
+    original = ops.subsets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "subsets", lambda *args, **fields: sets.append(original(*args, **fields)) or sets[-1])
+        y = module.apply(params, x, rngs={"subsample": jax.random.key(1)})
+    mask = mask_of(sets[0], "local", 16) & np.tri(16, dtype=bool)
+    maps = {name: np.asarray(part["kernel"], np.float64) for name, part in params["params"].items()}
+    q, k, v = ((np.asarray(x) @ maps[f"{n}_proj"]).reshape(2, 16, 2, 4) for n in "qkv")
+    angle = np.arange(16)[:, None] * 10000.0 ** (-np.arange(0, 4, 2) / 4)
+    turned = lambda a: (a[..., :2] + 1j * a[..., 2:]) * np.exp(1j * angle)[None, :, None]
+    q, k = (np.concatenate([turned(a).real, turned(a).imag], axis=-1) for a in (q, k))
+    assert_close(y, dense(q, k, v, mask).reshape(x.shape) @ maps["out_proj"], "mixer")
+
+
+def test_what_is_refused():
+    module, params = built(subsample=True)
+    with pytest.raises(ValueError, match='no rng "subsample"'):
+        module.apply(params, draw(16))
+    with pytest.raises(ValueError, match="ratio=4 does not divide the 15 tokens"):
+        module.apply(params, draw(15), rngs={"subsample": jax.random.key(0)})
+    with pytest.raises(NotImplementedError, match="has no state; decode without subsample"):
+        state = module.init_state(2, max_length=16)
+        module.apply(params, draw(16), state, method="prefill", rngs={"subsample": jax.random.key(0)})
+    for fields, message in ((dict(ratio=0), "ratio=0"), (dict(sigma=-1.0), "sigma=-1"), (dict(mode="x"), "mode='x'")):
+        with pytest.raises(ValueError, match=message):
+            built(**fields)
+    with pytest.raises(ValueError, match="size=0; self_ensemble takes 1 or more"):
+        self_ensemble(lambda key: jnp.zeros(3), jax.random.key(0), 0)
+
+
+class Drawn(nn.Module):
+    """A mixer that hands out what it draws."""
+
+    d_model: int
+    dtype: Any = None
+    param_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, segment_ids=None):
+        self.sow("losses", "drawn", jax.random.uniform(self.make_rng("subsample")))
+        return x
+
+
+def test_layers_draw_their_own_subsets():
+    """In a scan over depth, with the parameters of the dense model."""
+    rngs = {"subsample": jax.random.key(1)}
+    _, drawn = Stack(WIDTH, (Drawn,) * 3, mlp=None).init_with_output(rngs | {"params": jax.random.key(0)}, draw(4))
+    assert len(set(np.asarray(jax.tree.leaves(drawn["losses"])[0]).tolist())) == 3
+
+    slots = lambda **fields: (partial(SubsampledAttention, num_heads=2, ratio=2, **fields),) * 3
+    model, training = LanguageModel(5, WIDTH, slots()), LanguageModel(5, WIDTH, slots(subsample=True))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 16)), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    logits = jax.jit(lambda key: training.apply(params, tokens, rngs={"subsample": key}))
+    assert np.abs(logits(jax.random.key(1)) - logits(jax.random.key(2))).max() > 0
+
+
+def test_an_ensemble_averages_probabilities():
+    """Not logits; of one member it is that member."""
+    logits = lambda key: 3 * jax.random.normal(key, (4, 7))
+    key = jax.random.key(0)
+    each = np.stack([logits(k) for k in jax.random.split(key, 5)]).astype(np.float64)
+    chances = np.exp(each) / np.exp(each).sum(-1, keepdims=True)
+    ensemble = jax.jit(lambda key: self_ensemble(logits, key, 5))(key)
+    np.testing.assert_allclose(np.exp(np.asarray(ensemble)), chances.mean(0), rtol=1e-5)
+    alone = self_ensemble(logits, key, 1)
+    np.testing.assert_allclose(alone, jax.nn.log_softmax(logits(jax.random.split(key, 1)[0])), rtol=1e-6)
