@@ -122,20 +122,32 @@ def halo(x: jax.Array, before: jax.Array, *, reverse: bool = False) -> jax.Array
     return jnp.where(_place(reverse) == 0, before, _shift(x[:, length - reach :], 1, reverse))
 
 
-def over_channels(function: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`function(x, kernel)` of x `B T D` whole in time: each device computes all times of its share of the channels.
+def over_channels(function: Callable, x: jax.Array, *others: jax.Array):
+    """`function(x, *others)` of x `B T D` whole in time: each device computes all times of its share of the channels.
+
+    The last axis of the others is of the channels too. What it returns beside the outputs is put together on every
+    device.
 
     Raises:
       ValueError: the devices do not divide the channels.
     """
     share = x.shape[-1] // devices()
     if not is_split():
-        return function(x, kernel)
+        return function(x, *others)
     if x.shape[-1] % devices():
         raise ValueError(f"x has {x.shape[-1]} channels, which mesh axis {AXIS}={devices()} does not divide.")
     whole = lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True)
-    own = lax.dynamic_slice_in_dim(kernel, lax.axis_index(AXIS) * share, share, axis=-1)
-    return lax.all_to_all(function(whole, own), AXIS, split_axis=1, concat_axis=2, tiled=True)
+    own = lambda a: lax.dynamic_slice_in_dim(a, lax.axis_index(AXIS) * share, share, axis=-1)
+    found = function(whole, *map(own, others))
+    y, *rest = found if isinstance(found, tuple) else (found,)
+    y = lax.all_to_all(y, AXIS, split_axis=1, concat_axis=2, tiled=True)
+    if not isinstance(found, tuple):
+        return y
+    # A sum of shares that are zero elsewhere is known to be the same on every device; what is gathered is not.
+    place = lambda a: lax.dynamic_update_slice_in_dim(
+        jnp.zeros((*a.shape[:-1], x.shape[-1]), a.dtype), a, lax.axis_index(AXIS) * share, axis=-1
+    )
+    return y, *(lax.psum(place(a), AXIS) for a in rest)
 
 
 def sum_over_time(x: jax.Array) -> jax.Array:

@@ -28,15 +28,18 @@ from jaxseq.mixers import (
     RWKV7,
     S4,
     S5,
+    BaseConv,
     Based,
     BigBird,
     CausalOrchid,
     Comba,
     DeltaNet,
     GatedDeltaNet,
+    Hyena,
     LightNet,
     Lightning,
     LinearAttention,
+    LongConv,
     Longformer,
     Mamba2,
     MesaNet,
@@ -457,6 +460,8 @@ class MixerMember(NamedTuple):
     cheap: bool = False  # one more setting of a mixer that runs every law: values only
     reach: int = 1000  # tokens a query can see
     gradient: str = "mixer"  # tolerance of gradients
+    causal_to_rounding: bool = False  # always through a transform, which mixes all of time
+    same_state: bool = True  # steps leave the state that a call does, not another form of it
     exact: dict[str, Any] = {}  # fields under which causality holds to the bit: a transform mixes all of time
 
 
@@ -630,6 +635,17 @@ MIXERS = {
     ),
     "CausalOrchid": MixerMember(
         partial(CausalOrchid, WIDTH, num_lags=3, window=2, chunk_size=CHUNK), extreme={"log_rate": 6.0}, slow=True
+    ),
+    # A transform mixes all of time, and steps leave what has been given so far in other places than a call does.
+    "Hyena": MixerMember(
+        partial(Hyena, WIDTH, max_length=50, order=3, filter_width=4), same_state=False, causal_to_rounding=True
+    ),
+    "BaseConv": MixerMember(partial(BaseConv, WIDTH), slow=True, reach=3),
+    "BaseConv long": MixerMember(
+        partial(BaseConv, WIDTH, kernel_size=None, max_length=50), slow=True, same_state=False, causal_to_rounding=True
+    ),
+    "LongConv": MixerMember(
+        partial(LongConv, WIDTH, max_length=50, squash=0.1), slow=True, same_state=False, causal_to_rounding=True
     ),
     "LRU": MixerMember(partial(LRU, WIDTH, state_size=4), extreme={"nu_log": 6.0}, slow=True),
     # Λ so low that nothing decays: √(1 − a²) has no slope there that is finite.

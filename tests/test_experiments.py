@@ -259,6 +259,29 @@ def test_long_range_has_the_papers_settings(preset):
     assert slow("A_real") and slow("log_step") and slow("log_dt") == (preset != "listops")
 
 
+@pytest.mark.slow
+def test_mqar_trains_side_by_side_and_resumes(run, tmp_path):
+    """Two tasks, two learning rates of two seeds; what is in the table is not trained again."""
+    command = ("experiments.mqar", "--preset", "debug", "--out", str(tmp_path))
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    table = result["table"]
+    assert len(table) == 3 * 2 and set(result["measured"]) == {"attention", "gla"}
+    assert set(result["baseline"]) == {"hyena", "chance"} and not result["holds"]
+    assert all(0 <= row["accuracy"] <= 1 and set(row["accuracies"]) == {"0.001", "0.01"} for row in table.values())
+    keys, values, inputs = 16 * 8, 16 * 8, 2 * 8  # the cache, and the convolution window before it
+    assert 1 <= table["attention-8-16-4"]["state_bytes"] / (4 * (keys + values + inputs)) < 1.1
+    assert (tmp_path / "plots" / "recall.png").stat().st_size > 1000
+
+    (tmp_path / "result.json").unlink()
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["table"] == table
+    refused = run("experiments.mqar", "--mixers", "nothing", "--out", str(tmp_path / "r"))
+    assert refused.returncode == 2 and "no mixer is called 'nothing'" in refused.stderr
+
+
 def test_the_bench_of_a_checkpoint(run, tmp_path):
     done = run("experiments.bench_checkpoint", "--preset", "debug", "--kind", "mamba2", "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
@@ -301,3 +324,27 @@ def test_forecasting_of_ones_own_table(run, tmp_path):
     table.write_text("date,load\n2020-01-01,1\n2020-01-01,2\n")
     refused = run(*command, "--out", str(tmp_path / "s"))
     assert refused.returncode == 2 and "comes twice" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_the_gap_of_recall(run, texts, tmp_path):
+    """All models at toy size; a run that was killed after two of them goes on with the third."""
+    out = tmp_path / "r"
+    command = ("experiments.recall_gap", "--preset", "debug", "--data.path", str(texts), "--out", str(out))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert result["table"].keys() >= {"attention", "convolution", "hybrid, selected keys", "hybrid, all keys"}
+    gap = result["table"]["convolution"]["gap"]
+    assert gap["low"] <= gap["value"] <= gap["high"] and not result["holds"]
+    assert (out / "plots" / "recall_gap.png").stat().st_size > 1000
+
+    scored = {name: (out / "nats" / f"{name}-3.npz").stat().st_mtime_ns for name in ("attention", "hybrid")}
+    for path in (out / "result.json", out / "nats" / "hybrid-3.npz"):
+        path.unlink()
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((out / "result.json").read_text())["table"] == result["table"]
+    assert (out / "nats" / "attention-3.npz").stat().st_mtime_ns == scored["attention"]
+    assert (out / "nats" / "hybrid-3.npz").stat().st_mtime_ns > scored["hybrid"]
+    refused = run(*command[:-1], str(tmp_path / "s"), "--models", "transformer")
+    assert refused.returncode == 2 and "none is called 'transformer'; choose attention, convolution" in refused.stderr

@@ -88,8 +88,10 @@ def test_call_is_two_parts_is_steps(name, built):
 
     for length in (1, 2, CHUNK - 1, CHUNK + 1, 4 * CHUNK + 3):
         whole, *others = everything(params, draw(length))
-        for other in others:
-            assert_close(other, whole, "mixer")
+        for y, state in others:
+            assert_close(y, whole[0], "mixer")
+            if MIXERS[name].same_state:
+                assert_close(state, whole[1], "mixer")
         expected = jax.eval_shape(partial(module.init_state, 2, max_length=length))
         assert jax.tree.map(form, whole[1]) == jax.tree.map(form, expected)
 
@@ -187,6 +189,8 @@ def test_causal_by_gradient(name, built):
     length = 11
     jacobian = jax.jit(jax.jacrev(lambda x: module.apply(params, x)[0].sum(-1)))(draw(length, batch=1))[:, 0]
     depends = np.abs(np.asarray(jacobian)).max(-1)
+    if MIXERS[name].causal_to_rounding:
+        depends[depends < 1e-6 * depends.max()] = 0
     t, s = np.indices(depends.shape)
     seen = (s <= t) & (t - s < MIXERS[name].reach)
     np.testing.assert_array_equal(depends[~seen], 0)
@@ -362,8 +366,9 @@ def test_wrong_inputs_are_named(name, built):
         apply(draw(3), jnp.zeros((2, 2), jnp.int32))
     with pytest.raises(ValueError, match="x has shape .2, 1, 8."):
         apply(draw(1), module.init_state(2, max_length=4), method="step")
-    with pytest.raises(NotImplementedError, match="impl='fast'"):
-        jax.eval_shape(MIXERS[name].build(impl="fast").apply, params, draw(3))
+    if hasattr(module, "impl"):
+        with pytest.raises(NotImplementedError, match="impl='fast'"):
+            jax.eval_shape(MIXERS[name].build(impl="fast").apply, params, draw(3))
 
 
 @pytest.mark.parametrize("kind", [S4, S4D, DSS, S5])

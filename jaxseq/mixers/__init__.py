@@ -3,6 +3,7 @@
 from .abc import ABC as ABC
 from .attention import Attention as Attention
 from .attention import SlidingWindowAttention as SlidingWindowAttention
+from .base_conv import BaseConv as BaseConv
 from .based import Based as Based
 from .big_bird import BigBird as BigBird
 from .comba import Comba as Comba
@@ -14,10 +15,12 @@ from .gsa import GSA as GSA
 from .h3 import H3 as H3
 from .hgrn import HGRN as HGRN
 from .hgrn2 import HGRN2 as HGRN2
+from .hyena import Hyena as Hyena
 from .kda import KDA as KDA
 from .lightnet import LightNet as LightNet
 from .lightning import Lightning as Lightning
 from .linear_attention import LinearAttention as LinearAttention
+from .long_conv import LongConv as LongConv
 from .longformer import Longformer as Longformer
 from .lru import LRU as LRU
 from .mamba import Mamba as Mamba

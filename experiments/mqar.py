@@ -1,0 +1,249 @@
+"""Which mixers recall: multi-query associative recall against width, size of the state and size of the task.
+
+Claim   After 600 steps on 8 pairs in 64 tokens, a short convolution and attention answer 0.95 of the queries; a second
+        convolution that no input moves (long, Hyena) or a window of 16 tokens 0.35 at most; mixers whose state is
+        written as the input says come between.
+Source  Zoology (arXiv 2312.04927), figure 2: two layers without MLP. Every mixer stands second, after the same short
+        convolution, BaseConv(3), which alone tells attention the order. Sequences are new at every step.
+Expect  Attention 0.98, Mamba2 and GLA on the way, others still answering with any value of the context (1/8) or with
+        any value; a window of 16 tokens holds 0.39 of the answers. Of neither preset is a whole run measured yet;
+        gpu is the paper's grid, with one batch size for all tasks.
+Run     python -m experiments.mqar [--preset cpu|gpu] [--mixers attention,based,hyena]
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from jaxseq import Attention, LanguageModel
+from jaxseq.analysis import state_bytes
+from jaxseq.mixers import BaseConv
+from jaxseq.models import ModelConfig
+from jaxseq.tasks import mqar
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
+from jaxseq.train.files import read_json, write_json
+
+#: What the claim asks of attention, and of mixers that no input moves or that do not see far enough.
+LEAST, MOST = 0.95, 0.35
+FIXED = ("baseconv", "hyena", "window")
+
+
+def slots(name: str, heads: int, length: int) -> tuple:
+    """A short convolution and the mixer of this name. Attention has no positions of its own: the convolution tells."""
+    attention = partial(Attention, num_heads=heads, rotary_base=None)
+    long = partial(BaseConv, kernel_size=None)
+    named = {"attention": attention, "window": partial(attention, window=16), "baseconv": long}
+    second: Any = named.get(name) or ModelConfig(mixers=name, heads=heads, depth=1).slots()[0]
+    if "max_length" in {field.name for field in fields(second.func)}:
+        second = partial(second.func, *second.args, **second.keywords, max_length=length)
+    return partial(BaseConv, kernel_size=3), second
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tasks, models and training; every combination of task, width and mixer is one part of the run."""
+
+    seed: int = 0
+    """Seed of sequences and weights."""
+    mixers: str = "attention,baseconv,hyena,window,deltanet,based,rwkv7,mamba2,gla"
+    """The second layers by name, with commas between them: of `jaxseq.mixers`, or window, attention to 16 tokens."""
+    vocab_size: int = 256
+    """Tokens: half of them keys, half values."""
+    tasks: tuple[tuple[int, int], ...] = ((64, 8),)
+    """Tokens of a sequence and pairs in it, for each task."""
+    widths: tuple[int, ...] = (64,)
+    """Widths of the models."""
+    heads: int = 1
+    """Heads of the mixers that have them."""
+    learning_rates: tuple[float, ...] = (3e-3,)
+    """Peak learning rates, trained side by side; the best on validation sequences is tested."""
+    seeds: int = 1
+    """Models of each learning rate, side by side too; their mean counts."""
+    test_examples: int = 1024
+    """Sequences to test on, and as many others to validate on."""
+    train: TrainConfig = TrainConfig(
+        steps=600, batch_size=64, warmup_steps=0, final_learning_rate_ratio=0.0, betas=(0.9, 0.999)
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        for name in ("vocab_size", "heads", "seeds", "test_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("tasks", "widths", "learning_rates"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} is empty; give one at least.")
+        for name in self.names():
+            slots(name, self.heads, 1)
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.mixers.split(",")]
+
+
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(
+        mixers=Config.mixers + ",gateddeltanet,kda,mamba,rwkv6,hgrn2,retnet,linearattention,mlstm,rglru,h3,s4d",
+        vocab_size=8192,
+        tasks=((64, 4), (128, 8), (256, 16), (512, 64)),
+        widths=(64, 128, 256, 512),
+        learning_rates=(1e-4, 10**-3.333, 10**-2.667, 1e-2),
+        test_examples=3000,
+        train=replace(Config.train, steps=12_500, batch_size=256, log_every=100),
+        checkpoint=CheckpointConfig(every=2000),
+    ),
+    # Seconds a mixer: to see that everything works.
+    "debug": Config(
+        mixers="attention,hyena,gla",
+        vocab_size=32,
+        tasks=((16, 2), (16, 4)),
+        widths=(8,),
+        learning_rates=(1e-3, 1e-2),
+        seeds=2,
+        test_examples=8,
+        train=replace(Config.train, steps=3, batch_size=4, log_every=1),
+    ),
+}
+
+
+def side_by_side(optimizers: list[optax.GradientTransformation]) -> optax.GradientTransformation:
+    """An optimizer of models that lie one after the other along the first axis of every parameter, each its own."""
+    of = lambda i, tree: None if tree is None else jax.tree.map(lambda x: x[i], tree)
+
+    def update(grads, states, params=None):
+        each = [o.update(of(i, grads), states[i], of(i, params)) for i, o in enumerate(optimizers)]
+        updates, states = zip(*each, strict=True)
+        return jax.tree.map(lambda *x: jnp.stack(x), *updates), states
+
+    return optax.GradientTransformation(
+        lambda params: tuple(o.init(of(i, params)) for i, o in enumerate(optimizers)), update
+    )
+
+
+def measure(run: Run[Config]) -> None:
+    config, path = run.config, run.folder / "table.json"
+    table: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    print(
+        f"{'mixer':<18}{'width':>6}{'length':>7}{'pairs':>6}{'chance':>8}{'accuracy':>9}{'rate':>9}{'state, bytes':>13}"
+    )
+    for length, pairs in config.tasks:
+        for width in config.widths:
+            for name in config.names():
+                part = f"{name}-{width}-{length}-{pairs}"
+                if part not in table:
+                    table[part] = figures(run, part, name, width, length, pairs)
+                    write_json(path, table)
+                    run.record(config.train.steps, f"test/{part}", {k: table[part][k] for k in ("loss", "accuracy")})
+                row = table[part]
+                print(
+                    f"{name:<18}{width:>6}{length:>7}{pairs:>6}{1 / pairs:>8.3f}{row['accuracy']:>9.3f}"
+                    f"{row['learning_rate']:>9.2g}{row['state_bytes']:>13,}",
+                    flush=True,
+                )
+    draw(list(table.values()), run.folder / "plots" / "recall.png")
+    verdict(run, table)
+
+
+def figures(run: Run[Config], part: str, name: str, width: int, length: int, pairs: int) -> dict[str, Any]:
+    """Train one mixer at all learning rates and seeds, and test it at the learning rate that validates best."""
+    config = run.config
+    mixers = slots(name, config.heads, length)
+    model = LanguageModel(config.vocab_size, width, mixers, mlp=None, tied=True, remat=False)
+    options: dict[str, Any] = dict(
+        length=length, num_pairs=pairs, vocab_size=config.vocab_size, random_non_queries=False
+    )
+    sequences = jax.jit(partial(mqar, **options), static_argnames="num_examples")
+    train, validation, test = jax.random.split(jax.random.key(config.seed), 3)
+    rates = [rate for rate in config.learning_rates for _ in range(config.seeds)]
+
+    def batches(step):
+        drawn = sequences(jax.random.fold_in(train, step), num_examples=config.train.batch_size)
+        return dict(zip(("inputs", "labels"), map(np.asarray, drawn), strict=True))
+
+    def each(params, batch):
+        return jax.vmap(lambda params: cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])[1])(params)
+
+    def loss(params, batch, key):
+        metrics = each(params, batch)  # of every model; their sum has the gradient of each
+        return metrics["loss"].sum(), {"loss": metrics["loss"].min(), "accuracy": metrics["accuracy"].max()}
+
+    def init(key):
+        keys = jnp.tile(jax.random.split(key, config.seeds), len(config.learning_rates))
+        return jax.vmap(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)))(keys)
+
+    optimizer = side_by_side([make_optimizer(replace(config.train, learning_rate=rate)) for rate in rates])
+    trained = run.fit(loss, init, batches, optimizer=optimizer, part=part)
+
+    def mean(key):
+        """Loss and accuracy of every learning rate."""
+        drawn = sequences(key, num_examples=config.test_examples)
+        metrics = jax.jit(each)(trained.params, dict(zip(("inputs", "labels"), drawn, strict=True)))
+        return {name: np.asarray(x).reshape(-1, config.seeds).mean(axis=1) for name, x in metrics.items()}
+
+    best, tested = int(mean(validation)["accuracy"].argmax()), mean(test)
+    return {
+        "mixer": name,
+        "width": width,
+        "length": length,
+        "pairs": pairs,
+        "accuracy": float(tested["accuracy"][best]),
+        "loss": float(tested["loss"][best]),
+        "accuracies": dict(zip(map(str, config.learning_rates), tested["accuracy"].tolist(), strict=True)),
+        "learning_rate": config.learning_rates[best],
+        "state_bytes": state_bytes(model, length),
+        "seconds": trained.seconds,
+        "digest": digest(trained.params),
+    }
+
+
+def verdict(run: Run[Config], table: dict[str, dict[str, Any]]) -> None:
+    """Of the first task and width: what the claim asks of the mixers that are there."""
+    config = run.config
+    (length, pairs), width = config.tasks[0], config.widths[0]
+    accuracy = {name: table[f"{name}-{width}-{length}-{pairs}"]["accuracy"] for name in config.names()}
+    fixed = {name: accuracy[name] for name in FIXED if name in accuracy}
+    moved = {name: x for name, x in accuracy.items() if name not in (*FIXED, "attention")}
+    above, below = max(fixed.values(), default=0.0), accuracy.get("attention", 0.0)
+    run.finish(
+        claim="attention recalls, what no input moves and a window do not, what the input moves comes between",
+        measured={"attention": below} | moved,
+        baseline=fixed | {"chance": 1 / pairs},
+        threshold={"attention, at least": LEAST, "fixed, at most": MOST},
+        holds=below >= LEAST and bool(fixed) and above <= MOST and all(above <= x <= below for x in moved.values()),
+        table=table,
+    )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against width and against the size of the state, a row of panels for each task."""
+    tasks, names = sorted({(r["length"], r["pairs"]) for r in rows}), list(dict.fromkeys(r["mixer"] for r in rows))
+    figure = Figure(figsize=(9, 3.2 * len(tasks)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(tasks), 2, sharey=True, squeeze=False)
+    for (length, pairs), axes in zip(tasks, panels, strict=True):
+        for i, name in enumerate(names):
+            of = [r for r in rows if (r["mixer"], r["length"], r["pairs"]) == (name, length, pairs)]
+            style = dict(marker="o", markersize=4, linewidth=1, color=f"C{i % 10}", linestyle=("-", ":")[i // 10 % 2])
+            for axis, key, scale in zip(axes, ("width", "state_bytes"), (1, 1024), strict=True):
+                points = sorted((r[key] / scale, r["accuracy"]) for r in of)
+                axis.plot(*zip(*points, strict=True), label=name, **style)
+        for axis, label in zip(axes, ("width", "state of a sequence, KiB"), strict=True):
+            axis.axhline(1 / pairs, color="0.6", linewidth=0.8, linestyle="--")
+            axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
+            axis.grid(color="0.92", linewidth=0.8)
+            axis.set_axisbelow(True)
+        axes[0].set(ylabel=f"accuracy, {pairs} pairs in {length} tokens")
+    panels[0][1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="x-small")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main("mqar", PRESETS, measure)
