@@ -348,3 +348,12 @@ def test_the_gap_of_recall(run, texts, tmp_path):
     assert (out / "nats" / "hybrid-3.npz").stat().st_mtime_ns > scored["hybrid"]
     refused = run(*command[:-1], str(tmp_path / "s"), "--models", "transformer")
     assert refused.returncode == 2 and "none is called 'transformer'; choose attention, convolution" in refused.stderr
+
+
+def test_the_cost_of_a_token_of_a_long_convolution(run, tmp_path):
+    done = run("experiments.long_convolution", "--preset", "debug", "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert set(result["milliseconds"]) == {"hyena", "longconv", "window"}
+    assert all(result["measured"][f"largest error, {name}"] < 1e-4 for name in ("hyena", "longconv"))
+    assert (tmp_path / "r" / "plots" / "milliseconds.png").stat().st_size > 1000

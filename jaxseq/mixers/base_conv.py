@@ -18,9 +18,9 @@ from ..sharded import devices
 class BaseConv(Mixer):
     """The least gated convolution (arXiv 2312.04927): y = (u W + b_1) ⊙ (h * u + b_2) + u.
 
-    `kernel_size` is the width of h. Where it is None h is as long as `max_length`, an implicit filter of ReLU, and h * u
-    + u stands for h * u + b_2: the authors' code adds u twice. Their models have a short one first and a long one
-    second. The state is kernel_size − 1 inputs, or 2 P numbers a channel with P the power of two from `max_length` on.
+    `kernel_size` is the width of h. Where it is None h is as long as `max_length`, an implicit filter of ReLU, and
+    h * u + u stands for h * u + b_2: the authors' code adds u twice. Their models have a short one first and a long
+    one second. The state is kernel_size − 1 inputs, or 2 P numbers a channel, P the power of two from `max_length` on.
     """
 
     d_model: int

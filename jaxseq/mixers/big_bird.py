@@ -27,7 +27,7 @@ class BigBird(Mixer):
     Causal, it keeps what lies behind: half of the neighbours, and of the others those before. It has the whole contract
     then, and a cache of `max_length` tokens, of which a step reads the blocks that it sees. With `causal=False` the
     global blocks see everything too, as the paper has it, and it has `__call__` alone. Segments are kept apart, but
-    blocks are those of the whole row: a packed sequence sees what it would alone only if it is one of few blocks.
+    blocks are those of the whole row: a packed sequence sees what it would alone only where it starts the row.
     """
 
     d_model: int

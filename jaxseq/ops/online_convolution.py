@@ -1,7 +1,7 @@
-"""Long causal convolutions that decode: T tokens one by one in O(T log² T), where a window each time is O(T²).
+"""Long causal convolutions that decode: T tokens one by one in O(T log² T), where a window each is O(T²).
 
-What a token gives to later outputs is given in tiles (relaxed multiplication, van der Hoeven 1997; Flash Inference,
-arXiv 2410.12982). After token t of a period of P, with U the largest power of two that divides t, the last U inputs give
+What a token gives to later outputs is given in tiles (Flash Inference, arXiv 2410.12982; relaxed multiplication, van
+der Hoeven 1997). After token t of a period of P, with U the largest power of two that divides t, the last U inputs give
 to the next U outputs, through taps 1 … 2U − 1, by one transform of size 2U. Every pair of an input and a later output
 falls into one tile, so that an output is complete when its turn comes. The same tiles keep packed sequences apart.
 """
