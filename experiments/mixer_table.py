@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from jaxseq.analysis import BitsPerByte, decoding_speeds, state_bytes
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, joined
 from jaxseq.models import ModelConfig, mixer_names, named_language_model
+from jaxseq.models.named import slot_fields
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, device_mesh, digest, main
 from jaxseq.train.files import read_json, write_json
 
@@ -30,7 +31,7 @@ class Config:
     seed: int = 0
     """Seed of weights and of the order of the data."""
     mixers: str = ""
-    """Mixers by name, with commas between them; all where none is given."""
+    """Mixers by name, with commas between them; all that take prompts of any length where none is given."""
     parameters: int = 150_000
     """Parameters of a model: each takes the width that comes nearest."""
     test_windows: int = 64
@@ -53,7 +54,10 @@ class Config:
             replace(self.model, mixers=name)
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.mixers.split(",")] if self.mixers else mixer_names()
+        if self.mixers:
+            return [name.strip() for name in self.mixers.split(",")]
+        # Filters of a fixed length take no prompt as long as the longest context.
+        return [name for name in mixer_names() if "max_length" not in slot_fields(name)]
 
 
 PRESETS = {

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import mixers
+from ..layers.mixer import Mixer
 from .block import Slot
 from .language import LanguageModel
 
@@ -71,8 +72,15 @@ def mixer_names() -> list[str]:
     return sorted(_known())
 
 
+def slot_fields(name: str) -> set[str]:
+    """The options of the mixer of a name."""
+    return set(inspect.signature(_known()[name]).parameters)
+
+
 def _known() -> dict[str, Any]:
-    return {name.lower(): kind for name, kind in vars(mixers).items() if callable(kind) and name[0].isupper()}
+    of = lambda kind: kind.func if isinstance(kind, partial) else kind
+    causal = lambda kind: isinstance(of(kind), type) and issubclass(of(kind), Mixer)
+    return {name.lower(): kind for name, kind in vars(mixers).items() if causal(kind)}
 
 
 def _with_options(kind, options) -> Slot:
