@@ -78,9 +78,10 @@ def slot_fields(name: str) -> set[str]:
 
 
 def _known() -> dict[str, Any]:
-    of = lambda kind: kind.func if isinstance(kind, partial) else kind
-    causal = lambda kind: isinstance(of(kind), type) and issubclass(of(kind), Mixer)
-    return {name.lower(): kind for name, kind in vars(mixers).items() if causal(kind)}
+    """Those that have a state, and what is made of them."""
+    kinds = {name: (kind.func if isinstance(kind, partial) else kind, kind) for name, kind in vars(mixers).items()}
+    causal = lambda of: isinstance(of, type) and issubclass(of, Mixer)
+    return {name.lower(): kind for name, (of, kind) in kinds.items() if causal(of)}
 
 
 def _with_options(kind, options) -> Slot:
