@@ -6,9 +6,9 @@ Claim   After 800 steps on 8 pairs in 64 tokens, a short convolution and attenti
 Source  Zoology (arXiv 2312.04927), figure 2: two layers without MLP. Every mixer stands second, after the same short
         convolution, BaseConv(3), which alone tells attention the order. Sequences are new at every step.
 Expect  Attention 1.00, Based 0.83, DeltaNet 0.58, GLA 0.52, Mamba2 still at 0.01; BaseConv 0.13, Hyena 0.02, the window
-        0.01, after 8 minutes on 2 CPU cores. Attention leaves its plateau between 400 and 700 steps: after 600 it was at
-        0.67. A window of 16 tokens holds 0.39 of the answers. gpu, the paper's grid with one batch size for all tasks,
-        is not yet measured.
+        0.01, after 8 minutes on 2 CPU cores. Attention leaves its plateau between 400 and 700 steps: after 600 it was
+        at 0.67. A window of 16 tokens holds 0.39 of the answers. gpu, the paper's grid with one batch size for all
+        tasks, is not yet measured.
 Run     python -m experiments.mqar [--preset cpu|gpu] [--mixers attention,based,hyena]
 """
 
