@@ -16,12 +16,14 @@ from jaxseq.layers.initialisers import S4D_INITIALISATIONS
 from jaxseq.mixers import (
     ABC,
     DSS,
+    GRU,
     GSA,
     H3,
     HGRN,
     HGRN2,
     KDA,
     LRU,
+    LSTM,
     MLSTM,
     RGLRU,
     RWKV6,
@@ -653,6 +655,15 @@ MIXERS = {
     "MinGRU": MixerMember(partial(MinGRU, WIDTH, expand=2), extreme={"gate_proj/bias": 1e4}, slow=True),
     "MinLSTM": MixerMember(
         partial(MinLSTM, WIDTH), extreme={"forget_proj/bias": -1e4, "input_proj/bias": -1e4}, slow=True
+    ),
+    "LSTM": MixerMember(
+        partial(LSTM, WIDTH), extreme={"in_proj/bias": -1e4, "recurrent_kernel": 30.0}, gradient="mixer strong"
+    ),
+    "GRU": MixerMember(
+        partial(GRU, WIDTH),
+        extreme={"in_proj/bias": -1e4, "recurrent_kernel": 30.0},
+        gradient="mixer strong",
+        slow=True,
     ),
     "Attention": MixerMember(
         partial(Attention, WIDTH, num_heads=2), recurrent=False, extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0}

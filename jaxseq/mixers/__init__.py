@@ -11,6 +11,7 @@ from .delta_net import DeltaNet as DeltaNet
 from .dss import DSS as DSS
 from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
+from .gru import GRU as GRU
 from .gsa import GSA as GSA
 from .h3 import H3 as H3
 from .hgrn import HGRN as HGRN
@@ -23,6 +24,7 @@ from .linear_attention import LinearAttention as LinearAttention
 from .long_conv import LongConv as LongConv
 from .longformer import Longformer as Longformer
 from .lru import LRU as LRU
+from .lstm import LSTM as LSTM
 from .mamba import Mamba as Mamba
 from .mamba2 import Mamba2 as Mamba2
 from .mesa_net import MesaNet as MesaNet

@@ -18,7 +18,7 @@ from jax import lax
 from .. import scan
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
-from ..shapes import Array, Bool, Float, Int, accumulator, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed, zeros_from
 from ..sharded import AXIS, devices, halo, is_split, on_last, own, sharded
 from .dispatch import dispatch
 from .linear_recurrence import linear_recurrence
@@ -86,7 +86,8 @@ def nonlinear_recurrence(
     """
     length = _checked(xs, jacobian, damping, tolerance, max_iterations, block_size)
     dtypes = jax.tree.map(lambda h: h.dtype, initial_state)
-    initial_state = jax.tree.map(lambda h: h.astype(accumulator(h.dtype)), initial_state)
+    first = jax.tree.leaves(xs)[0]
+    initial_state = jax.tree.map(lambda h: zeros_from(first, h.shape, accumulator(h.dtype), plus=h), initial_state)
     _check_cell(cell, xs, initial_state)
     if segment_ids is not None:
         restart = jax.tree.map(jnp.zeros_like, initial_state) if restart is None else restart
