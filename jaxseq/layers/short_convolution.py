@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..shapes import Array, Float, Int, typed
+from .initialisers import symmetric_uniform
 from .projection import projection
 
 
@@ -28,8 +29,7 @@ class ShortConvolution(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B _ D"]]:
         width = x.shape[-1]
-        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
-        kernel = self.param("kernel", uniform, (self.window, width), self.param_dtype)
+        kernel = self.param("kernel", symmetric_uniform(self.window**-0.5), (self.window, width), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, final = ops.short_convolution(x, kernel, bias, initial_state=state, segment_ids=segment_ids)
