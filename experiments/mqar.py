@@ -59,9 +59,11 @@ class Config:
     """Tokens: half of them keys, half values."""
     tasks: tuple[tuple[int, int], ...] = ((64, 8),)
     """Tokens of a sequence and pairs in it, for each task."""
+    beyond: tuple[tuple[int, int], ...] = ((128, 16), (128, 32), (252, 60))
+    """Tasks that models are tested on besides their own, as far as they are longer."""
     widths: tuple[int, ...] = (64,)
     """Widths of the models."""
-    heads: int = 1
+    heads: int = 4
     """Heads of the mixers that have them."""
     learning_rates: tuple[float, ...] = (3e-3,)
     """Peak learning rates, trained side by side; the best on validation sequences is tested."""
@@ -95,6 +97,7 @@ PRESETS = {
         mixers=Config.mixers + ",rwkv7,gateddeltanet,kda,mamba,rwkv6,hgrn2,retnet,linearattention,mlstm,rglru,h3,s4d",
         vocab_size=8192,
         tasks=((64, 4), (128, 8), (256, 16), (512, 64)),
+        beyond=((1024, 128), (1024, 256)),
         widths=(64, 128, 256, 512),
         learning_rates=(1e-4, 10**-3.333, 10**-2.667, 1e-2),
         test_examples=3000,
@@ -106,6 +109,7 @@ PRESETS = {
         mixers="attention,hyena,gla",
         vocab_size=32,
         tasks=((16, 2), (16, 4)),
+        beyond=((24, 6),),
         widths=(8,),
         learning_rates=(1e-3, 1e-2),
         seeds=2,
@@ -156,17 +160,17 @@ def measure(run: Run[Config]) -> None:
 def figures(run: Run[Config], part: str, name: str, width: int, length: int, pairs: int) -> dict[str, Any]:
     """Train one mixer at all learning rates and seeds, and test it at the learning rate that validates best."""
     config = run.config
-    mixers = slots(name, config.heads, length)
+    beyond = [task for task in config.beyond if task[0] > length]
+    mixers = slots(name, config.heads, max([length, *(longer for longer, _ in beyond)]))
     model = LanguageModel(config.vocab_size, width, mixers, mlp=None, tied=True, remat=False)
-    options: dict[str, Any] = dict(
-        length=length, num_pairs=pairs, vocab_size=config.vocab_size, random_non_queries=False
-    )
-    sequences = jax.jit(partial(mqar, **options), static_argnames="num_examples")
+    options: dict[str, Any] = dict(vocab_size=config.vocab_size, random_non_queries=False)
+    sequences = jax.jit(partial(mqar, **options), static_argnames=("num_examples", "length", "num_pairs"))
     train, validation, test = jax.random.split(jax.random.key(config.seed), 3)
     rates = [rate for rate in config.learning_rates for _ in range(config.seeds)]
 
     def batches(step):
-        drawn = sequences(jax.random.fold_in(train, step), num_examples=config.train.batch_size)
+        key, number = jax.random.fold_in(train, step), config.train.batch_size
+        drawn = sequences(key, num_examples=number, length=length, num_pairs=pairs)
         return dict(zip(("inputs", "labels"), map(np.asarray, drawn), strict=True))
 
     def each(params, batch):
@@ -183,12 +187,18 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
     optimizer = side_by_side([make_optimizer(replace(config.train, learning_rate=rate)) for rate in rates])
     trained = run.fit(loss, init, batches, optimizer=optimizer, part=part)
 
-    def mean(key):
-        """Loss and accuracy of every learning rate."""
-        drawn = sequences(key, num_examples=config.test_examples)
-        metrics = jax.jit(each)(trained.params, dict(zip(("inputs", "labels"), drawn, strict=True)))
-        return {name: np.asarray(x).reshape(-1, config.seeds).mean(axis=1) for name, x in metrics.items()}
+    def mean(key, length=length, pairs=pairs):
+        """Loss and accuracy of every learning rate, in batches of at most 2¹⁶ tokens."""
+        number, size = config.test_examples, max(1, 2**16 // length)
+        rows = sequences(key, num_examples=number, length=length, num_pairs=pairs)
+        starts = range(0, number, size)
+        parts = [dict(zip(("inputs", "labels"), (x[s : s + size] for x in rows), strict=True)) for s in starts]
+        weights = [len(part["labels"]) for part in parts]
+        metrics = [jax.device_get(scored(trained.params, part)) for part in parts]
+        over = {name: np.average([m[name] for m in metrics], axis=0, weights=weights) for name in metrics[0]}
+        return {name: x.reshape(-1, config.seeds).mean(axis=1) for name, x in over.items()}
 
+    scored = jax.jit(each)
     best, tested = int(mean(validation)["accuracy"].argmax()), mean(test)
     return {
         "mixer": name,
@@ -197,6 +207,7 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
         "pairs": pairs,
         "accuracy": float(tested["accuracy"][best]),
         "loss": float(tested["loss"][best]),
+        "beyond": {f"{n}-{d}": float(mean(test, n, d)["accuracy"][best]) for n, d in beyond},
         "accuracies": dict(zip(map(str, config.learning_rates), tested["accuracy"].tolist(), strict=True)),
         "learning_rate": config.learning_rates[best],
         "state_bytes": state_bytes(model, length),

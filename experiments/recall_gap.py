@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from jaxseq import GLA, Attention, LanguageModel
 from jaxseq.analysis import gap_closed, recall_hits, share_of_gap, sliced_perplexity
-from jaxseq.data import Document, TextConfig
+from jaxseq.data import TextConfig, byte_pairs, encoded, token_batches, whole_windows
 from jaxseq.mixers import BaseConv, Mamba2, SelectiveAttention
 from jaxseq.models.block import Slot
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
@@ -121,45 +121,6 @@ PRESETS = {
 }
 
 
-def tokenizer(path: Path, documents: tuple[Document, ...], vocabulary: int):
-    """A byte-pair encoding of the documents, kept at `path`."""
-    try:
-        from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    except ImportError:
-        raise ValueError("tokenizers is not installed: pip install jaxseq[huggingface].") from None
-    if not path.exists():
-        made = ByteLevelBPETokenizer()
-        texts = (document.content.decode(errors="replace") for document in documents)
-        made.train_from_iterator(texts, vocab_size=vocabulary, show_progress=False)
-        made.save(str(path))
-    return Tokenizer.from_file(str(path))
-
-
-def encoded(tokens, documents: tuple[Document, ...]) -> list[Int32[np.ndarray, " T"]]:
-    return [np.array(tokens.encode(d.content.decode(errors="replace")).ids, np.int32) for d in documents]
-
-
-def windows(documents: list[np.ndarray], length: int) -> tuple[Int32[np.ndarray, "N T"], np.ndarray]:
-    """All whole windows inside a document, without overlap, and the document of each."""
-    cut = [tokens[: len(tokens) // length * length].reshape(-1, length) for tokens in documents]
-    return np.concatenate(cut), np.repeat(np.arange(len(cut)), [len(rows) for rows in cut])
-
-
-def batches(stream: np.ndarray, length: int, size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
-    """Windows of the documents end to end, a function of the step: each epoch in an order of its own."""
-    count = (len(stream) - 1) // length
-    if count < size:
-        raise ValueError(f"the text has {count} windows of data.context={length}; train.batch_size={size} is more.")
-
-    def batch(step: int) -> dict[str, np.ndarray]:
-        epoch, place = divmod(step, count // size)
-        order = np.random.default_rng((seed, epoch)).permutation(count)[place * size : (place + 1) * size]
-        rows = stream[order[:, None] * length + np.arange(length + 1)]
-        return {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
-
-    return batch
-
-
 def build(config: Config, name: str, **fields) -> LanguageModel:
     """The model of a name; `fields` go to its mixer."""
     mixer = partial(MIXERS[name](config), **fields)  # type: ignore[arg-type, misc]
@@ -190,9 +151,9 @@ def threshold(model: LanguageModel, params, rows: np.ndarray, share: float) -> f
 def measure(run: Run[Config]) -> None:
     config, length = run.config, run.config.data.context
     corpus = TextConfig(path=config.data.path).corpus()
-    tokens = tokenizer(run.folder / "tokenizer.json", corpus.train, config.data.vocabulary)
-    stream = np.concatenate(encoded(tokens, corpus.train))
-    contexts, documents = windows(encoded(tokens, corpus.test), length + 1)
+    tokenizer = byte_pairs(corpus.train, config.data.vocabulary, run.folder / "tokenizer.json")
+    stream = np.concatenate(encoded(tokenizer, corpus.train))
+    contexts, documents = whole_windows(encoded(tokenizer, corpus.test), length + 1)
     if len(contexts) < 2:
         raise ValueError(f"the test documents have {len(contexts)} windows of data.context={length}; take more text.")
     chosen = np.linspace(0, len(contexts) - 1, min(config.data.test_windows, len(contexts))).astype(int)
@@ -229,7 +190,7 @@ def trained(run: Run[Config], name: str, stream: np.ndarray, contexts: np.ndarra
         return value + selection, metrics
 
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
-    draw = batches(stream, length, config.train.batch_size, config.seed)
+    draw = token_batches(stream, length, config.train.batch_size, config.seed)
     params = run.fit(loss, init, draw, tokens_per_step=config.train.batch_size * length, part=name).params
     scores = {name: nats(model, params, contexts)}
     about: dict[str, Any] = {"parameters": sum(x.size for x in jax.tree.leaves(params)), "digest": digest(params)}

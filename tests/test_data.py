@@ -14,10 +14,14 @@ from jaxseq.data import (
     Document,
     TextWindows,
     baselines,
+    byte_pairs,
     decode,
     encode,
+    encoded,
     evaluation_windows,
     joined,
+    token_batches,
+    whole_windows,
     with_begin,
 )
 
@@ -299,3 +303,34 @@ def test_baselines_order_as_context_grows(library):
 def test_incompressible_text_costs_a_byte_a_byte():
     figures = baselines(documents(1 << 16), 1024)
     assert all(8 <= value < 8.3 for value in figures.values())
+
+
+def test_byte_pairs_are_kept_and_give_the_text_back(tmp_path):
+    """Bytes that are no text become U+FFFD; the encoding is made once."""
+    documents = [Document("a", b"the cat, the hat, the bat" * 20), Document("b", "π and \xff".encode() + b"\xff")]
+    tokenizer = byte_pairs(documents, 270, tmp_path / "t.json")
+    tokens = encoded(tokenizer, documents)
+    assert [tokenizer.decode(t.tolist()) for t in tokens] == [d.content.decode(errors="replace") for d in documents]
+    assert len(tokens[0]) < len(documents[0].content) / 2 and max(t.max() for t in tokens) < 270
+    again = encoded(byte_pairs([], 300, tmp_path / "t.json"), documents)
+    assert all(map(np.array_equal, tokens, again))
+    with pytest.raises(ValueError, match="vocabulary=256; byte pairs take 257"):
+        byte_pairs(documents, 256, tmp_path / "s.json")
+
+
+def test_windows_of_tokens_lie_inside_documents():
+    rows, owners = whole_windows([np.arange(7), np.arange(2), 10 + np.arange(6)], 3)
+    assert rows.tolist() == [[0, 1, 2], [3, 4, 5], [10, 11, 12], [13, 14, 15]] and owners.tolist() == [0, 0, 2, 2]
+    with pytest.raises(ValueError, match="length=0"):
+        whole_windows([np.arange(7)], 0)
+
+
+def test_an_epoch_of_token_batches_has_every_window_once():
+    batch = token_batches(np.arange(25, dtype=np.int32), 4, 2, seed=3)
+    epochs = [np.concatenate([batch(step)["inputs"] for step in steps]) for steps in (range(3), range(3, 6))]
+    for rows in epochs:
+        np.testing.assert_array_equal(np.sort(rows.ravel()), np.arange(24))
+    assert not np.array_equal(*epochs)
+    np.testing.assert_array_equal(batch(5)["targets"], batch(5)["inputs"] + 1)
+    with pytest.raises(ValueError, match="batch_size=7 is more than the 6 windows of length=4"):
+        token_batches(np.arange(25, dtype=np.int32), 4, 7, seed=0)

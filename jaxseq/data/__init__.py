@@ -22,3 +22,7 @@ from .text import decode as decode
 from .text import encode as encode
 from .text import evaluation_windows as evaluation_windows
 from .text import with_begin as with_begin
+from .tokens import byte_pairs as byte_pairs
+from .tokens import encoded as encoded
+from .tokens import token_batches as token_batches
+from .tokens import whole_windows as whole_windows

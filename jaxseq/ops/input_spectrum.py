@@ -4,6 +4,8 @@ All spectra are of full length, in an order where both ends meet. A frequency fi
 kernel that is not real; the real part of what it makes is taken, which is the same as making the filter symmetric.
 """
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -33,8 +35,8 @@ def centred_convolution(
         raise ValueError(f"padding={padding!r} is unknown; choose one of {', '.join(PADDINGS)}.")
     length, reach = x.shape[1], (window - 1) // 2
     around = jnp.pad(x, [(0, 0), (reach, reach), (0, 0)], "wrap" if padding == "circular" else "constant")
-    taps = jnp.stack([around[:, w : w + length] for w in range(window)])
-    return jnp.sum(weight.astype(x.dtype)[:, None, None] * taps, axis=0)
+    weight = weight.astype(x.dtype)[:, None, None]
+    return reduce(jnp.add, (weight[w] * around[:, w : w + length] for w in range(window)))
 
 
 @typed

@@ -70,7 +70,7 @@ def _leave(*_) -> None:
 
 def _stated(error: Exception) -> bool:
     """Whether a `raise` statement in jaxseq or in the script's own package made the error."""
-    kinds = (ValueError, TypeError, NotImplementedError)
+    kinds = (ValueError, TypeError, NotImplementedError, ImportError)
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     main_package = (getattr(sys.modules["__main__"], "__package__", None) or "__main__").partition(".")[0]
