@@ -357,3 +357,19 @@ def test_the_cost_of_a_token_of_a_long_convolution(run, tmp_path):
     assert set(result["milliseconds"]) == {"hyena", "longconv", "window"}
     assert all(result["measured"][f"largest error, {name}"] < 1e-4 for name in ("hyena", "longconv"))
     assert (tmp_path / "r" / "plots" / "milliseconds.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_parallel_recurrences_beside_the_loop(run, texts, tmp_path):
+    """Of a cell as it starts, trained and chaotic, at two lengths, in two forms."""
+    command = ("experiments.parallel_rnn", "--preset", "debug", "--cells", "gru", "--data.path", str(texts))
+    done = run(*command, "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert len(result["rows"]) == 3 * 2 * 2 and len(result["speeds"]) == 2 * 3
+    tame = [row for row in result["rows"] if row["weights"] != "chaotic"]
+    assert all(row["values"] < 1e-5 and row["gradients"] < 1e-4 and not row["fell back"] for row in tame)
+    assert all(1 < row["iterations"] <= row["length"] + 1 for row in result["rows"])
+    assert (tmp_path / "r" / "plots" / "parallel_rnn.png").stat().st_size > 1000
+    refused = run(*command[:3], "--cells", "rnn", "--out", str(tmp_path / "s"))
+    assert refused.returncode == 2 and "none is called 'rnn'; choose lstm, gru" in refused.stderr
