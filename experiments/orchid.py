@@ -60,8 +60,9 @@ class Config:
     """Its layers."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(
-        steps=1600, batch_size=64, learning_rate=5e-3, warmup_steps=50, final_learning_rate_ratio=0.0, log_every=20
-    )
+        steps=2000, batch_size=64, learning_rate=5e-3, warmup_steps=50, final_learning_rate_ratio=0.0,
+        weight_decay=0.01, betas=(0.9, 0.999), log_every=20,
+    )  # fmt: skip
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
 

@@ -8,7 +8,6 @@ Expect  EXPECT
 Run     python -m experiments.parallel_rnn [--preset cpu|gpu] [--cells lstm,gru] [--data.path FILE_OR_FOLDER]
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -171,7 +170,7 @@ def timed(config: Config, cell: str, length: int, params) -> Case:
     """The trained recurrence alone, on inputs as large as a norm makes them."""
     weights = jax.tree.map(lambda x: x[0], params["params"]["stack"]["layers"]["block_0"]["mixer"])
     draw = lambda key: (jax.random.normal(key, (config.batch, length, config.width)),)
-    forms: dict[str, Callable] = {
+    forms = {
         form: partial(CELLS[cell](config.width, **options).apply, {"params": weights})
         for form, options in FORMS.items()
     }

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Case(NamedTuple):
     op: str
     length: int
     draw: Callable[[jax.Array], tuple[jax.Array, ...]]
-    forms: dict[str, Callable]
+    forms: Mapping[str, Callable]
 
 
 class Timing(NamedTuple):

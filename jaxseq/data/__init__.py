@@ -3,6 +3,8 @@ from .config import TextConfig as TextConfig
 from .corpus import Corpus as Corpus
 from .corpus import Document as Document
 from .corpus import joined as joined
+from .inertial import Motion as Motion
+from .inertial import inertial_motion as inertial_motion
 from .labelled import Labelled as Labelled
 from .labelled import listops_table as listops_table
 from .labelled import mnist as mnist

@@ -8,6 +8,8 @@ from .forecasters import SequenceForecaster as SequenceForecaster
 from .forecasters import last_value as last_value
 from .forecasters import seasonal_naive as seasonal_naive
 from .forecasters import window_mean as window_mean
+from .hiss import FlatRegressor as FlatRegressor
+from .hiss import HiSS as HiSS
 from .itransformer import ITransformer as ITransformer
 from .language import LanguageModel as LanguageModel
 from .named import ModelConfig as ModelConfig

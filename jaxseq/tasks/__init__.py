@@ -3,6 +3,7 @@
 from .copying import compression as compression
 from .copying import induction as induction
 from .copying import selective_copying as selective_copying
+from .drifting_sensor import drifting_sensor as drifting_sensor
 from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
 from .listops import listops as listops

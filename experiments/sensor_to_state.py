@@ -1,0 +1,280 @@
+"""Motion from a fast sensor, one prediction a chunk: two levels of sequence models against one over all samples.
+
+Claim   HiSS, state spaces over state spaces, errs at most 1.05 times as much as the same state space over all samples
+        read where it has seen as much, trains in a third of its time, and errs 0.7 times as much as the authors' flat
+        model, which is read at each chunk's first sample. On a real recording it is ahead of the flat models, of no
+        motion and of the mean velocity.
+Source  HiSS (arXiv 2402.10211), table 1 and its code. The synthetic sensor is ours; recordings are of the EuRoC format.
+Expect  EXPECT
+Run     python -m experiments.sensor_to_state [--preset cpu|gpu] [--data.path FOLDER]
+        FOLDER holds a recording: imu0_data.csv and leica0_data.csv, or mav0 of a release.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxseq.analysis.timing import Case, side_by_side
+from jaxseq.data import inertial_motion
+from jaxseq.mixers import LSTM, S4D, Mamba
+from jaxseq.models import FlatRegressor, HiSS, Stack
+from jaxseq.tasks import drifting_sensor
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main
+from jaxseq.train.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The sensor."""
+
+    path: Path | None = None
+    """A folder with a recording; a synthetic sensor where none is given."""
+    chunk: int = 10
+    """Samples to a prediction."""
+    chunks: int = 40
+    """Chunks of a sequence."""
+    examples: int = 512
+    """Synthetic sequences to train on; a quarter as many to test on."""
+    train_seconds: float = 120.0
+    """The part of a recording to train on, from its start."""
+    test_seconds: float = 34.0
+    """The part to test on, at its end."""
+
+    def __post_init__(self):
+        for name in ("chunk", "chunks", "examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("train_seconds", "test_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be above 0.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Data, models and training, the same for all models."""
+
+    seed: int = 0
+    """Seed of the data; models have this and the following ones."""
+    seeds: int = 3
+    """Models of each kind."""
+    models: str = "hiss,flat,flat-first,hiss-lstm,flat-lstm"
+    """Models by name, with commas between them."""
+    width: int = 64
+    """Width of the models."""
+    layers: int = 2
+    """Layers of each level; a flat model has twice as many."""
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig(
+        steps=200, batch_size=16, learning_rate=2e-3, warmup_steps=0, final_learning_rate_ratio=0.0, weight_decay=0.0
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        for name in ("seeds", "width", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if unknown := set(self.names()) - set(KINDS):
+            raise ValueError(f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join(KINDS)}.")
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.models.split(",")]
+
+
+class Kind(NamedTuple):
+    levels: int
+    mixer: Callable
+    readout: str = "last"
+
+
+S4D_MIXER = partial(S4D, state_size=64)
+KINDS = {
+    "hiss": Kind(2, S4D_MIXER),
+    "flat": Kind(1, S4D_MIXER),
+    "flat-first": Kind(1, S4D_MIXER, "first"),
+    "hiss-lstm": Kind(2, LSTM),
+    "flat-lstm": Kind(1, LSTM),
+    "hiss-mamba": Kind(2, Mamba),
+    "flat-mamba": Kind(1, Mamba),
+}
+
+PRESETS = {
+    "cpu": Config(),
+    # With --data.path; the authors' widths and depths.
+    "gpu": Config(
+        models="hiss,flat,flat-first,hiss-lstm,flat-lstm,hiss-mamba,flat-mamba", width=128, layers=4, seeds=5,
+        data=DataConfig(examples=4096), train=TrainConfig(steps=5000, batch_size=16, learning_rate=1e-3, log_every=100),
+    ),
+    # Seconds: to see that everything works.
+    "debug": Config(
+        models="hiss,flat", width=4, layers=1, seeds=1, data=DataConfig(chunk=4, chunks=5, examples=16),
+        train=TrainConfig(steps=3, batch_size=4, log_every=1),
+    ),
+}  # fmt: skip
+
+#: HiSS's error and training time over those of the flat model that has seen as much, its error over the other's.
+MOST = {"error": 1.05, "time": 1 / 3, "error, first": 0.7}
+
+
+class Data(NamedTuple):
+    """Sequences `N L F` and `N n D`; what is not known of a target is NaN."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+
+
+def synthetic(config: Config) -> Data:
+    of = config.data
+    draw = jax.jit(
+        partial(drifting_sensor, length=of.chunk * of.chunks, chunk=of.chunk), static_argnames="num_examples"
+    )
+    keys = jax.random.split(jax.random.key(config.seed))
+    sizes = of.examples, max(1, of.examples // 4)
+    train, test = (jax.device_get(draw(key, num_examples=n)) for key, n in zip(keys, sizes, strict=True))
+    return Data(train, test)
+
+
+def recorded(config: Config) -> Data:
+    """Windows that overlap by three quarters to train on, windows end to end to test on; scales are of the first."""
+    assert config.data.path is not None
+    of, motion = config.data, inertial_motion(config.data.path, chunk=config.data.chunk)
+    early = motion.seconds < of.train_seconds
+    late = motion.seconds >= motion.seconds[-1] - of.test_seconds
+    if (early & late).any():
+        raise ValueError(f"data.test_seconds={of.test_seconds}: the recording's last overlap the first to train on.")
+    shape, scale = motion.inputs.shape, motion.inputs[early].reshape(-1, motion.inputs.shape[-1])
+    inputs = (motion.inputs - scale.mean(axis=0)) / scale.std(axis=0)
+    targets = motion.targets / np.nanstd(motion.targets[early])
+
+    def windows(part, stride):
+        at = np.flatnonzero(part)
+        starts = np.arange(at[0], at[-1] - of.chunks + 2, stride)
+        if len(starts) < 1:
+            raise ValueError(f"data.chunks={of.chunks} of {of.chunk} samples are longer than a part of the recording.")
+        rows = starts[:, None] + np.arange(of.chunks)
+        return inputs[rows].reshape(len(starts), -1, shape[-1]), targets[rows]
+
+    return Data(windows(early, max(1, of.chunks // 4)), windows(late, of.chunks))
+
+
+def build(config: Config, name: str, outputs: int) -> nn.Module:
+    kind = KINDS[name]
+    stack = lambda depth: partial(Stack, mixers=(kind.mixer,) * depth, mlp=None, norm="layer", remat=False)
+    if kind.levels == 2:
+        level = stack(config.layers)
+        return HiSS(outputs, config.data.chunk, config.width, None, low=level, high=level)
+    return FlatRegressor(outputs, config.data.chunk, config.width, stack(2 * config.layers), kind.readout)
+
+
+def squared_error(prediction, targets):
+    """The mean over what is known."""
+    known = ~jnp.isnan(targets)
+    return jnp.sum(jnp.where(known, prediction - jnp.where(known, targets, 0), 0) ** 2) / jnp.maximum(known.sum(), 1)
+
+
+def measure(run: Run[Config]) -> None:
+    config, path = run.config, run.folder / "table.json"
+    data = synthetic(config) if config.data.path is None else recorded(config)
+    (inputs, targets), test = data.train, data.test
+    size = config.train.batch_size
+    if len(inputs) < size:
+        raise ValueError(f"train.batch_size={size} is more than the {len(inputs)} sequences to train on.")
+    print(f"{len(inputs)} sequences of {inputs.shape[1]} samples to train on, {len(test[0])} to test on", flush=True)
+    run.require_same(data=digest([*data.train, *data.test]))
+    table: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    params = {}
+    for name in config.names():
+        model = build(config, name, targets.shape[-1])
+
+        def loss(params, batch, key, model=model):
+            value = squared_error(model.apply(params, batch["inputs"]), batch["targets"])
+            return value, {"loss": value}
+
+        for seed in range(config.seed, config.seed + config.seeds):
+            part = f"{name}-{seed}"
+
+            def batches(step, seed=seed):
+                epoch, place = divmod(step, len(inputs) // size)
+                rows = np.random.default_rng((seed, epoch)).permutation(len(inputs))[place * size : (place + 1) * size]
+                return {"inputs": inputs[rows], "targets": targets[rows]}
+
+            init = lambda key, model=model, seed=seed: model.init(jax.random.fold_in(key, seed), inputs[:1])
+            params[part] = run.fit(loss, init, batches, part=part).params
+            if part not in table:
+                error = float(jax.jit(squared_error)(jax.jit(model.apply)(params[part], test[0]), test[1]))
+                number = sum(x.size for x in jax.tree.leaves(params[part]))
+                table[part] = {"error": error, "parameters": number}
+                write_json(path, table)
+                run.record(config.train.steps, f"test/{part}", {"loss": error})
+            print(f"{part:<16}{table[part]['error']:.4f}   {table[part]['parameters']:,} parameters", flush=True)
+    forms = {
+        name: partial(build(config, name, targets.shape[-1]).apply, params[f"{name}-{config.seed}"])
+        for name in config.names()
+    }
+    draw = lambda key: (jax.random.normal(key, (size, *inputs.shape[1:])),)
+    times = {t.form: t.training_ms for t in side_by_side(Case("step", inputs.shape[1], draw, forms), seed=config.seed)}
+    example = {name: form(test[0][:1])[0] for name, form in forms.items()}
+    verdict(run, data, table, times, digest(params))
+    plot(run.folder / "plots" / "motion.png", test[1][0], example)
+
+
+def verdict(run: Run[Config], data: Data, table, times: dict[str, float], parameters_digest: str) -> None:
+    config = run.config
+    errors = {
+        name: [table[f"{name}-{s}"]["error"] for s in range(config.seed, config.seed + config.seeds)]
+        for name in config.names()
+    }
+    mean = {name: float(np.mean(each)) for name, each in errors.items()}
+    guess = np.broadcast_to(np.nanmean(data.train[1], axis=(0, 1)), data.test[1].shape)
+    baseline = {
+        "no motion": float(squared_error(np.zeros_like(guess), data.test[1])),
+        "mean velocity": float(squared_error(guess, data.test[1])),
+    }
+    parts = {}
+    if {"hiss", "flat"} <= mean.keys():
+        parts["error beside the flat model"] = mean["hiss"] <= MOST["error"] * mean["flat"]
+        parts["time beside the flat model"] = times["hiss"] <= MOST["time"] * times["flat"]
+    if {"hiss", "flat-first"} <= mean.keys():
+        parts["error beside the flat model read first"] = mean["hiss"] <= MOST["error, first"] * mean["flat-first"]
+    if config.data.path is not None and "hiss" in mean:
+        least = min([*baseline.values(), *(mean[name] for name in ("flat", "flat-first") if name in mean)])
+        parts["ahead of all"] = mean["hiss"] < least
+    for name, value in baseline.items():
+        print(f"{name:<16}{value:.4f}")
+    run.finish(
+        claim="two levels of state spaces err no more than one over all samples, and train in a third of the time",
+        measured={name: mean[name] for name in mean} | {f"{name}, ms a step": ms for name, ms in times.items()},
+        baseline=baseline,
+        threshold=MOST,
+        holds=bool(parts) and all(parts.values()),
+        parts=parts,
+        errors=errors,
+        parameters={name: table[f"{name}-{config.seed}"]["parameters"] for name in config.names()},
+        parameters_digest=parameters_digest,
+    )
+
+
+def plot(path: Path, target: np.ndarray, predictions: dict[str, Any]) -> None:
+    """The first component of the first test sequence."""
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(target[:, 0], color="black", label="target")
+    for name, prediction in predictions.items():
+        axes.plot(prediction[:, 0], linewidth=1, label=name)
+    axes.set(xlabel="chunk", ylabel="velocity, first component, scaled")
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.legend(frameon=False, fontsize="x-small")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main("sensor_to_state", PRESETS, measure)

@@ -1,0 +1,90 @@
+"""Inertial recordings beside a tracked position: CSV tables of the EuRoC MAV format."""
+
+import csv
+import gzip
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+#: Where a release has its tables, and where a folder of two files has them.
+IMU = ("mav0/imu0/data.csv", "imu0/data.csv", "imu0_data.csv")
+POSITION = ("mav0/leica0/data.csv", "leica0/data.csv", "leica0_data.csv")
+
+
+class Motion(NamedTuple):
+    """A recording cut into chunks of `k` samples."""
+
+    inputs: np.ndarray  # n k F float32: rates of turn (rad/s), accelerations (m/s²), and their first differences
+    targets: np.ndarray  # n 3 float32: m moved from the chunk's first sample to the next chunk's; NaN where not known
+    seconds: np.ndarray  # n float64: the time of the chunk's first sample
+    skipped: int  # rows that hold no numbers
+
+
+def inertial_motion(folder: str | os.PathLike[str], *, chunk: int = 10, largest_gap: float = 0.2) -> Motion:
+    """Chunks of a recording, and how far it moved in each: of imu0 and leica0 in a folder, which may be gzipped.
+
+    Positions are interpolated between the two measurements around a time, if these are no more than `largest_gap`
+    seconds apart. Rows without numbers, as the remarks some copies end with, are skipped and counted.
+
+    Raises:
+      FileNotFoundError: a table is missing.
+      ValueError: a table is damaged, has other columns or repeats a time, samples are missing, or `chunk` is below 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}; choose 1 or more samples.")
+    folder = Path(folder).expanduser()
+    (imu, skipped), (position, more) = _table(folder, IMU, 7), _table(folder, POSITION, 4)
+    position[:, 0], imu[:, 0] = position[:, 0] - imu[0, 0], imu[:, 0] - imu[0, 0]
+    steps = np.diff(imu[:, 0])
+    if len(imu) <= chunk or steps.max() > 1.5 * np.median(steps):
+        raise ValueError(f"{folder} misses samples: {len(imu)} of them, {steps.max(initial=0):.3f} s apart at most.")
+    sensors = imu[:, 1:]
+    sensors = np.concatenate([sensors, np.diff(sensors, axis=0, prepend=sensors[:1])], axis=1)
+    borders = np.arange(0, len(imu), chunk)
+    at = np.stack(
+        [_known(imu[borders, 0], position[:, 0], column, largest_gap) for column in position[:, 1:].T], axis=1
+    )
+    number = len(borders) - 1
+    inputs = sensors[: number * chunk].reshape(number, chunk, -1)
+    return Motion(
+        inputs.astype(np.float32), np.diff(at, axis=0).astype(np.float32), imu[borders[:-1], 0], skipped + more
+    )
+
+
+def _known(times: np.ndarray, measured: np.ndarray, values: np.ndarray, largest_gap: float) -> np.ndarray:
+    """Linear between two measurements, NaN where these are too far apart or on one side alone."""
+    before, after = np.searchsorted(measured, times, "right") - 1, np.searchsorted(measured, times)
+    inside = (before >= 0) & (after < len(measured))
+    gaps = measured[np.minimum(after, len(measured) - 1)] - measured[np.maximum(before, 0)]
+    return np.where(inside & (gaps <= largest_gap), np.interp(times, measured, values), np.nan)
+
+
+def _table(folder: Path, names: tuple[str, ...], columns: int) -> tuple[np.ndarray, int]:
+    """Rows by time, in seconds; and how many rows held no numbers."""
+    paths = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}, nor one with .gz behind.")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+            _, *rows = csv.reader(file)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error, ValueError) as error:
+        raise ValueError(f"{path} is no CSV table ({error}).") from None
+    numbers = [row for row in map(_numbers, rows) if row is not None and len(row) >= columns]
+    if len(numbers) < 2:
+        raise ValueError(f"{path} has {len(numbers)} rows of {columns} numbers; a recording takes two.")
+    table = np.asarray([row[:columns] for row in numbers])
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    table[:, 0] *= 1e-9
+    if (np.diff(table[:, 0]) <= 0).any():
+        raise ValueError(f"{path} has a time twice.")
+    return table, len(rows) - len(numbers)
+
+
+def _numbers(row: list[str]) -> list[float] | None:
+    try:
+        return [float(cell) for cell in row]
+    except ValueError:
+        return None

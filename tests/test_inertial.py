@@ -1,0 +1,97 @@
+"""Inertial recordings: chunks, what is moved in them, and one line for each bad table; the synthetic sensor."""
+
+import gzip
+
+import jax
+import numpy as np
+import pytest
+from recorded import REFERENCE
+
+from jaxseq.data import inertial_motion
+from jaxseq.tasks import drifting_sensor
+
+DATA = REFERENCE.parent / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the public data sets are not beside the repository")
+
+
+def write(folder, imu, position, imu_name="imu0_data.csv"):
+    line = lambda row: ",".join(map(str, row))
+    (folder / imu_name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / imu_name).write_text("\n".join(["#timestamp,w,w,w,a,a,a", *map(line, imu)]))
+    with gzip.open(folder / "leica0_data.csv.gz", "wt") as file:
+        file.write("\n".join(["#timestamp,x,y,z", *map(line, position)]))
+    return folder
+
+
+def samples(count, step=5_000_000, start=10**18):
+    return [(start + n * step, *(0.1 * n + c for c in range(6))) for n in range(count)]
+
+
+def positions(at, start=10**18):
+    return [(start + int(1e9 * t), 2 * t, -t, 0.0) for t in at]
+
+
+def test_what_is_moved_in_each_chunk(tmp_path):
+    """2 m/s and −1 m/s; nothing is known across a gap of 0.3 s, or beyond the last position."""
+    known = np.concatenate([np.arange(0, 0.3, 0.04), np.arange(0.6, 0.9, 0.04)])
+    imu = [*samples(200), ("remark", "", "", "", "", "", ""), ("", "", "", "", "", "", "")]
+    motion = inertial_motion(write(tmp_path, imu, positions(known), "mav0/imu0/data.csv"), chunk=10)
+    assert motion.inputs.shape == (19, 10, 12) and motion.skipped == 2
+    np.testing.assert_allclose(motion.seconds, 0.05 * np.arange(19), atol=1e-6)
+    inside = [n for n in range(19) if 0.05 * (n + 1) <= 0.28 or (0.05 * n >= 0.6 - 1e-9 and 0.05 * (n + 1) <= 0.88)]
+    np.testing.assert_allclose(motion.targets[inside], [[0.1, -0.05, 0]] * len(inside), atol=1e-5)
+    assert np.isnan(np.delete(motion.targets, inside, axis=0)).all()
+    np.testing.assert_allclose(motion.inputs[3, 2, :6], 3.2 + np.arange(6), rtol=1e-6)
+    np.testing.assert_allclose(motion.inputs[3, 2, 6:], 0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "imu, position, message",
+    [
+        (samples(50)[:20] + samples(50)[25:], positions([0, 1]), "misses samples: 45 of them, 0.030 s apart"),
+        (samples(50) + samples(1), positions([0, 1]), "has a time twice"),
+        ([(1, 2, 3)] * 5, positions([0, 1]), "has 0 rows of 7 numbers"),
+        (samples(50), positions([0]), "has 1 rows of 4 numbers"),
+    ],
+)
+def test_bad_tables_are_named(imu, position, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        inertial_motion(write(tmp_path, imu, position))
+
+
+def test_what_is_missing_or_too_small_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds none of mav0/imu0/data.csv"):
+        inertial_motion(tmp_path)
+    with pytest.raises(ValueError, match="chunk=0"):
+        inertial_motion(tmp_path, chunk=0)
+    (tmp_path / "imu0_data.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="is no CSV table"):
+        inertial_motion(tmp_path)
+
+
+@needs_data
+def test_the_recorded_flight():
+    """184 s at 200 Hz, with seven rows of remarks at the end; the numbers of the file beside it."""
+    motion, other = inertial_motion(DATA / "euroc_imu"), np.load(DATA / "euroc_imu" / "euroc_sequence.npz")
+    assert motion.skipped == 7 and motion.inputs.shape == (3681, 10, 12)
+    sensors = np.concatenate([other["gyro"], other["acc"]], axis=1)[:36810].reshape(3681, 10, 6)
+    np.testing.assert_allclose(motion.inputs[..., :6], sensors, rtol=1e-5, atol=1e-6)
+    moved = np.nansum(motion.targets[20:1000], axis=0)
+    apart = [np.interp(motion.seconds[n], other["leica_t"], other["leica_pos"][:, 0]) for n in (20, 1000)]
+    if not np.isnan(motion.targets[20:1000]).any():
+        np.testing.assert_allclose(moved[0], apart[1] - apart[0], atol=1e-2)
+
+
+def test_the_synthetic_sensor():
+    """Velocities of variance 1, that change slowly and that the sensor tells much of; one function of the key."""
+    x, y = drifting_sensor(jax.random.key(0), num_examples=256, length=400, chunk=10)
+    assert x.shape == (256, 400, 12) and y.shape == (256, 40, 2)
+    assert float((y**2).mean()) == pytest.approx(1, abs=0.1)
+    assert np.corrcoef(y[:, 1:].ravel(), y[:, :-1].ravel())[0, 1] > 0.8
+    means = np.asarray(x[..., :6]).reshape(256, 40, 10, 6).mean(axis=2).reshape(-1, 6)
+    residual = np.linalg.lstsq(means, np.asarray(y).reshape(-1, 2), rcond=None)[1].sum() / np.asarray(y).size
+    assert residual < 0.7
+    np.testing.assert_allclose(x[:, 1:, 6:], np.diff(x[..., :6], axis=1), atol=1e-6)
+    np.testing.assert_array_equal(drifting_sensor(jax.random.key(0), num_examples=256)[0], x)
+    with pytest.raises(ValueError, match="length=15 is no multiple of chunk=10"):
+        drifting_sensor(jax.random.key(0), num_examples=1, length=15)
