@@ -3,7 +3,7 @@
 Claim   After 800 steps on 8 pairs in 64 tokens, a short convolution and attention answer 0.95 of the queries; a second
         convolution that no input moves (long, Hyena) or a window of 12 tokens 0.35 at most; mixers whose state is
         written as the input says come between. Asked for more pairs than they trained on, these fall off in the order
-        of the paper's authors: DeltaNet, Based, RWKV-7, Mamba-2.
+        that the authors found at equal states: DeltaNet, Based, RWKV-7, Mamba-2.
 Source  Zoology (arXiv 2312.04927), figure 2, and its repository's recall against memory: two layers without MLP. Every
         mixer stands second, after the same short convolution, BaseConv(3), which alone tells attention the order.
         Sequences are new at every step.
@@ -34,21 +34,31 @@ from jaxseq.train.files import read_json, write_json
 #: What the claim asks of attention, and of mixers that no input moves or that do not see far enough.
 LEAST, MOST = 0.95, 0.35
 FIXED = ("baseconv", "hyena", "window")
-#: Best first, as the authors measured them at about 10⁵ numbers of state.
+#: Best first, as the authors measured them at equal states.
 ORDER = ("deltanet", "based", "rwkv7", "mamba2")
 #: Of 1,024 sequences with 8 queries; less is no order.
 SLACK = 0.01
 
 
-def slots(name: str, heads: int, length: int) -> tuple:
-    """A short convolution and the mixer of this name. Attention has no positions of its own: the convolution tells."""
+def slots(name: str, width: int, heads: int, length: int) -> tuple:
+    """A short convolution and the mixer of this name. Attention has no positions of its own: the convolution tells.
+
+    States of matrices have about width²/heads numbers, as DeltaNet's and RWKV-7's, where mixers leave a choice.
+    """
     attention = partial(Attention, num_heads=heads, rotary_base=None)
     long = partial(BaseConv, kernel_size=None)
     named = {"attention": attention, "window": partial(attention, window=12), "baseconv": long}
+    features = max(f for f in range(1, width + 1) if f == 1 or 1 + f + f * (f + 1) // 2 <= width // heads)
+    sizes = {
+        "based": {"feature_width": features},
+        "gla": {"expand_k": 1.0},
+        "mamba2": {"state_size": max(1, width // (2 * heads))},
+    }
     second: Any = named.get(name) or ModelConfig(mixers=name, heads=heads, depth=1).slots()[0]
+    options = sizes.get(name, {})
     if "max_length" in {field.name for field in fields(second.func)}:
-        second = partial(second.func, *second.args, **second.keywords, max_length=length)
-    return partial(BaseConv, kernel_size=3), second
+        options = {"max_length": length}
+    return partial(BaseConv, kernel_size=3), partial(second.func, *second.args, **second.keywords | options)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Config:
             if not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} is empty; give one at least.")
         for name in self.names():
-            slots(name, self.heads, 1)
+            slots(name, min(self.widths), self.heads, 1)
 
     def names(self) -> list[str]:
         return [name.strip() for name in self.mixers.split(",")]
@@ -166,7 +176,7 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
     """Train one mixer at all learning rates and seeds, and test it at the learning rate that validates best."""
     config = run.config
     beyond = [task for task in config.beyond if task[0] > length]
-    mixers = slots(name, config.heads, max([length, *(longer for longer, _ in beyond)]))
+    mixers = slots(name, width, config.heads, max([length, *(longer for longer, _ in beyond)]))
     model = LanguageModel(config.vocab_size, width, mixers, mlp=None, tied=True, remat=False)
     options: dict[str, Any] = dict(vocab_size=config.vocab_size, random_non_queries=False)
     sequences = jax.jit(partial(mqar, **options), static_argnames=("num_examples", "length", "num_pairs"))

@@ -373,3 +373,33 @@ def test_parallel_recurrences_beside_the_loop(run, texts, tmp_path):
     assert (tmp_path / "r" / "plots" / "parallel_rnn.png").stat().st_size > 1000
     refused = run(*command[:3], "--cells", "rnn", "--out", str(tmp_path / "s"))
     assert refused.returncode == 2 and "none is called 'rnn'; choose lstm, gru" in refused.stderr
+
+
+@pytest.mark.slow
+def test_motion_from_a_sensor(run, tmp_path):
+    """Of the synthetic sensor, and of a recording without positions for a while; what is in the table stays."""
+    command = ("experiments.sensor_to_state", "--preset", "debug", "--out", str(tmp_path / "r"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert set(result["baseline"]) == {"no motion", "mean velocity"} and set(result["errors"]) == {"hiss", "flat"}
+    assert set(result["parts"]) == {"error beside the flat model", "time beside the flat model"}
+    assert (tmp_path / "r" / "plots" / "motion.png").stat().st_size > 1000
+    (tmp_path / "r" / "result.json").unlink()
+    assert run(*command).returncode == 0
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["errors"] == result["errors"]
+
+    times, recording = 10**18 + 5_000_000 * np.arange(1000), tmp_path / "flight"
+    recording.mkdir()
+    sensors = np.concatenate([times[:, None], np.random.default_rng(0).standard_normal((1000, 6))], axis=1)
+    np.savetxt(recording / "imu0_data.csv", sensors, delimiter=",", header="t,w,w,w,a,a,a", fmt=["%d"] + ["%.6f"] * 6)
+    known = np.concatenate([times[:400:8], times[600::8]])
+    moved = np.stack([known, *np.sin([known * 1e-9, known * 2e-9, known * 3e-9])], axis=1)
+    np.savetxt(recording / "leica0_data.csv", moved, delimiter=",", header="t,x,y,z", fmt=["%d"] + ["%.6f"] * 3)
+    options = ("--data.path", str(recording), "--data.train-seconds", "3", "--data.test-seconds", "1.5")
+    done = run(*command[:-1], str(tmp_path / "s"), *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "s" / "result.json").read_text())
+    assert "ahead of all" in result["parts"] and all(np.isfinite(x) for x in result["measured"].values())
+    refused = run(*command[:-1], str(tmp_path / "t"), "--data.path", str(recording))
+    assert refused.returncode == 2 and "overlap the first to train on" in refused.stderr
