@@ -47,6 +47,7 @@ from jaxseq.mixers import (
     MesaNet,
     MinGRU,
     MinLSTM,
+    Performer,
     ReBased,
     RetNet,
     Rodimus,
@@ -677,6 +678,11 @@ MIXERS = {
     ),
     "SubsampledAttention": MixerMember(partial(SubsampledAttention, WIDTH, num_heads=2), recurrent=False, cheap=True),
     "Longformer": MixerMember(partial(Longformer, WIDTH, num_heads=2, window=2, dilation=(1, 2)), cheap=True),
+    "Performer": MixerMember(
+        partial(Performer, WIDTH, num_heads=2, num_features=5, chunk_size=CHUNK),
+        extreme={"k_proj/kernel": 1e3},
+        slow=True,
+    ),
     "BigBird": MixerMember(
         partial(BigBird, WIDTH, num_heads=2, block_size=2, num_global_blocks=1, num_random_blocks=1),
         recurrent=False,

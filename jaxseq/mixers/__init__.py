@@ -21,6 +21,7 @@ from .kda import KDA as KDA
 from .lightnet import LightNet as LightNet
 from .lightning import Lightning as Lightning
 from .linear_attention import LinearAttention as LinearAttention
+from .linformer import Linformer as Linformer
 from .long_conv import LongConv as LongConv
 from .longformer import Longformer as Longformer
 from .lru import LRU as LRU
@@ -33,6 +34,7 @@ from .min_lstm import MinLSTM as MinLSTM
 from .mlstm import MLSTM as MLSTM
 from .orchid import CausalOrchid as CausalOrchid
 from .orchid import Orchid as Orchid
+from .performer import Performer as Performer
 from .rebased import ReBased as ReBased
 from .retnet import RetNet as RetNet
 from .rglru import RGLRU as RGLRU

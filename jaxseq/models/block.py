@@ -123,7 +123,7 @@ class Stack(nn.Module):
         scanned = nn.scan(
             period,
             variable_axes={"params": 0, "losses": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True, "subsample": True},
+            split_rngs={"params": True, "dropout": True, "subsample": True, "features": True},
             in_axes=(0, nn.broadcast),
             length=repeats,
             metadata_params={nn.PARTITION_NAME: None},
