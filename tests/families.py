@@ -21,6 +21,7 @@ from jaxseq.mixers import (
     H3,
     HGRN,
     HGRN2,
+    ICLRNN,
     KDA,
     LRU,
     LSTM,
@@ -38,6 +39,7 @@ from jaxseq.mixers import (
     DeltaNet,
     GatedDeltaNet,
     Hyena,
+    LeakyRNN,
     LightNet,
     Lightning,
     LinearAttention,
@@ -659,6 +661,12 @@ MIXERS = {
     ),
     "LSTM": MixerMember(
         partial(LSTM, WIDTH), extreme={"in_proj/bias": -1e4, "recurrent_kernel": 30.0}, gradient="mixer strong"
+    ),
+    "LeakyRNN": MixerMember(
+        partial(LeakyRNN, WIDTH), extreme={"in_proj/bias": -1e4, "tau": 1e4}, gradient="mixer strong"
+    ),
+    "ICLRNN": MixerMember(
+        partial(ICLRNN, WIDTH, hidden_sizes=(5, 3)), extreme={"layer_0_bias": 1e4}, gradient="mixer strong", slow=True
     ),
     "GRU": MixerMember(
         partial(GRU, WIDTH),

@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from families import assert_close
 from recorded import load, recorded
 
-from jaxseq.mixers import GRU, LSTM
+from jaxseq.mixers import GRU, ICLRNN, LSTM, LeakyRNN
+from jaxseq.mixers.leaky_rnn import LeakyRNNState
+from jaxseq.tasks import match_bits, matches_last, parity_bits, parity_of_last
+from jaxseq.train import projected
 
 
 @recorded
@@ -29,7 +33,7 @@ def test_lstm_is_the_peers():
 
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 128}, {"jacobian": "diagonal"}], ids=str)
-@pytest.mark.parametrize("kind", [LSTM, GRU])
+@pytest.mark.parametrize("kind", [LSTM, GRU, LeakyRNN])
 def test_parallel_at_length(kind, options):
     """1,024 tokens, weights as they start and half as large again: equal to steps, without falling back."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1024, 8)), jnp.float32)
@@ -47,3 +51,125 @@ def test_parallel_at_length(kind, options):
         assert done.converged.all() and done.iterations.max() <= 50
         np.testing.assert_allclose(y, expected, atol=1e-5)
         assert_close(gradients, slopes, 1e-4)
+
+
+@recorded
+@pytest.mark.parametrize("leak, tag", [("inside", "default"), ("outside", "mod")])
+def test_the_leaky_network_is_the_authors(leak, tag):
+    """From their start state; τ below 1 counts as 1."""
+    z = {name[len(tag) + 1 :]: a for name, a in load("seeds_leaky_rnn_timescales").items() if name.startswith(tag)}
+    assert (z["tau"] < 1).any()
+    with jax.enable_x64(True):
+        params = {
+            "in_proj": {"kernel": jnp.pad(jnp.asarray(z["W_in"].T), ((0, 11), (0, 0))), "bias": z["b_in"] + z["b"]},
+            "recurrent_kernel": jnp.asarray(z["W"].T + np.diag(np.arange(1.0, 13))),  # its diagonal counts as zero
+            "tau": jnp.asarray(z["tau"]),
+        }
+        x = jnp.pad(jnp.asarray(z["x"]).swapaxes(0, 1), ((0, 0), (0, 0), (0, 11)))
+        for impl in ("sequential", "parallel"):
+            module = LeakyRNN(12, leak=leak, impl=impl, param_dtype=jnp.float64)
+            y, _ = module.apply({"params": params}, x, LeakyRNNState(jnp.asarray(z["h0"])), method="prefill")
+            np.testing.assert_allclose(y.swapaxes(0, 1), z["h"][1:], atol=1e-9)
+            out = np.einsum("bn,hon->hbo", y[:, -1], z["fcW"]) + z["fcb"][:, None]
+            np.testing.assert_allclose(out, z["out"], atol=1e-9)
+
+
+@recorded
+def test_bits_are_asked_as_the_authors_do():
+    z = load("seeds_leaky_rnn_timescales")
+    for ask, tag in ((parity_of_last, "parity"), (matches_last, "dms")):
+        bits = jnp.asarray(z[f"{tag}_seq"][..., 0].T)
+        found = np.stack([ask(bits, int(n)) for n in z["Ns"]])
+        np.testing.assert_array_equal(found, z[f"{tag}_lab"])
+
+
+def test_bits_are_balanced_and_refused():
+    """Labels of fair bits within 45 to 55 %; rates of ones of their own make parity's bits uneven between sequences."""
+    fair = match_bits(jax.random.key(0), num_examples=4096, length=12)
+    assert all(0.45 < float(ask(fair, n).mean()) < 0.55 for ask in (parity_of_last, matches_last) for n in (4, 8, 12))
+    uneven = parity_bits(jax.random.key(0), num_examples=4096, length=100).mean(axis=1)
+    assert 0.25 < float(uneven.std()) < 0.33
+    for count in (1, 13):
+        with pytest.raises(ValueError, match=f"count={count}; of 12 bits it is the last 2 or more"):
+            parity_of_last(fair, count)
+
+
+@recorded
+def test_the_convex_network_is_the_recorded_one():
+    """Of raw kernels, after `contracted`; the two maps of [x, −x] are one and nothing, as its x is used as it is."""
+    z = load("seeds_iclrnn")
+    with jax.enable_x64(True):
+        raw = {
+            "layer_0_in_kernel": np.concatenate([z["raw_W1"], 0 * z["raw_W1"]]), "layer_1_in_kernel": z["raw_W2"],
+            "layer_0_recurrent_kernel": z["raw_U1"], "layer_1_recurrent_kernel": z["raw_U2"],
+            "layer_0_bias": z["b1"], "layer_1_bias": z["b2"],
+            "out_kernel": np.pad(z["raw_Wo"], ((0, 0), (0, 2))), "out_bias": np.pad(z["bo"], (0, 2)),
+        }  # fmt: skip
+        params = ICLRNN.contracted({"params": jax.tree.map(jnp.asarray, raw)})
+        for name, at in (("U1", "layer_0_recurrent_kernel"), ("W2", "layer_1_in_kernel")):
+            # Theirs is a power iteration, cut off.
+            np.testing.assert_allclose(params["params"][at], z[f"constrained_{name}"], atol=1e-6)
+        for impl in ("sequential", "parallel"):
+            f = ICLRNN(4, hidden_sizes=(8, 8), impl=impl, param_dtype=jnp.float64).apply
+            y = lambda x, f=f: np.asarray(f(params, jnp.asarray(x)))[..., :2]
+            np.testing.assert_allclose(y(z["x"]), z["y"], atol=1e-6)
+            mix = float(z["mix"])
+            gap = mix * y(z["x"]) + (1 - mix) * y(z["x_second"]) - y(mix * z["x"] + (1 - mix) * z["x_second"])
+            np.testing.assert_allclose(gap, z["convexity_gap"], atol=1e-6)
+
+
+def convexity_gaps(module, params, pairs=1000):
+    """Least λ f(x) + (1 − λ) f(x') − f(λ x + (1 − λ) x') over random pairs of sequences."""
+    rng = np.random.default_rng(1)
+    x, other = (jnp.asarray(rng.standard_normal((pairs, 6, 4)), jnp.float32) for _ in range(2))
+    mix = jnp.asarray(rng.random((pairs, 1, 1)), jnp.float32)
+    f = jax.jit(module.apply)
+    return float((mix * f(params, x) + (1 - mix) * f(params, other) - f(params, mix * x + (1 - mix) * other)).min())
+
+
+def test_training_stays_convex_and_contracting():
+    """After every projected step kernels are ≥ 0 of norm ≤ 1.001; an LSTM trained alike is not convex."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((32, 6, 4)), jnp.float32)
+    target = jnp.cumsum(x**2, axis=1) / 4
+    gaps = {}
+    for module in (ICLRNN(4, hidden_sizes=(8, 8)), LSTM(4)):
+        convex = isinstance(module, ICLRNN)
+        project = ICLRNN.contracted if convex else lambda params: params
+        params = project(module.init(jax.random.key(0), x))
+        optimizer = projected(optax.adam(1e-2), project)
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(params, state, module=module, optimizer=optimizer):
+            loss = lambda params: jnp.mean((module.apply(params, x) - target) ** 2)
+            value, gradient = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        losses = []
+        for _ in range(60):
+            with jax.numpy_dtype_promotion("standard"):  # optax
+                params, state, value = step(params, state)
+            losses.append(float(value))
+            kernels = [W for name, W in params["params"].items() if name.endswith("kernel") and convex]
+            assert all(W.min() >= 0 and np.linalg.norm(W, 2) <= 1.001 for W in kernels)
+        assert losses[-1] < 0.9 * losses[0]
+        gaps[type(module)] = convexity_gaps(module, params)
+    assert gaps[ICLRNN] >= -1e-6 and gaps[LSTM] < -1e-3
+
+
+def test_a_projected_optimizer_needs_the_parameters():
+    optimizer = projected(optax.sgd(0.1), lambda params: params)
+    with pytest.raises(ValueError, match="params=None"):
+        optimizer.update({"w": jnp.ones(2)}, optimizer.init({"w": jnp.ones(2)}))
+
+
+def test_wrong_fields_are_named():
+    x = jnp.zeros((1, 3, 4))
+    for module, message in (
+        (LeakyRNN(4, leak="both"), "leak='both'; LeakyRNN takes 'inside' or 'outside'"),
+        (ICLRNN(4, hidden_sizes=()), r"hidden_sizes=\(\); ICLRNN takes one or more layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.init(jax.random.key(0), x)

@@ -9,6 +9,11 @@ from .associative_recall import sliced_perplexity as sliced_perplexity
 from .bits_per_byte import BitsPerByte as BitsPerByte
 from .decoding import decoding_speeds as decoding_speeds
 from .decoding import state_bytes as state_bytes
+from .laziness import effective_rank as effective_rank
+from .laziness import gram_alignment as gram_alignment
+from .laziness import kernel_alignment as kernel_alignment
+from .laziness import representation_alignment as representation_alignment
+from .laziness import tangent_kernel as tangent_kernel
 from .matching import matched_states as matched_states
 from .self_ensemble import self_ensemble as self_ensemble
 from .timing import Case as Case

@@ -1,5 +1,6 @@
 """How state spaces and decays start: eigenvalues, input vectors, step sizes. Computed on the host, in float64."""
 
+from collections.abc import Callable
 from functools import cache
 
 import jax
@@ -70,5 +71,24 @@ def log_of_uniform(low: float, high: float):
 
     def initialise(key, shape, dtype=jnp.float32):
         return jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, low, high), 1e-4))
+
+    return initialise
+
+
+def low_rank(base: Callable, rank: int):
+    """An initialiser: what `base` draws, cut to its `rank` largest singular values, at its Frobenius norm.
+
+    So that rank is not size (arXiv 2310.08513).
+
+    Raises:
+      ValueError: the shape is no matrix, or `rank` is not from 1 to its smaller side.
+    """
+
+    def initialise(key, shape, dtype=jnp.float32):
+        if len(shape) != 2 or not 1 <= rank <= min(shape):
+            raise ValueError(f"rank={rank}; of a matrix of shape {tuple(shape)} it is 1 to {min(shape)}.")
+        U, values, V = jnp.linalg.svd(base(key, shape, dtype), full_matrices=False)
+        scale = jnp.linalg.norm(values) / jnp.linalg.norm(values[:rank])
+        return (scale * U[:, :rank] * values[None, :rank]) @ V[:rank]
 
     return initialise

@@ -17,7 +17,9 @@ from .h3 import H3 as H3
 from .hgrn import HGRN as HGRN
 from .hgrn2 import HGRN2 as HGRN2
 from .hyena import Hyena as Hyena
+from .iclrnn import ICLRNN as ICLRNN
 from .kda import KDA as KDA
+from .leaky_rnn import LeakyRNN as LeakyRNN
 from .lightnet import LightNet as LightNet
 from .lightning import Lightning as Lightning
 from .linear_attention import LinearAttention as LinearAttention

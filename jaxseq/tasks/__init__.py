@@ -1,5 +1,9 @@
 """Synthetic tasks as pure functions of a key."""
 
+from .bit_memory import match_bits as match_bits
+from .bit_memory import matches_last as matches_last
+from .bit_memory import parity_bits as parity_bits
+from .bit_memory import parity_of_last as parity_of_last
 from .copying import compression as compression
 from .copying import induction as induction
 from .copying import selective_copying as selective_copying

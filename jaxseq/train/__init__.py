@@ -19,6 +19,7 @@ from .optimizer import make_optimizer as make_optimizer
 from .paths import digest as digest
 from .plots import draw_curves as draw_curves
 from .progress import Progress as Progress
+from .projected import projected as projected
 from .run import Run as Run
 from .run import open_run as open_run
 from .run import read_config as read_config

@@ -1,0 +1,78 @@
+"""How much a network's representation moves when it learns: rich where it does, lazy where it stays (2310.08513)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..shapes import Array, Float
+
+
+def effective_rank(matrix: Float[np.ndarray, "N M"]) -> float:
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007): r where r are equal, others 0.
+
+    Raises:
+      ValueError: the matrix is zero.
+    """
+    values = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    if not values.sum() > 0:
+        raise ValueError("matrix is zero; it has no effective rank.")
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def gram_alignment(before: Float[np.ndarray, "M M"], after: Float[np.ndarray, "M M"]) -> float:
+    """⟨K, K'⟩ / (‖K‖ ‖K'‖), in float64: 1 where one is a multiple of the other. Not centred: it is no CKA.
+
+    Raises:
+      ValueError: shapes disagree, or a matrix is zero or not finite.
+    """
+    K, other = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if K.shape != other.shape:
+        raise ValueError(f"before has shape {K.shape}, after {other.shape}; give both on the same probes.")
+    norms = np.linalg.norm(K) * np.linalg.norm(other)
+    if not (np.isfinite(norms) and norms > 0):
+        raise ValueError(f"the norms' product is {norms}; alignment takes finite matrices that are not zero.")
+    return float(np.sum(K * other) / norms)
+
+
+def representation_alignment(before: Float[np.ndarray, "M N"], after: Float[np.ndarray, "M N"]) -> float:
+    """Of the Gram matrices of M states, before and after training.
+
+    Raises:
+      ValueError: as `gram_alignment`.
+    """
+    gram = lambda states: np.asarray(states, np.float64) @ np.asarray(states, np.float64).T
+    return gram_alignment(gram(before), gram(after))
+
+
+def tangent_kernel(outputs: Callable[[Any], Array], params: Any, select: str = "") -> np.ndarray:
+    """J Jᵀ of `outputs(params)`, its entries as rows in order, in the parameters whose path holds `select`; float64.
+
+    Raises:
+      ValueError: no parameter has such a path.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    chosen = {i: leaf for i, (path, leaf) in enumerate(leaves) if select in jax.tree_util.keystr(path)}
+    if not chosen:
+        names = ", ".join(jax.tree_util.keystr(path) for path, _ in leaves)
+        raise ValueError(f"select={select!r} is in none of the paths {names}.")
+    tree = jax.tree.structure(params)
+
+    def of(chosen):
+        return jnp.ravel(outputs(jax.tree.unflatten(tree, [chosen.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])))
+
+    jacobian = jax.tree.leaves(jax.jacrev(of)(chosen))
+    J = np.concatenate([np.asarray(part, np.float64).reshape(len(part), -1) for part in jacobian], axis=1)
+    return J @ J.T
+
+
+def kernel_alignment(outputs: Callable[[Any], Array], before: Any, after: Any, select: str = "") -> float:
+    """Of the tangent kernels at two sets of parameters, by `gram_alignment`.
+
+    Raises:
+      ValueError: as `tangent_kernel` and `gram_alignment`.
+    """
+    return gram_alignment(*(tangent_kernel(outputs, params, select) for params in (before, after)))

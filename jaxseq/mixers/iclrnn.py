@@ -1,0 +1,91 @@
+"""A recurrent network whose outputs are convex in its inputs, and move no more than these."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..layers.mixer import Mixer
+from ..layers.recurrent_cell import recurrent
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
+
+#: The parameters that `contracted` constrains.
+KERNELS = ("_in_kernel", "_recurrent_kernel", "out_kernel")
+
+
+class ICLRNNState(NamedTuple):
+    layers: tuple[Float[Array, "B H"], ...]
+
+
+class ICLRNN(Mixer):
+    """An input-convex Lipschitz network (arXiv 2401.07494): ReLU layers over [x, −x], their kernels non-negative.
+
+        h¹_t = relu([x_t, −x_t] W_1 + h¹_{t-1} U_1 + b_1)        h²_t = relu(h¹_t W_2 + h²_{t-1} U_2 + b_2)
+        y_t = relu(h²_t W_o + b_o)
+
+    With kernels ≥ 0 of spectral norm at most 1 y is convex in the whole sequence of inputs, and each layer's step moves
+    no more than what goes into it; over T steps and [x, −x] it may. The kernels are as `contracted` leaves them only
+    after it: apply it to new parameters, and train behind `train.projected(optimizer, ICLRNN.contracted)`.
+
+    `hidden_sizes` are the layers' widths, d_model twice where None. The recurrences are not linear: `impl="parallel"`
+    solves each by Newton iterations, with the whole `jacobian` or its diagonal, in blocks of `block_size` tokens.
+    """
+
+    d_model: int
+    hidden_sizes: tuple[int, ...] | None = None
+    jacobian: str = "full"
+    block_size: int | None = None
+    impl: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+        check_width(x, self.d_model, "ICLRNN")
+        state = self.start(x) if state is None else state
+        small = nn.initializers.normal(0.01)
+        wide = lambda name, start, *shape: self._wide(self.param(name, start, shape, self.param_dtype))
+        h, after = jnp.concatenate([x, -x], axis=-1).astype(accumulator(x.dtype)), []
+        for n, (width, before) in enumerate(zip(self._widths(), state.layers, strict=True)):
+            W = wide(f"layer_{n}_in_kernel", small, h.shape[-1], width)
+            U = wide(f"layer_{n}_recurrent_kernel", nn.initializers.orthogonal(0.1), width, width)
+            b = wide(f"layer_{n}_bias", nn.initializers.zeros, width)
+            cell = lambda h, x, U=U: jax.nn.relu(x + h @ U)
+            h, last = recurrent(self, cell, h @ W + b[None, None], before, segment_ids)
+            after.append(last)
+        W = wide("out_kernel", small, h.shape[-1], self.d_model)
+        b = wide("out_bias", nn.initializers.zeros, self.d_model)
+        y = jax.nn.relu(h @ W + b[None, None])
+        return y.astype(x.dtype if self.dtype is None else self.dtype), ICLRNNState(tuple(after))
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> ICLRNNState:
+        return ICLRNNState(tuple(jnp.zeros((batch_size, width), accumulator(dtype)) for width in self._widths()))
+
+    @nn.nowrap
+    def _widths(self) -> tuple[int, ...]:
+        widths = (self.d_model,) * 2 if self.hidden_sizes is None else self.hidden_sizes
+        if not widths or min(widths) < 1:
+            raise ValueError(f"hidden_sizes={self.hidden_sizes}; ICLRNN takes one or more layers of 1 unit or more.")
+        return widths
+
+    @nn.nowrap
+    def _wide(self, a):
+        return a.astype(accumulator(a.dtype))
+
+    @staticmethod
+    def contracted(params, margin: float = 1e-3):
+        """The parameters of one, or of a model with several, each kernel W made W⁺ / (‖W⁺‖₂ + `margin`).
+
+        W⁺ = max(W, 0). Always, as the authors do: a kernel of smaller norm grows to it too.
+        """
+
+        def one(path, W):
+            if not str(getattr(path[-1], "key", "")).endswith(KERNELS):
+                return W
+            W = jnp.maximum(W, 0)
+            return W / (jnp.linalg.norm(W, 2, axis=(-2, -1), keepdims=True) + margin).astype(W.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, params)
