@@ -16,6 +16,7 @@ from jaxseq.layers.initialisers import S4D_INITIALISATIONS
 from jaxseq.mixers import (
     ABC,
     DSS,
+    ELM,
     GRU,
     GSA,
     H3,
@@ -662,11 +663,16 @@ MIXERS = {
     "LSTM": MixerMember(
         partial(LSTM, WIDTH), extreme={"in_proj/bias": -1e4, "recurrent_kernel": 30.0}, gradient="mixer strong"
     ),
+    "ELM": MixerMember(
+        partial(ELM, WIDTH, num_memory=6, num_branches=2, max_tau=20.0, learn_tau=True),
+        extreme={"synapses": 1e4},
+        gradient="mixer strong",
+    ),
     "LeakyRNN": MixerMember(
         partial(LeakyRNN, WIDTH), extreme={"in_proj/bias": -1e4, "tau": 1e4}, gradient="mixer strong"
     ),
     "ICLRNN": MixerMember(
-        partial(ICLRNN, WIDTH, hidden_sizes=(5, 3)), extreme={"layer_0_bias": 1e4}, gradient="mixer strong", slow=True
+        partial(ICLRNN, WIDTH, hidden_sizes=(24, 24)), extreme={"layer_0_bias": 1e4}, gradient="mixer strong", slow=True
     ),
     "GRU": MixerMember(
         partial(GRU, WIDTH),

@@ -1,5 +1,7 @@
 """Nonlinear cells as mixers: against recorded outputs, and solved in parallel at length."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from families import assert_close
 from recorded import load, recorded
 
-from jaxseq.mixers import GRU, ICLRNN, LSTM, LeakyRNN
+from jaxseq.mixers import ELM, GRU, ICLRNN, LSTM, LeakyRNN
 from jaxseq.mixers.leaky_rnn import LeakyRNNState
 from jaxseq.tasks import match_bits, matches_last, parity_bits, parity_of_last
 from jaxseq.train import projected
@@ -173,3 +175,64 @@ def test_wrong_fields_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             module.init(jax.random.key(0), x)
+
+
+@recorded
+@pytest.mark.parametrize("name", ["v1_plain", "v1_branch", "v2_plain", "v2_branch"])
+def test_the_leaky_memory_neuron_is_the_authors(name):
+    """Traces, memories and outputs, which are padded to as many as the inputs."""
+    z = load(f"seeds_elm_{name}")
+    config = json.loads(str(z["config"]))
+    D, outputs = config["num_input"], config["num_output"]
+    branch = dict(num_branches=4, branch_size=5, routing="interleaved", activation="relu") if "branch" in name else {}
+    with jax.enable_x64(True):
+        module = ELM(
+            D, config["num_memory"], version=int(name[1]), max_tau=config["memory_tau_max"], param_dtype=jnp.float64,
+            step_size=config.get("delta_t", 1.0), **branch,
+        )  # fmt: skip
+        share = (z["tau_m"] - 1) / (config["memory_tau_max"] - 1)
+        pad = lambda a: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, D - outputs)])
+        params = {
+            "synapses": z["proto_w_s"], "tau_logit": np.log(share / (1 - share)),
+            "hidden_kernel": z["mlp_W0"].T, "hidden_bias": z["mlp_b0"],
+            "update_kernel": z["mlp_W1"].T, "update_bias": z["mlp_b1"],
+            "out_proj": {"kernel": pad(z["wy"].T), "bias": pad(z["by"])},
+        }  # fmt: skip
+        params = {"params": jax.tree.map(jnp.asarray, params)}
+        x = jnp.asarray(z["x"])
+        y = module.apply(params, x)
+        np.testing.assert_allclose(y[..., :outputs], z["y"], atol=1e-9)
+        _, state = module.apply(params, x, None, method="prefill")
+        np.testing.assert_allclose(state.trace, z["syn_or_branch"][:, -1], atol=1e-9)
+        np.testing.assert_allclose(state.memory, z["memory"][:, -1], atol=1e-9)
+        np.testing.assert_allclose(module.clone(impl="parallel").apply(params, x), y, atol=1e-9)
+        if branch:
+            at, there = module._routes()
+            np.testing.assert_array_equal(there, z["route_mask"])
+            np.testing.assert_array_equal(at[there], z["route_idx"][there])
+
+
+def test_time_constants_start_spread_and_are_learned_if_told():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 4)), jnp.float32)
+    for learn in (False, True):
+        module = ELM(4, num_memory=6, max_tau=100.0, learn_tau=learn)
+        params = module.init(jax.random.key(0), x)
+        tau = 1 + 99 * jax.nn.sigmoid(params["params"]["tau_logit"])
+        np.testing.assert_allclose(tau, np.geomspace(1, 100, 6), rtol=1e-3)
+        gradient = jax.grad(lambda p, m=module: m.apply(p, x).sum())(params)["params"]["tau_logit"]
+        assert bool(gradient.any()) == learn
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"routing": "neuronio"}, "routing='neuronio'; ELM takes none, interleaved, random"),
+        ({"version": 3}, "version=3"),
+        ({"num_branches": 3}, "num_branches=3 of branch_size=None"),
+        ({"num_branches": 2, "routing": "random"}, "branch_size=None; ELM with routing"),
+        ({"max_tau": 1.0}, "max_tau=1.0"),
+    ],
+)
+def test_wrong_neurons_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ELM(4, **fields).init_state(1)

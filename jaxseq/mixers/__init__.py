@@ -9,6 +9,7 @@ from .big_bird import BigBird as BigBird
 from .comba import Comba as Comba
 from .delta_net import DeltaNet as DeltaNet
 from .dss import DSS as DSS
+from .elm import ELM as ELM
 from .gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .gla import GLA as GLA
 from .gru import GRU as GRU
