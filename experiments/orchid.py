@@ -4,7 +4,7 @@ Claim   Orchid, its kernel made of the sequence, recalls at least 0.95 of the va
         same model with the positional kernel alone; on digits it is right 0.01 more often. The better of the two
         conditioning networks counts. Of digits it is asked where `data.path` is given.
 Source  Orchid (arXiv 2402.18508), associative recall of 20 letters and image classification; the ablation is ours.
-Expect  EXPECT
+Expect  Not the claim: which kernel learns, and when, depends on the seed and the steps; experiments/README.md has runs.
 Run     python -m experiments.orchid [--data.path FOLDER] [--preset cpu|gpu|gpu-8k|debug]
         FOLDER holds the four idx files of MNIST.
 """
