@@ -7,11 +7,11 @@ Claim   After 800 steps on 8 pairs in 64 tokens, a short convolution and attenti
 Source  Zoology (arXiv 2312.04927), figure 2, and its repository's recall against memory: two layers without MLP. Every
         mixer stands second, after the same short convolution, BaseConv(3), which alone tells attention the order.
         Sequences are new at every step.
-Expect  Attention, DeltaNet and RWKV-7 1.00, GLA 0.98, Based 0.94, Mamba-2 0.81; BaseConv 0.12 and Hyena 0.13, chance; the
-        window 0.03: it holds 0.21 of the answers. With up to 60 pairs attention stays at 1.00, the means are DeltaNet
-        0.67, GLA 0.54, RWKV-7 0.53, Based 0.47, Mamba-2 0.31: the authors' order but for Based, whose features are few
-        at so small a state. Twenty minutes on 2 busy CPU cores. gpu, the paper's grid with one batch size for all
-        tasks, is not yet measured.
+Expect  Attention, DeltaNet, RWKV-7 1.00, GLA 0.98, Based 0.94, Mamba-2 0.81; BaseConv 0.12 and Hyena 0.13, which is
+        chance; the window 0.03: it holds 0.21 of the answers. With up to 60 pairs attention stays at 1.00, and the
+        means are DeltaNet 0.67, GLA 0.54, RWKV-7 0.53, Based 0.47, Mamba-2 0.31: the authors' order but for Based,
+        whose features are few at so small a state. Twenty minutes on 2 busy CPU cores. gpu, the paper's grid with one
+        batch size for all tasks, is not yet measured.
 Run     python -m experiments.mqar [--preset cpu|gpu] [--mixers attention,based,hyena]
 """
 
