@@ -16,6 +16,9 @@ from .laziness import representation_alignment as representation_alignment
 from .laziness import tangent_kernel as tangent_kernel
 from .matching import matched_states as matched_states
 from .self_ensemble import self_ensemble as self_ensemble
+from .timescales import Timescale as Timescale
+from .timescales import autocorrelation as autocorrelation
+from .timescales import autocorrelation_timescale as autocorrelation_timescale
 from .timing import Case as Case
 from .timing import Timing as Timing
 from .timing import exponent as exponent
