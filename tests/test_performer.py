@@ -1,4 +1,4 @@
-"""Performer and Linformer: against recorded outputs, what approximates what, and what sees what."""
+"""Performer, Linformer and Synthesizer: against recorded outputs, what approximates what, and what sees what."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from jaxseq.layers.random_features import (
     relu_features,
     trigonometric_features,
 )
-from jaxseq.mixers import Linformer, Performer
+from jaxseq.mixers import Linformer, Performer, Synthesizer
 from jaxseq.models import Stack
 
 Z = load("efficient_transformers")
@@ -188,6 +188,30 @@ def test_sharing_padding_and_shorter_inputs(sharing, count):
     np.testing.assert_allclose(module.apply(params, x.at[:, 9:].set(5.0), mask=mask)[:, :9], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dense", "random", "factorised"])
+def test_synthesizer_is_its_equation(kind):
+    """A shorter sequence uses the first places; what the mask leaves out may hold anything."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8)), jnp.float32)
+    module = Synthesizer(8, num_heads=2, max_length=12, kind=kind, rank=3)
+    params = module.init(jax.random.key(0), x)
+    w = jax.tree.map(lambda a: 10 * a, params["params"])
+    if kind == "dense":
+        hidden = jax.nn.relu(x @ w["hidden_proj"]["kernel"] + w["hidden_proj"]["bias"][None, None])
+        hidden = split_heads(hidden, 4)
+        scores = np.stack([hidden[:, :, h] @ w["kernel"][h] + w["bias"][h][None] for h in range(2)], axis=1)
+    elif kind == "random":
+        scores = jnp.broadcast_to(w["scores"][None], (2, 2, 12, 12))
+    else:
+        scores = jnp.stack([w["rows"][h] @ w["columns"][h].T for h in range(2)])[None].repeat(2, axis=0)
+    v = split_heads(x @ w["v_proj"]["kernel"], 4)
+    o = jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(jnp.asarray(scores)[:, :, :9, :9]), v).reshape(x.shape)
+    np.testing.assert_allclose(module.apply({"params": w}, x), o @ w["out_proj"]["kernel"], rtol=1e-3, atol=1e-4)
+    mask = jnp.broadcast_to(jnp.arange(9) < 6, (2, 9))
+    alone = module.apply({"params": w}, x[:, :6])
+    found = module.apply({"params": w}, x.at[:, 6:].set(7.0), mask=mask)[:, :6]
+    np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "module, options, message",
     [
@@ -196,6 +220,9 @@ def test_sharing_padding_and_shorter_inputs(sharing, count):
         (Performer(8, causal=False), {"segment_ids": jnp.zeros((1, 6), jnp.int32)}, "one sequence a row"),
         (Linformer(8, max_length=5), {}, "x has length 6; Linformer\\(max_length=5\\)"),
         (Linformer(8, rank=0), {}, "rank=0"),
+        (Synthesizer(8, max_length=5), {}, "x has length 6; Synthesizer\\(max_length=5\\)"),
+        (Synthesizer(8, kind="mixed"), {}, "kind='mixed'; choose one of dense"),
+        (Synthesizer(8), {"segment_ids": jnp.zeros((1, 6), jnp.int32)}, "one sequence a row"),
         (Linformer(8, sharing="layerwise"), {}, "sharing='layerwise'; choose one of headwise"),
         (Linformer(8), {"segment_ids": jnp.zeros((1, 6), jnp.int32)}, "one sequence a row"),
     ],

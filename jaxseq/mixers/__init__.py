@@ -49,3 +49,4 @@ from .s4d import S4D as S4D
 from .s5 import S5 as S5
 from .selective_attention import SelectiveAttention as SelectiveAttention
 from .subsampled_attention import SubsampledAttention as SubsampledAttention
+from .synthesizer import Synthesizer as Synthesizer
