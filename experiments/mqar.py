@@ -55,7 +55,7 @@ def slots(name: str, width: int, heads: int, length: int) -> tuple:
     long = partial(BaseConv, kernel_size=None)
     named = {"attention": attention, "window": partial(attention, window=12), "baseconv": long}
     features = max(f for f in range(1, width + 1) if f == 1 or 1 + f + f * (f + 1) // 2 <= width // heads)
-    sizes = {
+    sizes: dict[str, dict[str, Any]] = {
         "based": {"feature_width": features},
         "gla": {"expand_k": 1.0},
         "mamba2": {"state_size": max(1, width // (2 * heads))},
@@ -63,7 +63,7 @@ def slots(name: str, width: int, heads: int, length: int) -> tuple:
     second: Any = named.get(name) or ModelConfig(mixers=name, heads=heads, depth=1).slots()[0]
     options = sizes.get(name, {})
     if "max_length" in {field.name for field in fields(second.func)}:
-        options = {"max_length": length}
+        options |= {"max_length": length}
     return partial(BaseConv, kernel_size=3), partial(second.func, *second.args, **second.keywords | options)
 
 

@@ -67,7 +67,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
 
-LONG = TrainConfig(steps=10_000, batch_size=64, learning_rate=5e-4, warmup_steps=500)
+LONG = replace(Config.train, steps=10_000, learning_rate=5e-4, warmup_steps=500)
 WHOLE = DataConfig(pool=1, examples=60_000, test_examples=10_000)
 PRESETS = {
     "cpu": Config(),

@@ -191,3 +191,27 @@ def test_wrong_fields_and_lengths_are_named():
     }.items():
         with pytest.raises(ValueError, match=message):
             init(module)
+
+
+@pytest.mark.parametrize(
+    "x, state, taps, message",
+    [
+        ((2, 0, 3), (2, 4, 3), 3, r"x has shape \(2, 0, 3\); online_convolution takes at least one step"),
+        ((1, 5, 3), (2, 4, 3), 3, r"state.inputs has shape \(2, 4, 3\); x has \(1, 5, 3\)"),
+        ((2, 1, 3), (2, 4, 2), 3, r"state.inputs has shape \(2, 4, 2\)"),
+        ((2, 5, 3), (2, 4, 3), 2, "taps have 2 channels; x has 3"),
+    ],
+)
+def test_what_does_not_fit_is_named(x, state, taps, message):
+    with pytest.raises(ValueError, match=message):
+        empty = empty_convolution(state[0], state[1], state[2], jnp.float32)
+        online_convolution(jnp.zeros(x), lambda count: jnp.zeros((count, taps)), empty)
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [(BaseConv(4, None, filter_width=0), "filter_width=0; BaseConv"), (Hyena(4, bands=0), "bands=0; Hyena")],
+)
+def test_too_small_filters_are_named(module, message):
+    with pytest.raises(ValueError, match=message):
+        module.init(jax.random.key(0), jnp.zeros((1, 5, 4)))

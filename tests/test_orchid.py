@@ -230,7 +230,7 @@ def test_bfloat16_is_near_float32():
         (dict(conditioning="type3"), "conditioning='type3' is unknown; choose one of magnitude, correlation, none"),
         (dict(padding="same"), "padding='same' is unknown"),
         (dict(transform="dst"), "transform='dst' is unknown"),
-        (dict(length=8), r"x has length 9; Orchid\(length=8\)"),
+        (dict(window=-1), "window=-1; Orchid takes 1 or more"),
     ],
 )
 def test_wrong_fields_are_named(fields, message):

@@ -14,6 +14,13 @@ def check_layer_fraction(layer_fraction: float) -> None:
         raise ValueError(f"layer_fraction={layer_fraction}; it is 0 for the first layer of a model, 1 for the last.")
 
 
+def at_least(module: nn.Module, **least: int) -> None:
+    """Raise unless every field named is so large."""
+    for name, bound in least.items():
+        if getattr(module, name) < bound:
+            raise ValueError(f"{name}={getattr(module, name)}; {type(module).__name__} takes {bound} or more.")
+
+
 class Mixer(nn.Module):
     """A causal map `B T D → B T D` with a state. A subclass writes two methods:
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..layers.implicit_filter import ImplicitFilter
 from ..layers.long_convolution import check_length, empty_filter_state
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
 from ..ops.online_convolution import online_convolution
@@ -51,6 +51,7 @@ class BaseConv(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
+        at_least(self, filter_width=1)
         if self.kernel_size is None:
             return empty_filter_state("BaseConv", batch_size, self.max_length, self.d_model, max_length, dtype)
         if self.kernel_size < 1:

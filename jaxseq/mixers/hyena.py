@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..layers.implicit_filter import ImplicitFilter
 from ..layers.long_convolution import check_length, empty_filter_state
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
 from ..ops.online_convolution import ConvolutionState, online_convolution
@@ -69,9 +69,7 @@ class Hyena(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> HyenaState:
-        for name, least in (("order", 2), ("conv_window", 1), ("filter_width", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}; Hyena takes {least} or more.")
+        at_least(self, order=2, conv_window=1, filter_width=1, bands=1)
         empty = lambda: empty_filter_state("Hyena", batch_size, self.max_length, self.d_model, max_length, dtype)
         short = jnp.zeros((batch_size, self.conv_window - 1, (self.order + 1) * self.d_model), dtype)
         return HyenaState(short, tuple(empty() for _ in range(self.order - 1)))

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.initialisers import symmetric_uniform
+from ..layers.mixer import at_least
 from ..layers.projection import projection, split_heads
 from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 from ..sharded import check_whole
@@ -73,9 +74,7 @@ class Linformer(nn.Module):
 
     @nn.nowrap
     def _check(self, length: int) -> None:
-        for name in ("num_heads", "rank", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; Linformer takes 1 or more.")
+        at_least(self, num_heads=1, rank=1, max_length=1)
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}.")
         if self.sharing not in SHARING:

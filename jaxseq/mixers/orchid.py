@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.initialisers import log_uniform, symmetric_uniform
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.positional_kernel import PositionalKernel
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
@@ -34,11 +34,10 @@ class Orchid(nn.Module):
     norm. Every output sees the whole sequence: there is no state, and `__call__` alone.
 
     With `context`, of x's shape, the kernel is made of that (remark 3.3). What `mask` leaves out adds nothing, but its
-    length counts: a sequence padded is not the sequence alone. `length` fixes the length that h₀ is for; where it is
-    None h₀ stretches with the sequence.
+    length counts: a sequence padded is not the sequence alone. h₀ stretches with it.
 
     Raises:
-      ValueError: a field is unknown, a window even, x not of `length`, or there are segments, which a transform joins.
+      ValueError: a field is unknown, a window even, x is empty, or there are segments, which a transform joins.
       NotImplementedError: time is split over devices, or a state is asked for.
     """
 
@@ -49,7 +48,6 @@ class Orchid(nn.Module):
     padding: str = "circular"
     transform: str = "dft"
     ortho: bool = True
-    length: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -69,8 +67,9 @@ class Orchid(nn.Module):
             raise ValueError("segment_ids: Orchid's transform joins all of a row; give one sequence a row.")
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"conditioning={self.conditioning!r} is unknown; choose one of {', '.join(CONDITIONING)}.")
-        if x.shape[1] != (self.length or x.shape[1]):
-            raise ValueError(f"x has length {x.shape[1]}; Orchid(length={self.length}) has a kernel of that length.")
+        at_least(self, window=1, short_window=1)
+        if x.shape[1] == 0:
+            raise ValueError(f"x has shape {x.shape}; Orchid takes at least one step of time.")
         counted = lambda a: a if mask is None else jnp.where(mask[..., None], a, 0)
         project = _projection(3 * self.d_model, "in_proj", self)
         streams = counted(project(x))
@@ -173,9 +172,7 @@ class CausalOrchid(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> CausalOrchidState:
-        for name in ("num_lags", "window", "short_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; CausalOrchid takes 1 or more.")
+        at_least(self, num_lags=1, window=1, short_window=1)
         zeros = lambda length, width: jnp.zeros((batch_size, length, width), dtype)
         lags = LagState(*(zeros(n, self.d_model) for n in (self.num_lags, self.num_lags - 1, self.num_lags - 1)))
         return CausalOrchidState(

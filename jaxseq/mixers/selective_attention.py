@@ -61,6 +61,8 @@ class SelectiveAttention(Mixer):
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "SelectiveAttention")
+        if x.shape[1] == 0:
+            raise ValueError(f"x has shape {x.shape}; SelectiveAttention takes at least one step of time.")
         self._check()
         if self.top is None:
             state = self.start(x) if state is None else state

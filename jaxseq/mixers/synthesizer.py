@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ..layers.mixer import at_least
 from ..layers.projection import projection, split_heads
 from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 from ..sharded import check_whole
@@ -74,9 +75,7 @@ class Synthesizer(nn.Module):
 
     @nn.nowrap
     def _check(self, length: int) -> None:
-        for name in ("num_heads", "max_length", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; Synthesizer takes 1 or more.")
+        at_least(self, num_heads=1, rank=1, max_length=1)
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}.")
         if self.kind not in KINDS:

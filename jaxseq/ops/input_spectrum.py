@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..shapes import Array, Float, Inexact, accumulator, typed
+from .convolution import fourier_convolution
 
 PADDINGS = ("circular", "zero")
 TRANSFORMS = ("dft", "dct")
@@ -99,9 +100,13 @@ def spectral_convolution(
     kernel = kernel.astype(wide)[None]
     if spectrum is not None and transform == "dct":
         kernel, spectrum = kernel + jax.scipy.fft.idct(spectrum, axis=1, norm="ortho"), None
-    total = jnp.fft.fft(kernel, axis=1)
-    total = total if spectrum is None else total + spectrum.astype(total.dtype)
-    return jnp.fft.ifft(total * jnp.fft.fft(x.astype(wide), axis=1), axis=1).real.astype(x.dtype)
+    if spectrum is None:
+        return fourier_convolution(x, kernel, causal=False)
+    # Of the spectrum the real part of the output has what is conjugate to itself at −k: half of all frequencies.
+    length, half = x.shape[1], jnp.arange(x.shape[1] // 2 + 1)
+    total = jnp.fft.rfft(kernel, axis=1)
+    total += ((spectrum[:, half] + jnp.conj(spectrum[:, -half])) / 2).astype(total.dtype)
+    return jnp.fft.irfft(total * jnp.fft.rfft(x.astype(wide), axis=1), length, axis=1).astype(x.dtype)
 
 
 def _transformed(x, transform: str, ortho: bool):

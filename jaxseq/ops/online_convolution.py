@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -52,8 +53,19 @@ def online_convolution(
     `taps` is asked for as many lags as are needed: those of a long filter are not computed anew for every token. One
     token takes a step of the tiling, several one transform of P + T tokens (O(T log² T) where they are packed), which
     leaves the state at the start of a period.
+
+    Raises:
+      ValueError: T = 0, or shapes disagree.
     """
-    size = state.inputs.shape[1]
+    batch, size, width = state.inputs.shape
+    if x.shape[1] == 0:
+        raise ValueError(f"x has shape {x.shape}; online_convolution takes at least one step of time.")
+    if (batch, width) != (x.shape[0], x.shape[2]):
+        raise ValueError(
+            f"state.inputs has shape {state.inputs.shape}; x has {x.shape}: batch and channels are theirs."
+        )
+    if (columns := jax.eval_shape(lambda: taps(1)).shape[1]) != width:
+        raise ValueError(f"taps have {columns} channels; x has {width}.")
     if x.shape[1] == 1 and size and segment_ids is None and not is_split():
         y, state = _step(x[:, 0].astype(state.inputs.dtype), taps, state)
         return y[:, None].astype(x.dtype), state
@@ -134,6 +146,7 @@ def _step(x: Float[Array, "B D"], taps: Taps, state: ConvolutionState):
         return lax.dynamic_update_slice_in_dim(sums, given, after, 1)
 
     sums = state.sums
+    # One after the other, as each leaves the sums in place: a `switch` copies them, at 8,192 tokens ten times as slow.
     for n in range(size.bit_length()):
         sums = lax.cond(level == n, partial(give, 1 << n), lambda sums: sums, sums)
     after = after % size
