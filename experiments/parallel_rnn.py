@@ -4,8 +4,8 @@ Claim   Newton's iterations over LSTM and GRU, as they start and trained on real
         and its gradient to 1e-4 of the largest at every length, without falling back; where weights are so large that
         the cell is chaotic they fall back and say so. On an accelerator they train faster than the loop.
 Source  DEER (arXiv 2309.12252), full Jacobian; quasi-DEER (arXiv 2407.19115), its diagonal.
-Expect  5 to 10 iterations with the full Jacobian, 15 to 42 with its diagonal; outputs to 3e-6, gradients to 1e-6. On a CPU
-        it never pays: a hundredth of the loop's speed and less. gpu is not yet measured.
+Expect  5 to 10 iterations with the full Jacobian, 15 to 42 with its diagonal; outputs to 3e-6, gradients to 1e-6. On
+        a CPU it never pays: a hundredth of the loop's speed and less. gpu is not yet measured.
 Run     python -m experiments.parallel_rnn [--preset cpu|gpu] [--cells lstm,gru] [--data.path FILE_OR_FOLDER]
 """
 
