@@ -35,6 +35,28 @@ affine = Monoid(
 )
 
 
+class Expansion(NamedTuple):
+    """A number as a sum of two: `low` holds what rounding takes from `high`."""
+
+    high: Float[Array, "..."]
+    low: Float[Array, "..."]
+
+
+def _add_exactly(e: Expansion, f: Expansion) -> Expansion:
+    """Knuth's sum of two floats, whose rounding error is a float."""
+    high = e.high + f.high
+    added = high - e.high
+    return Expansion(high, e.low + f.low + ((e.high - (high - added)) + (f.high - added)))
+
+
+#: Sums whose differences are exact to rounding, however large they have grown.
+expansion = Monoid(
+    combine=_add_exactly,
+    identity=lambda like: jax.tree.map(jnp.zeros_like, like),
+    act=lambda e, state: _add_exactly(state, e),
+)
+
+
 class MatrixAffine(NamedTuple):
     """The map h ↦ matrix · h + inputs."""
 

@@ -38,6 +38,7 @@ from jaxseq.mixers import (
     CausalOrchid,
     Comba,
     DeltaNet,
+    ForgettingAttention,
     GatedDeltaNet,
     Hyena,
     LeakyRNN,
@@ -130,6 +131,11 @@ def _softmax(rng, shape):
     return monoid.Softmax.from_token(jnp.asarray(np.where(hidden, -np.inf, 9 * rng.standard_normal(shape))), value)
 
 
+def _expansion(rng, shape):
+    """Numbers whose sums are exact: how a rounded one is split depends on the order."""
+    return monoid.Expansion(rng.integers(-9, 9, shape) * 1.0, rng.integers(-9, 9, shape) * 2.0**-60)
+
+
 PLAIN_MONOIDS = {
     "affine": MonoidMember(
         monoid.affine,
@@ -154,6 +160,11 @@ PLAIN_MONOIDS = {
         lambda rng, s: rng.standard_normal((*s, 3, 2)),
     ),
     "softmax": MonoidMember(monoid.softmax, _softmax, _softmax),
+    "expansion": MonoidMember(
+        monoid.expansion,
+        _expansion,
+        _expansion,
+    ),
     "matrix map": MonoidMember(
         monoid.matrix_map,
         lambda rng, s: monoid.MatrixMap(rng.uniform(-0.5, 0.5, (*s, 3, 3)), rng.standard_normal((*s, 3, 2))),
@@ -314,6 +325,10 @@ def _attention_inputs(rng, T, strength, groups=2):
     return {name: (scale if name == "query" else 1) * rng.standard_normal(s) for name, s in shapes.items()}
 
 
+def _fading_inputs(rng, T, strength):
+    return _attention_inputs(rng, T, "mild") | {"log_decay": log_decays(rng, (2, T, 4), strength)}
+
+
 def _attention(inputs, segment_ids, impl, **options):
     return ops.softmax_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK, **options), ()
 
@@ -442,6 +457,8 @@ OPS = {
     "softmax_attention softcap": OpMember(
         _attention_inputs, partial(_attention, logit_softcap=2.0, window=20), _kernel
     ),
+    "softmax_attention decay": OpMember(_fading_inputs, _attention, sweep=True),
+    "softmax_attention decay window": OpMember(_fading_inputs, partial(_attention, window=5)),
     "softmax_attention both ways": OpMember(
         partial(_attention_inputs, groups=1), partial(_attention, causal=False), _kernel
     ),
@@ -685,6 +702,14 @@ MIXERS = {
     ),
     "Attention window grouped": MixerMember(
         partial(Attention, WIDTH, num_heads=4, num_kv_heads=2, window=4), extreme={"q_proj/kernel": 30.0}, reach=4
+    ),
+    "ForgettingAttention": MixerMember(
+        partial(ForgettingAttention, WIDTH, num_heads=4, num_kv_heads=2),
+        recurrent=False,
+        extreme={"q_proj/kernel": 30.0, "forget_proj/kernel": 300.0},
+    ),
+    "ForgettingAttention window": MixerMember(
+        partial(ForgettingAttention, WIDTH, num_heads=2, window=4), cheap=True, reach=4
     ),
     "Attention blocks": MixerMember(partial(Attention, WIDTH, num_heads=2, block_size=3), cheap=True),
     "Attention blocks looking back": MixerMember(

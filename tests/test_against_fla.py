@@ -1,7 +1,6 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
-Waiting for the work that builds what they check: fla_log_linear_attn, fla_forgetting_attn, fla_path_attn and
-fla_ttt_linear.
+Waiting for the work that builds what they check: fla_log_linear_attn, fla_path_attn and fla_ttt_linear.
 """
 
 from collections.abc import Callable
@@ -116,6 +115,11 @@ def least_squares(i, impl):
     return o, *state
 
 
+def forgetting(i, impl):
+    options = dict(scale=i["const_scale"], chunk_size=8, impl=impl)
+    return (ops.softmax_attention(i["q"], i["k"], i["v"], log_decay=i["g"], **options),)
+
+
 def elementwise(i, impl):
     return ops.linear_recurrence(jnp.exp(i["g"]), i["x"], initial_state=i["h0"], impl=impl)
 
@@ -141,11 +145,12 @@ OPS = {
     "fla_rwkv7": Recorded(lambda i, impl: general(i, -i["kk"], i["kk"] * i["a"], impl=impl)),
     "fla_gsa": Recorded(lambda i, impl: slots(i, i["s"], i["g"], impl=impl), ("hkt", "hvt")),
     "fla_abc": Recorded(bounded_memory, ()),
+    "fla_forgetting_attn": Recorded(forgetting, (), (*FORMS, "parallel")),
     "fla_mesa_net": Recorded(least_squares, ("hkk_t", "hkv_t")),
     "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
 }
 #: The widest of each family: in float32 too.
-IN_FLOAT32 = ("fla_gla", "fla_kda", "fla_dplr")
+IN_FLOAT32 = ("fla_gla", "fla_kda", "fla_dplr", "fla_forgetting_attn")
 
 
 @recorded

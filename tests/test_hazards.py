@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FULL_MIXERS, MIXERS, OPS, WIDTH, cast
+from families import FULL_MIXERS, MIXERS, OPS, WIDTH, assert_close, cast
 
 from jaxseq import ops
 
@@ -88,3 +88,15 @@ def test_chunked_selective_scan_keeps_no_state_per_step():
     T, D, N = 4096, 16, 16
     x, BC = jnp.ones((1, T, D)), jnp.ones((1, T, N))
     assert temporary_bytes(ops.selective_scan, x, x, -jnp.ones((D, N)), BC, BC) < 0.75 * T * D * N * 4
+
+
+@pytest.mark.parametrize("impl", ["sequential", "parallel", "chunked"])
+def test_decays_between_tokens_that_strong_ones_are_far_behind(impl):
+    """One running sum in float32 would be off by hundreds of roundings of its own size at the end."""
+    rng, (T, heads) = np.random.default_rng(0), (1500, 2)
+    q, k, v = (rng.standard_normal((1, T, heads, 4)) for _ in range(3))
+    log_decay = np.concatenate([np.full((1, T - 100, heads), -200.7), np.full((1, 100, heads), -0.1)], axis=1)
+    attend = lambda inputs, impl: ops.softmax_attention(*inputs[:3], log_decay=inputs[3], impl=impl)[:, -100:]
+    with jax.enable_x64(True):
+        expected = attend(cast((q, k, v, log_decay), jnp.float64), "sequential")
+    assert_close(jax.jit(partial(attend, impl=impl))(cast((q, k, v, log_decay), jnp.float32)), expected, "float32")

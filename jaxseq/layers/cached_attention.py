@@ -11,7 +11,7 @@ from ..segments import segment_counts, segment_starts
 from ..shapes import Array, Float, Int
 from ..sharded import across_devices, devices, first_position, on_last
 from .mixer import Mixer
-from .projection import projection
+from .projection import projection, split_heads
 from .rotary import rotary
 
 
@@ -21,35 +21,50 @@ class AttentionState(NamedTuple):
     segment: Int[Array, "B L"]  # 0: the segment (with blocks: the block) in progress; below: an earlier one, or nothing
     position: Int[Array, ""]  # tokens seen so far
     filled: Int[Array, "B"] | None = None  # with blocks: tokens in the block in progress
+    log_decay: Float[Array, "B L H"] | None = None  # with forget gates: theirs
+
+
+def query_key_value(mixer: Mixer, x: Array, position: Array | int, kv_heads: int) -> tuple[Array, Array, Array]:
+    """q `B T H K`, k and v `B T G K` of tokens from this position on: projected, q and k turned."""
+    length, width = x.shape[1], mixer.d_model // mixer.num_heads
+    project = lambda name, heads: split_heads(projection(heads * width, name, mixer)(x), width)
+    q, k, v = project("q_proj", mixer.num_heads), project("k_proj", kv_heads), project("v_proj", kv_heads)
+    if mixer.rotary_base is not None:
+        positions = first_position(length) + position + jnp.arange(length, dtype=jnp.int32)
+        q, k = (rotary(a, positions, mixer.rotary_base) for a in (q, k))
+    return q, k, v
 
 
 def cached_attention(
-    mixer: Mixer, x: Array, state: AttentionState | None, counts: Array | None, kv_heads: int, attend: Callable
+    mixer: Mixer,
+    x: Array,
+    state: AttentionState | None,
+    counts: Array | None,
+    kv_heads: int,
+    attend: Callable,
+    log_decay: Array | None = None,
 ) -> tuple[Array, AttentionState | None]:
     """y = W_o attend(q, k, v): a mixer's body, with the keys and values of its cache in front of those of x.
 
     `attend(q "B T H K", k "B L+T G K", v "B L+T G K", **packed) -> o "B T H K"`, where `packed` holds `segment_ids` and
     `key_segment_ids`, or nothing where all is one segment. `counts` number the segments from the one in progress at
-    the start of the call, None where it goes on. `mixer` has the fields of `Attention`. Without a state there is no
-    cache, before or after.
+    the start of the call, None where it goes on. `log_decay` `B T H`, of tokens of x, is cached as they are and handed
+    to `attend`. `mixer` has the fields of `Attention`. Without a state there is no cache, before or after.
     """
-    (batch, length, d_model), width = x.shape, mixer.d_model // mixer.num_heads
-    project = lambda name, heads: projection(heads * width, name, mixer)(x).reshape(batch, length, heads, width)
-    q, k, v = project("q_proj", mixer.num_heads), project("k_proj", kv_heads), project("v_proj", kv_heads)
-    if mixer.rotary_base is not None:
-        first = first_position(length) + (0 if state is None else state.position)
-        positions = first + jnp.arange(length, dtype=jnp.int32)
-        q, k = (rotary(a, positions, mixer.rotary_base) for a in (q, k))
+    batch, length, d_model = x.shape
+    q, k, v = query_key_value(mixer, x, 0 if state is None else state.position, kv_heads)
     out = lambda o: projection(d_model, "out_proj", mixer)(o.reshape(batch, length, -1))
     if state is None:
         packed = {} if counts is None else dict(segment_ids=counts, key_segment_ids=counts)
         return out(attend(q, k, v, **packed)), None
     cached = state.key.shape[1]
-    k = jnp.concatenate([state.key.astype(k.dtype), k], axis=1)
-    v = jnp.concatenate([state.value.astype(v.dtype), v], axis=1)
+    after = lambda kept, a: jnp.concatenate([kept.astype(a.dtype), a], axis=1)
+    k, v = after(state.key, k), after(state.value, v)
     own = jnp.zeros((batch, length), jnp.int32) if counts is None else counts
-    segments = jnp.concatenate([state.segment, own], axis=1)
+    segments = after(state.segment, own)
     packed = dict(segment_ids=own, key_segment_ids=segments) if cached or counts is not None else {}
+    if log_decay is not None:
+        packed["log_decay"] = log_decay = after(state.log_decay, log_decay)
     y = out(attend(q, k, v, **packed))
     last = lambda a, like: on_last(a[:, a.shape[1] - cached :].astype(like.dtype))
     return y, AttentionState(
@@ -57,6 +72,7 @@ def cached_attention(
         last(v, state.value),
         last(segments - segments[:, -1:], segments),
         state.position + length * devices(),
+        log_decay=None if log_decay is None else last(log_decay, state.log_decay),
     )
 
 

@@ -49,8 +49,24 @@ class Mixer(nn.Module):
         return y[:, 0], state
 
     def start(self, x: Array, *, max_length: int | None = None):
-        """The state at the start of the sequence x; `max_length=0` leaves no room for a cache after this call."""
+        """The state at the start of the sequence x; `max_length=0` leaves no room for a cache after this call.
+
+        None for a mixer that looks ahead.
+        """
+        if self.looks_ahead() is not None:
+            return None
         return self.init_state(x.shape[0], max_length=max_length, dtype=accumulator(x.dtype))
+
+    @nn.nowrap
+    def looks_ahead(self) -> str | None:
+        """The field, if any, by which outputs see what comes later: there is no state then, and `__call__` alone."""
+        return None
+
+    @nn.nowrap
+    def check_causal(self) -> None:
+        """Raise where it looks ahead."""
+        if (field := self.looks_ahead()) is not None:
+            raise NotImplementedError(f"{type(self).__name__}({field}) looks ahead: it has no state.")
 
     def checked_heads(self, **numbers: int) -> None:
         """Raise unless every number of heads divides `d_model`."""

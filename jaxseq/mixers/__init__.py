@@ -2,6 +2,7 @@
 
 from .abc import ABC as ABC
 from .attention import Attention as Attention
+from .attention import ForgettingAttention as ForgettingAttention
 from .attention import SlidingWindowAttention as SlidingWindowAttention
 from .base_conv import BaseConv as BaseConv
 from .based import Based as Based

@@ -16,7 +16,8 @@ from ..layers.cached_attention import (
     starts_of,
 )
 from ..layers.mixer import Mixer
-from ..shapes import Array, Float, Int, check_width, typed
+from ..layers.projection import projection
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
 class Attention(Mixer):
@@ -25,7 +26,8 @@ class Attention(Mixer):
     `num_kv_heads` divides `num_heads`. `window` w sees the last w tokens, itself included. `block_size` b cuts every
     segment into blocks and sees what came before in its own one, and `look_back` whole blocks before that (MASFormer,
     arXiv 2310.12442): at most (look_back + 1) b tokens. Neither has parameters: layers of one model may differ in them
-    (`jaxseq.models.mixed_spans`), and those of another be loaded.
+    (`jaxseq.models.mixed_spans`), and those of another be loaded. With a `forget_gate` f_t = σ(W_f x_t + b_f) a head,
+    Σ_{j<u≤i} log f_u is added to the logit of i and j: keys fade (Forgetting Transformer, arXiv 2503.02130, eq. 6).
 
     The state is a cache of the last `max_length` tokens, of as many as are seen where that is bounded, less the token
     itself: what lies further back is forgotten.
@@ -39,6 +41,7 @@ class Attention(Mixer):
     look_back: int = 0
     rotary_base: float | None = 10000.0
     logit_softcap: float | None = None
+    forget_gate: bool = False
     impl: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -61,13 +64,20 @@ class Attention(Mixer):
             logit_softcap=self.logit_softcap,
             impl=self.impl,
         )
-        y, state = cached_attention(self, x, state, counts, self._kv_heads(), attend)
+        log_decay = None
+        if self.forget_gate:
+            z = projection(self.num_heads, "forget_proj", self, use_bias=True)(x)
+            log_decay = nn.log_sigmoid(z.astype(accumulator(z.dtype)))
+        y, state = cached_attention(self, x, state, counts, self._kv_heads(), attend, log_decay)
         return y, state._replace(filled=filled)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> AttentionState:
         span, kv_heads = self._span(), self._kv_heads()
         state = empty_cache(self, batch_size, [max_length, span if span is None else span - 1], kv_heads, dtype)
+        if self.forget_gate:
+            gates = jnp.zeros((*state.segment.shape, self.num_heads), accumulator(dtype))
+            state = state._replace(log_decay=gates)
         if self.block_size is None:
             return state
         # Below every block that a query may look back to.
@@ -103,3 +113,6 @@ class Attention(Mixer):
 
 #: Attention over the last `window` tokens; the cache is a ring of as many.
 SlidingWindowAttention = partial(Attention, window=256)
+
+#: Attention without positions, whose keys fade: the gates tell what is near.
+ForgettingAttention = partial(Attention, forget_gate=True, rotary_base=None)

@@ -47,10 +47,9 @@ class BigBird(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "BigBird")
         self._check()
-        if self.causal:
-            state = self.start(x) if state is None else state
-        elif state is not None:
-            self._check_causal()
+        if state is not None:
+            self.check_causal()
+        state = self.start(x) if state is None else state
         check_whole("BigBird", "give every device whole sequences")
         first = np.zeros((), np.int32) if state is None else state.position
         attend = lambda q, k, v, **packed: self._attend(first, q, k, v, packed)
@@ -102,21 +101,19 @@ class BigBird(Mixer):
         return jnp.concatenate([there(window, True), there(first, True), there(random, low < high)], axis=1)
 
     def start(self, x, *, max_length: int | None = None):
-        """None where it looks ahead: there is no state then. Else it starts at a position that is known."""
-        if not self.causal:
-            return None
-        return Mixer.start(self, x, max_length=max_length)._replace(position=np.zeros((), np.int32))
+        """It starts at a position that is known."""
+        state = Mixer.start(self, x, max_length=max_length)
+        return None if state is None else state._replace(position=np.zeros((), np.int32))
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> AttentionState:
         self._check()
-        self._check_causal()
+        self.check_causal()
         return empty_cache(self, batch_size, [max_length], self.num_heads, dtype)
 
     @nn.nowrap
-    def _check_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("BigBird(causal=False) looks ahead: it has no state.")
+    def looks_ahead(self) -> str | None:
+        return None if self.causal else "causal=False"
 
     @nn.nowrap
     def _check(self) -> None:

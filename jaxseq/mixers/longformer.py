@@ -46,10 +46,9 @@ class Longformer(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "Longformer")
         dilations = self._dilations()
-        if self.causal:
-            state = self.start(x) if state is None else state
-        elif state is not None:
-            self._check_causal()
+        if state is not None:
+            self.check_causal()
+        state = self.start(x) if state is None else state
         check_whole("Longformer", "give every device whole sequences")
         length = x.shape[1]
         if not all(0 <= token < length for token in self.global_tokens):
@@ -120,20 +119,15 @@ class Longformer(Mixer):
         seen = dict(segment_ids=segments[:, at], key_segment_ids=segments)
         return o.at[:, at].set(ops.softmax_attention(q, k, v, causal=False, **seen))
 
-    def start(self, x, *, max_length: int | None = None):
-        """None where it looks ahead: there is no state then."""
-        return Mixer.start(self, x, max_length=max_length) if self.causal else None
-
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> AttentionState:
-        self._check_causal()
+        self.check_causal()
         spans = [max_length, self.window * max(self._dilations())]
         return empty_cache(self, batch_size, spans, self.num_heads, dtype)
 
     @nn.nowrap
-    def _check_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("Longformer(causal=False) looks ahead: it has no state.")
+    def looks_ahead(self) -> str | None:
+        return None if self.causal else "causal=False"
 
     @nn.nowrap
     def _dilations(self) -> tuple[int, ...]:

@@ -51,10 +51,9 @@ class Performer(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "Performer")
         width, number = self._sizes()
-        if self.causal:
-            state = self.start(x) if state is None else state
-        elif state is not None:
-            self._check_causal()
+        if state is not None:
+            self.check_causal()
+        state = self.start(x) if state is None else state
         key = self.make_rng("features") if self.has_rng("features") else jax.random.key(self.seed)
         rows = orthogonal_features(key, number, width, norms=self.norms)
         q, k, v = (split_heads(projection(self.d_model, f"{name}_proj", self)(x), width) for name in "qkv")
@@ -80,21 +79,16 @@ class Performer(Mixer):
         means = jnp.einsum("bthm,bthv->bhmv", jnp.exp(log_k - scale).astype(v.dtype), v)
         return jnp.einsum("bthm,bhmv->bthv", nn.softmax(log_q + scale).astype(v.dtype), means)
 
-    def start(self, x, *, max_length: int | None = None):
-        """None where it looks ahead: there is no state then."""
-        return Mixer.start(self, x, max_length=max_length) if self.causal else None
-
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> PerformerState:
-        self._check_causal()
+        self.check_causal()
         width, number = self._sizes()
         matrix = jnp.zeros((batch_size, self.num_heads, number, width), accumulator(dtype))
         return PerformerState(matrix, jnp.full((batch_size, 1, self.num_heads * number), -jnp.inf, accumulator(dtype)))
 
     @nn.nowrap
-    def _check_causal(self) -> None:
-        if not self.causal:
-            raise NotImplementedError("Performer(causal=False) looks ahead: it has no state.")
+    def looks_ahead(self) -> str | None:
+        return None if self.causal else "causal=False"
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int]:

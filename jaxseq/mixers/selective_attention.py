@@ -1,29 +1,22 @@
 """Selective attention: each token decides whether it takes part."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.cached_attention import AttentionState, empty_cache, query_key_value
 from ..layers.mixer import Mixer
-from ..layers.projection import projection, split_heads
-from ..layers.rotary import rotary
+from ..layers.projection import projection
 from ..segments import segment_counts
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
-from ..sharded import check_whole, devices, first_position, on_last, sum_over_time
+from ..sharded import check_whole, devices, on_last, sum_over_time
 
 KEYS = ("selected", "all")
 #: The segment of keys that no query sees.
 UNSEEN = -1
-
-
-class SelectiveAttentionState(NamedTuple):
-    key: Float[Array, "B L H K"]  # the last L tokens that can be attended to, newest last
-    value: Float[Array, "B L H K"]
-    segment: Int[Array, "B L"]  # 0: the segment in progress; below: an earlier one, or nothing yet
-    position: Int[Array, ""]  # tokens seen so far
 
 
 class SelectiveAttention(Mixer):
@@ -64,18 +57,12 @@ class SelectiveAttention(Mixer):
         if x.shape[1] == 0:
             raise ValueError(f"x has shape {x.shape}; SelectiveAttention takes at least one step of time.")
         self._check()
-        if self.top is None:
-            state = self.start(x) if state is None else state
-        elif state is not None:
-            self._check_causal()
+        if state is not None:
+            self.check_causal()
+        state = self.start(x) if state is None else state
         chance = nn.sigmoid(projection(1, "select_proj", self, use_bias=True)(x)[..., 0].astype(accumulator(x.dtype)))
         self._sow(chance)
-        project = lambda name: split_heads(projection(self.d_model, name, self)(x), self._width())
-        q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
-        if self.rotary_base is not None:
-            first = first_position(x.shape[1]) + (0 if state is None else state.position)
-            positions = first + jnp.arange(x.shape[1], dtype=jnp.int32)
-            q, k = (rotary(a, positions, self.rotary_base) for a in (q, k))
+        q, k, v = query_key_value(self, x, 0 if state is None else state.position, self.num_heads)
         # Segments are counted from the one in progress at the start of the call.
         counts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_counts(segment_ids)
         if state is None:
@@ -97,7 +84,7 @@ class SelectiveAttention(Mixer):
         kept = jnp.argsort(seen, axis=1, stable=True)[:, seen.shape[1] - cached :]
         segments = jnp.where(segments < 0, UNSEEN, segments - counts[:, -1:])
         last = lambda a, like: on_last(_take(a, kept).astype(like.dtype))
-        return jnp.where(selected[..., None, None], o, 0), SelectiveAttentionState(
+        return jnp.where(selected[..., None, None], o, 0), AttentionState(
             last(k, state.key),
             last(v, state.value),
             last(segments, segments),
@@ -123,38 +110,19 @@ class SelectiveAttention(Mixer):
         self.sow("intermediates", "chance", chance)
         self.sow("losses", "selection", self.selection_loss * nn.relu(mean - share))
 
-    def start(self, x, *, max_length: int | None = None):
-        """None where the tokens are ranked: there is no state then."""
-        return Mixer.start(self, x, max_length=max_length) if self.top is None else None
-
     @nn.nowrap
-    def init_state(
-        self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32
-    ) -> SelectiveAttentionState:
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> AttentionState:
         self._check()
-        self._check_causal()
-        if max_length is None:
-            raise ValueError("max_length=None; SelectiveAttention takes the number of tokens its cache holds.")
-        if max_length < 0:
-            raise ValueError(f"max_length={max_length}; SelectiveAttention takes 0 or more.")
-        shape = (batch_size, max_length, self.num_heads, self._width())
-        segment = jnp.full(shape[:2], UNSEEN, jnp.int32)
-        position = jnp.zeros((), jnp.int32)
-        return SelectiveAttentionState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segment, position)
+        self.check_causal()
+        return empty_cache(self, batch_size, [max_length], self.num_heads, dtype)
 
     @nn.nowrap
-    def _width(self) -> int:
-        """Channels of a head."""
-        self.checked_heads(num_heads=self.num_heads)
-        return self.d_model // self.num_heads
-
-    @nn.nowrap
-    def _check_causal(self) -> None:
-        if self.top is not None:
-            raise NotImplementedError(f"SelectiveAttention(top={self.top}) looks ahead: it has no state.")
+    def looks_ahead(self) -> str | None:
+        return None if self.top is None else f"top={self.top}"
 
     @nn.nowrap
     def _check(self) -> None:
+        self.checked_heads(num_heads=self.num_heads)
         if self.keys not in KEYS:
             raise ValueError(f"keys={self.keys!r} is unknown to SelectiveAttention; choose one of {', '.join(KEYS)}.")
         if not 0 <= self.threshold < 1:

@@ -75,7 +75,7 @@ def block_sparse_attention(
             pairs = there[n][None] & (True if visible is None else visible(queries[:, None], others[None]))
             return pairs[None] if ids is None else pairs[None] & (ids[0][:, :, None] == ids[1][:, None])
 
-        return parallel(q[:, n], listed(key), listed(value), (queries, keys[n]), ids, Rules(seen, lambda x: x))
+        return parallel(q[:, n], listed(key), listed(value), (queries, keys[n]), ids, None, Rules(seen, lambda x: x))
 
     o = lax.map(block, jnp.arange(len(keys), dtype=keys.dtype), batch_size=max(1, chunk_size // block_size))
     return o.swapaxes(0, 1).reshape(batch, -1, heads, value.shape[-1])[:, :length].astype(value.dtype)

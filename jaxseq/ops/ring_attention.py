@@ -18,7 +18,8 @@ from ..scan import join_chunks, split_chunks
 from ..shapes import accumulator
 from ..sharded import AXIS, devices
 
-# Inside the ring halves lead: queries `2 B T/2 G R K`, keys and values `2 B T/2 G …`, both segments `2 B T/2` or None.
+# Inside the ring halves lead: queries `2 B T/2 G R K`, keys and values `2 B T/2 G …`, both segments `2 B T/2` or None,
+# and the sums of log decays up to a query and up to a key, both `2 B T/2 G R`, or None.
 
 
 class Rules(NamedTuple):
@@ -28,61 +29,73 @@ class Rules(NamedTuple):
     capped: Callable
 
 
-def ring_attention(q, k, v, segments, rules: Rules, causal: bool, chunk_size: int):
+def decayed(logits, sums, queries: int = 1):
+    """Logits `B T G R S`, or those with queries along another axis, and the log decays from each key to each query."""
+    if sums is None:
+        return logits
+    gap = jax.tree.map(lambda q, k: q[..., None] - jnp.moveaxis(k, 1, -1)[:, None], *sums)
+    return logits + jnp.moveaxis(gap.high + gap.low, 1, queries).astype(logits.dtype)
+
+
+def ring_attention(q, k, v, segments, sums, rules: Rules, causal: bool, chunk_size: int):
     """The read-out `B T G R V` of queries `B T G R K`, keys and values `B T G …`, both segments `B T` or None."""
     if q.shape[1] % 2:
         raise ValueError(
             f"mesh axis {AXIS}={devices()} leaves {q.shape[1]} tokens a device; attention takes even runs: pad the "
             f"sequence to a multiple of {2 * devices()}."
         )
-    ends = jax.tree.map(_to_both_ends, (q, k, v, segments))
+    ends = jax.tree.map(_to_both_ends, ((q, sums and sums[0]), (k, v, sums and sums[1]), segments))
     return _from_both_ends(_ring(rules, causal, chunk_size, *ends))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ring(rules, causal, chunk_size, q, k, v, segments):
-    return _ring_forward(rules, causal, chunk_size, q, k, v, segments)[0]
+def _ring(rules, causal, chunk_size, queries, keys, segments):
+    return _ring_forward(rules, causal, chunk_size, queries, keys, segments)[0]
 
 
-def _ring_forward(rules, causal, chunk_size, q, k, v, segments):
+def _ring_forward(rules, causal, chunk_size, queries, keys, segments):
+    (q, _), (_, v, _), (q_ids, k_ids) = queries, keys, segments or (None, None)
+
     def meet(averages, message, device, a, b):
         at = _positions(device, q.shape[2], a, b)
-        seen = _block(rules, chunk_size, at, *_half((q, segments and segments[0]), a), *_half(message, b))
+        seen = _block(rules, chunk_size, at, *_half((queries, q_ids), a), *_half(message, b))
         return _update(averages, a, softmax.combine(_half(averages, a), seen)), message
 
     logits = jnp.zeros_like(q[..., 0], accumulator(q.dtype))
     values = jnp.broadcast_to(logits[..., None], (*logits.shape, v.shape[-1]))
     start = softmax.identity(Softmax(logits, logits, values))
-    averages, _ = _around(causal, meet, start, (k, v, segments and segments[1]))
+    averages, _ = _around(causal, meet, start, (keys, k_ids))
     o = averages.average()
     total = jnp.where(averages.normaliser > 0, averages.maximum + jnp.log(averages.normaliser), 0)
-    return o, (q, k, v, segments, o, total)
+    return o, (queries, keys, segments, o, total)
 
 
 def _ring_backward(rules, causal, chunk_size, residuals, d_o):
     """Weights come again from the logarithm of their total; the adjoints of keys and values travel with them."""
-    q, k, v, segments, o, total = residuals
+    queries, keys, segments, o, total = residuals
+    q_ids, k_ids = segments or (None, None)
     d_total = -jnp.sum(d_o * o, axis=-1)
 
-    def meet(d_q, message, device, a, b):
-        keys, d_keys = message
-        at = _positions(device, q.shape[2], a, b)
-        (q_here, q_ids, maximum, *adjoints), (k, v, k_ids) = (
-            _half((q, segments and segments[0], total, d_total, d_o), a),
-            _half(keys, b),
+    def meet(d_queries, message, device, a, b):
+        (keys, k_ids), d_keys = message
+        at = _positions(device, total.shape[2], a, b)
+        (own, ids, maximum, *adjoints), (others, other_ids) = (
+            _half((queries, q_ids, total, d_total, d_o), a),
+            _half((keys, k_ids), b),
         )
 
-        def block(q, k, v):
-            seen = _block(rules, chunk_size, at, q, q_ids, k, v, k_ids, maximum)
+        def block(queries, keys):
+            seen = _block(rules, chunk_size, at, queries, ids, keys, other_ids, maximum)
             return seen.normaliser, seen.weighted_sum
 
-        _, pull_back = jax.vjp(block, q_here, k, v)
-        d_here, *d_keys_here = pull_back(tuple(adjoints))
-        return _add(d_q, a, d_here), (keys, _add(d_keys, b, tuple(d_keys_here)))
+        _, pull_back = jax.vjp(block, own, others)
+        d_own, d_others = pull_back(tuple(adjoints))
+        return _add(d_queries, a, d_own), (message[0], _add(d_keys, b, d_others))
 
-    wide = lambda x: jnp.zeros_like(x, accumulator(x.dtype))
-    d_q, (_, (d_k, d_v)) = _around(causal, meet, wide(q), ((k, v, segments and segments[1]), (wide(k), wide(v))))
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    wide = lambda tree: jax.tree.map(lambda x: jnp.zeros_like(x, accumulator(x.dtype)), tree)
+    d_queries, (_, d_keys) = _around(causal, meet, wide(queries), ((keys, k_ids), wide(keys)))
+    like = lambda tree, other: jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
+    return like(d_queries, queries), like(d_keys, keys), None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
@@ -112,17 +125,17 @@ def _around(causal, meet, carry, message):
     return carry, _onwards(message)
 
 
-def _block(rules, chunk_size, at, q, q_ids, k, v, k_ids, maximum=None) -> Softmax:
+def _block(rules, chunk_size, at, queries, q_ids, keys, k_ids, maximum=None) -> Softmax:
     """What queries read from keys, a chunk at a time; weights are relative to `maximum`, the largest logit if None."""
-    length = q.shape[1]
+    (k, v, k_sums), length = keys, queries[0].shape[1]
     chunk_size = min(chunk_size, length)
 
     @jax.checkpoint
-    def chunk(queries):
-        q, positions, ids, maximum = queries
+    def chunk(some):
+        (q, sums), positions, ids, maximum = some
         seen = rules.visible(positions[0], at[1], None if ids is None else (ids, k_ids))[:, :, None, None]
         logits = rules.capped(jnp.einsum("btgrk,bsgk->btgrs", q, k, preferred_element_type=accumulator(q.dtype)))
-        logits = jnp.where(seen, logits, -jnp.inf)
+        logits = jnp.where(seen, decayed(logits, sums and (sums, k_sums)), -jnp.inf)
         maximum = lax.stop_gradient(jnp.max(logits, axis=-1)) if maximum is None else maximum
         finite = jnp.where(jnp.isfinite(maximum), maximum, 0)[..., None]  # nothing seen: −∞ − (−∞) would be NaN
         weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits, finite) - finite), 0)
@@ -130,8 +143,8 @@ def _block(rules, chunk_size, at, q, q_ids, k, v, k_ids, maximum=None) -> Softma
         return Softmax(maximum, weights.sum(-1), read)
 
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -length % chunk_size)) + ((0, 0),) * (x.ndim - 2))
-    queries = jax.tree.map(pad, (q, at[0][None], q_ids, maximum))
-    read = join_chunks(lax.map(chunk, split_chunks(queries, chunk_size)))
+    some = jax.tree.map(pad, (queries, at[0][None], q_ids, maximum))
+    read = join_chunks(lax.map(chunk, split_chunks(some, chunk_size)))
     return jax.tree.map(lambda x: x[:, :length], read)
 
 
