@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .shapes import Array, Bool, Float, Inexact
+from .shapes import Array, Bool, Float, Inexact, Int
 
 
 class Monoid(NamedTuple):
@@ -138,6 +138,32 @@ softmax = Monoid(
         jnp.full_like(like.maximum, -jnp.inf), jnp.zeros_like(like.normaliser), jnp.zeros_like(like.weighted_sum)
     ),
     act=lambda e, state: _merge_softmax(state, e),
+)
+
+
+class Runs(NamedTuple):
+    """The map (S_0, …, S_{M−1}) ↦ decay · (sums of runs of 1, 2, 4 … tokens, merged up to bit `carried`) + sums.
+
+    A counter of the tokens has the runs as its bits: where it counts on to bit c, all lower runs become one of bit c.
+    `carried` is −1 where nothing merges.
+    """
+
+    decay: Float[Array, "..."]
+    carried: Int[Array, "..."]
+    sums: Float[Array, "... M N"]
+
+
+def _merge_runs(e: Runs, state):
+    bits, carried = state.shape[-2], e.carried[..., None]
+    bit = jax.lax.broadcasted_iota(carried.dtype, (*carried.shape[:-1], bits), carried.ndim - 1)
+    into = jax.nn.one_hot(jnp.maximum(bit, carried), bits, dtype=state.dtype)
+    return e.decay[..., None, None] * jnp.einsum("...ml,...mn->...ln", into, state) + e.sums
+
+
+runs = Monoid(
+    combine=lambda e, f: Runs(e.decay * f.decay, jnp.maximum(e.carried, f.carried), _merge_runs(f, e.sums)),
+    identity=lambda like: Runs(jnp.ones_like(like.decay), jnp.full_like(like.carried, -1), jnp.zeros_like(like.sums)),
+    act=_merge_runs,
 )
 
 

@@ -1,6 +1,7 @@
 """Packed sequences: where a new one starts, told from the ids of its tokens."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from . import sharded
 from .monoid import Affine, affine
@@ -26,3 +27,21 @@ def segment_counts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     total = lambda: Affine(jnp.ones_like(counts[:, -1]), counts[:, -1])
     add = lambda earlier: (earlier[:, None] + counts, earlier + counts[:, -1])
     return sharded.across_devices(affine, total, add, jnp.zeros_like(counts[:, 0]))[0]
+
+
+@typed
+def tokens_so_far(starts: Bool[Array, "B T"], before: Int[Array, "B"]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """How many tokens of its segment there are up to each one, itself included, and up to the last.
+
+    `starts` are those of segments; of the segment in progress at the start of the call came `before` tokens.
+    """
+    index = jnp.broadcast_to(jnp.arange(starts.shape[1], dtype=jnp.int32)[None], starts.shape)
+    start = lax.cummax(jnp.where(starts, index, -1), axis=1)
+    goes_on, alone = start < 0, index - jnp.maximum(start, 0) + 1
+    total = lambda: Affine(goes_on[:, -1].astype(jnp.int32), alone[:, -1])
+
+    def run(before):
+        counts = jnp.where(goes_on, before[:, None] + alone, alone)
+        return counts, counts[:, -1]
+
+    return sharded.across_devices(affine, total, run, before)

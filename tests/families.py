@@ -45,6 +45,7 @@ from jaxseq.mixers import (
     LightNet,
     Lightning,
     LinearAttention,
+    LogLinearAttention,
     LongConv,
     Longformer,
     Mamba2,
@@ -164,6 +165,11 @@ PLAIN_MONOIDS = {
         monoid.expansion,
         _expansion,
         _expansion,
+    ),
+    "runs": MonoidMember(
+        monoid.runs,
+        lambda rng, s: monoid.Runs(rng.random(s), rng.integers(-1, 3, s), rng.standard_normal((*s, 3, 2))),
+        lambda rng, s: rng.standard_normal((*s, 3, 2)),
     ),
     "matrix map": MonoidMember(
         monoid.matrix_map,
@@ -333,6 +339,21 @@ def _attention(inputs, segment_ids, impl, **options):
     return ops.softmax_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK, **options), ()
 
 
+def _log_linear_inputs(rng, T, strength):
+    inputs = _gla_inputs(rng, T, strength, "B T H", key_heads=1)
+    start = {"sums": rng.standard_normal((2, 2, 3, 4, 3)), "tokens": np.array([0.0, 5.0])}
+    return inputs | {"initial_state": start, "level_scales": rng.random((2, T, 2, 4))}
+
+
+def _log_linear(inputs, segment_ids, impl):
+    """The count of tokens goes in and out as a number like the others."""
+    start = inputs["initial_state"]
+    state = ops.LogLinearState(start["sums"], start["tokens"].astype(jnp.int32))
+    inputs = inputs | {"initial_state": state, "segment_ids": segment_ids}
+    o, final = ops.log_linear_attention(**inputs, impl=impl, chunk_size=CHUNK)
+    return o, {"sums": final.sums, "tokens": final.tokens.astype(final.sums.dtype)}
+
+
 def _log_matmul_inputs(rng, T, strength):
     """Weights of zero among the strong ones, where no two paths weigh the same."""
     matrices = log_decays(rng, (2, T, 3, 3), strength) + 0.1 * rng.standard_normal((2, T, 3, 3))
@@ -436,6 +457,9 @@ OPS = {
         sweep=True,
         float32="float32 transform",
     ),
+    "log_linear_attention": OpMember(
+        _log_linear_inputs, _log_linear, sweep=True, moving=("query", "key", "value", "level_scales", "log_decay")
+    ),
     "log_matmul": OpMember(_log_matmul_inputs, _log_matmul, sweep=True, moving=("log_matrices",), whole=True),
     "log_matmul reverse": OpMember(_log_matmul_inputs, partial(_log_matmul, reverse=True), whole=True),
     "log_matmul max_plus": OpMember(_log_matmul_inputs, partial(_log_matmul, semiring="max_plus"), whole=True),
@@ -527,6 +551,9 @@ MIXERS = {
         extreme={"A_log": 20.0},
         gradient="mixer strong",
         slow=True,
+    ),
+    "LogLinearAttention": MixerMember(
+        partial(LogLinearAttention, WIDTH, num_heads=2, num_levels=4, chunk_size=CHUNK), extreme={"A_log": 20.0}
     ),
     "Comba": MixerMember(
         partial(Comba, WIDTH, num_heads=2, chunk_size=CHUNK),

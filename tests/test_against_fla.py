@@ -1,6 +1,6 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
-Waiting for the work that builds what they check: fla_log_linear_attn, fla_path_attn and fla_ttt_linear.
+Waiting for the work that builds what they check: fla_path_attn and fla_ttt_linear.
 """
 
 from collections.abc import Callable
@@ -120,6 +120,11 @@ def forgetting(i, impl):
     return (ops.softmax_attention(i["q"], i["k"], i["v"], log_decay=i["g"], **options),)
 
 
+def runs_of_tokens(i, impl):
+    options = dict(scale=i["const_scale"], chunk_size=8, impl=impl)
+    return ops.log_linear_attention(i["q"], i["k"], i["v"], i["level_scales"], i["g"], **options)[:1]
+
+
 def elementwise(i, impl):
     return ops.linear_recurrence(jnp.exp(i["g"]), i["x"], initial_state=i["h0"], impl=impl)
 
@@ -146,6 +151,7 @@ OPS = {
     "fla_gsa": Recorded(lambda i, impl: slots(i, i["s"], i["g"], impl=impl), ("hkt", "hvt")),
     "fla_abc": Recorded(bounded_memory, ()),
     "fla_forgetting_attn": Recorded(forgetting, (), (*FORMS, "parallel")),
+    "fla_log_linear_attn": Recorded(runs_of_tokens, (), (*FORMS, "parallel")),
     "fla_mesa_net": Recorded(least_squares, ("hkk_t", "hkv_t")),
     "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
 }

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from ..monoid import Affine, affine
-from ..segments import segment_counts, segment_starts
+from ..segments import segment_counts, segment_starts, tokens_so_far
 from ..shapes import Array, Float, Int
 from ..sharded import across_devices, devices, first_position, on_last
 from .mixer import Mixer
@@ -105,13 +104,7 @@ def block_counts(
     The block in progress has number 0 (where it is full, the next one is 1), the last of a segment and the first of the
     next are `gap` numbers further apart. `starts` are those of segments; `filled` is the state before the call.
     """
-    index = jnp.broadcast_to(jnp.arange(starts.shape[1], dtype=jnp.int32)[None], starts.shape)
-    start = lax.cummax(jnp.where(starts, index, -1), axis=1)
-    goes_on, alone = start < 0, index - jnp.maximum(start, 0) + 1
-    reached = lambda before: jnp.where(goes_on, before[:, None] + alone, alone)  # tokens of the segment so far
-    total = lambda: Affine(goes_on[:, -1].astype(jnp.int32), alone[:, -1])
-    run = lambda before: (reached(before), reached(before)[:, -1])
-    reached, final = across_devices(affine, total, run, filled)
+    reached, final = tokens_so_far(starts, filled)
     jumps = ((reached - 1) % block_size == 0).astype(jnp.int32) + gap * starts.astype(jnp.int32)
     jumps = jnp.cumsum(jumps, axis=1, dtype=jnp.int32)
     total = lambda: Affine(jnp.ones_like(final), jumps[:, -1])

@@ -26,6 +26,7 @@ from .lightnet import LightNet as LightNet
 from .lightning import Lightning as Lightning
 from .linear_attention import LinearAttention as LinearAttention
 from .linformer import Linformer as Linformer
+from .log_linear_attention import LogLinearAttention as LogLinearAttention
 from .long_conv import LongConv as LongConv
 from .longformer import Longformer as Longformer
 from .lru import LRU as LRU

@@ -22,6 +22,8 @@ from .input_spectrum import magnitude_spectrum as magnitude_spectrum
 from .input_spectrum import spectral_convolution as spectral_convolution
 from .lag_correlation import lag_correlation as lag_correlation
 from .linear_recurrence import linear_recurrence as linear_recurrence
+from .log_linear_attention import LogLinearState as LogLinearState
+from .log_linear_attention import log_linear_attention as log_linear_attention
 from .log_matmul import log_matmul as log_matmul
 from .log_recurrence import log_recurrence as log_recurrence
 from .nonlinear_recurrence import nonlinear_recurrence as nonlinear_recurrence
