@@ -41,6 +41,7 @@ from jaxseq.mixers import (
     ForgettingAttention,
     GatedDeltaNet,
     Hyena,
+    KroneckerAttention,
     LeakyRNN,
     LightNet,
     Lightning,
@@ -748,6 +749,20 @@ MIXERS = {
         partial(Performer, WIDTH, num_heads=2, num_features=5, chunk_size=CHUNK),
         extreme={"k_proj/kernel": 1e3},
         slow=True,
+    ),
+    "KroneckerAttention": MixerMember(
+        partial(KroneckerAttention, WIDTH, num_heads=2, block_size=4),
+        recurrent=False,
+        cheap=True,
+    ),
+    "KroneckerAttention ordered": MixerMember(
+        partial(KroneckerAttention, WIDTH, num_heads=2, ordered=True), recurrent=False, cheap=True
+    ),
+    "KroneckerAttention polynomial": MixerMember(
+        partial(KroneckerAttention, WIDTH, num_heads=4, degree=2), extreme={"q_proj/kernel": 1e4, "k1_proj/kernel": 1e4}
+    ),
+    "KroneckerAttention polynomial ordered": MixerMember(
+        partial(KroneckerAttention, WIDTH, num_heads=4, degree=2, ordered=True), cheap=True
     ),
     "BigBird": MixerMember(
         partial(BigBird, WIDTH, num_heads=2, block_size=2, num_global_blocks=1, num_random_blocks=1),

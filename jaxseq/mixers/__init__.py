@@ -21,6 +21,7 @@ from .hgrn2 import HGRN2 as HGRN2
 from .hyena import Hyena as Hyena
 from .iclrnn import ICLRNN as ICLRNN
 from .kda import KDA as KDA
+from .kronecker_attention import KroneckerAttention as KroneckerAttention
 from .leaky_rnn import LeakyRNN as LeakyRNN
 from .lightnet import LightNet as LightNet
 from .lightning import Lightning as Lightning

@@ -20,6 +20,8 @@ from .input_spectrum import centred_convolution as centred_convolution
 from .input_spectrum import correlation_spectrum as correlation_spectrum
 from .input_spectrum import magnitude_spectrum as magnitude_spectrum
 from .input_spectrum import spectral_convolution as spectral_convolution
+from .kronecker_attention import kronecker_attention as kronecker_attention
+from .kronecker_attention import kronecker_polynomial as kronecker_polynomial
 from .lag_correlation import lag_correlation as lag_correlation
 from .linear_recurrence import linear_recurrence as linear_recurrence
 from .log_linear_attention import LogLinearState as LogLinearState

@@ -11,6 +11,7 @@ from .drifting_sensor import drifting_sensor as drifting_sensor
 from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
 from .listops import listops as listops
+from .matching import match_sums as match_sums
 from .recall import associative_recall as associative_recall
 from .recall import mqar as mqar
 from .recall import noisy_recall as noisy_recall

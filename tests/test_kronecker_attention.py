@@ -1,0 +1,177 @@
+"""Attention to pairs of keys: recorded values, the definition, the memory it takes, and what its polynomial misses."""
+
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import assert_close
+from recorded import load, recorded
+
+from jaxseq import ops
+from jaxseq.mixers import KroneckerAttention
+from jaxseq.ops.kronecker_attention import monomials
+from jaxseq.tasks import match_sums
+from jaxseq.tasks.matching import has_partners
+
+PAIRS = {"full": dict(causal=False), "causal": {}, "causal_ordered": dict(ordered=True)}
+
+
+def drawn(seed=0, batch=2, length=7, heads=2, width=3, bound=1.0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    entries = rng.uniform(-bound, bound, (5, batch, length, heads, width))
+    return tuple(jnp.asarray(x, dtype) for x in entries)
+
+
+def plain(q, k1, k2, v1, v2, causal=True, ordered=False, ids=None):
+    """All scores at once."""
+    scores = jnp.einsum("bphk,bihk,bjhk->bphij", q, k1, k2) / q.shape[-1]
+    p, i, j = np.meshgrid(*[np.arange(q.shape[1])] * 3, indexing="ij")
+    seen = ((i <= p) & (j <= p) | (not causal)) & ((i <= j) | (not ordered))
+    seen = np.broadcast_to(seen[None, :, None], scores.shape)
+    if ids is not None:
+        same = ids[:, :, None] == ids[:, None]
+        seen = seen & (same[:, :, None, :, None] & same[:, :, None, None])
+    scores = jnp.where(seen, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores.reshape(*scores.shape[:3], -1)).reshape(scores.shape)
+    return jnp.einsum("bphij,bihv,bjhv->bphv", weights, v1, v2)
+
+
+@recorded
+@pytest.mark.parametrize("name", PAIRS)
+def test_recorded(name):
+    z = load("kronecker_attention")
+    inputs = [jnp.asarray(z[n], jnp.float32)[None, :, None] for n in ("Q", "K1", "K2", "V1", "V2")]
+    exact = ops.kronecker_attention(*inputs, block_size=5, **PAIRS[name])
+    near, _ = ops.kronecker_polynomial(*inputs, degree=4, **PAIRS[name])
+    np.testing.assert_allclose(exact[0, :, 0], z[name], atol=1e-6)
+    np.testing.assert_allclose(near[0, :, 0], z[f"poly4_{name}"], atol=1e-6)
+
+
+@recorded
+def test_a_head_by_hand_finds_triples():
+    """Its largest score is one exactly where two others complete a triple (the sheet's factors)."""
+    z = load("kronecker_attention")
+    scores = np.einsum("qd,id,jd->qij", z["match3_Q"], z["match3_K1"], z["match3_K2"])
+    np.testing.assert_array_equal(np.isclose(scores.max((1, 2)), 1), z["match3_label"])
+
+
+@pytest.mark.parametrize("name, packed", [(name, packed) for name in PAIRS for packed in (False, True)])
+def test_exact_is_the_definition_in_value_and_gradient(name, packed):
+    """In blocks that do not divide the length, and keys of other segments unseen."""
+    ids = jnp.asarray([[0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 2, 2, 3, 3]]) if packed else None
+    with jax.enable_x64(True):
+        inputs = drawn(bound=3.0)
+        value = lambda f: jax.value_and_grad(lambda inputs: jnp.sum(jnp.sin(f(*inputs))))(inputs)
+        blocked = partial(ops.kronecker_attention, block_size=3, segment_ids=ids, **PAIRS[name])
+        assert_close(value(blocked), value(partial(plain, ids=ids, **PAIRS[name])), "float64")
+
+
+def test_large_scores_and_few_keys_make_no_nan():
+    inputs = drawn(bound=60.0, dtype=np.float32)
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(ops.kronecker_attention(*x, ordered=True)))(inputs)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradient)))
+    unseen = ops.kronecker_attention(
+        *inputs, segment_ids=jnp.zeros((2, 7), jnp.int32), key_segment_ids=jnp.full((2, 7), -1)
+    )
+    np.testing.assert_array_equal(unseen, 0)
+
+
+def test_memory_does_not_hold_the_scores():
+    def temporaries(length):
+        x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(ops.kronecker_attention(*x))))
+        return gradient.lower((x,) * 5).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(256) < 2 * temporaries(64) < 4 * 256**3 / 30
+
+
+def test_monomials_are_those_of_the_degree():
+    """Each once, in number (d + g over g)."""
+    expected = {a for a in product(range(5), repeat=3) if sum(a) <= 4}
+    found = [tuple(a) for a in monomials(3, 4).tolist()]
+    assert set(found) == expected and len(found) == len(expected) == 35
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_polynomial_is_near_where_entries_are_small_alone(name):
+    """The sheet's table: at entries up to 1 the error falls fifty times from degree 2 to 4, at 3 it hardly falls."""
+    with jax.enable_x64(True):
+
+        def error(bound, degree):
+            errors = []
+            for seed in range(5):
+                q, k1, k2, *_ = drawn(seed, 1, 12, 1, 4, bound)
+                *_, v1, v2 = drawn(seed, 1, 12, 1, 4)
+                near = ops.kronecker_polynomial(q, k1, k2, v1, v2, degree=degree, **PAIRS[name])[0]
+                errors.append(np.abs(near - ops.kronecker_attention(q, k1, k2, v1, v2, **PAIRS[name])).max())
+            return np.median(errors)
+
+        assert error(1.0, 4) < error(1.0, 2) / 50 and error(1.0, 4) < 1e-6
+        assert error(3.0, 4) > error(3.0, 2) / 5
+
+
+def test_the_polynomial_over_parts_and_segments():
+    with jax.enable_x64(True):
+        inputs = drawn()
+        for ordered in (False, True):
+            run = partial(ops.kronecker_polynomial, ordered=ordered)
+            whole, final = run(*inputs)
+            first, state = run(*(x[:, :3] for x in inputs))
+            rest, last = run(*(x[:, 3:] for x in inputs), initial_state=state)
+            assert_close((jnp.concatenate([first, rest], axis=1), last), (whole, final), "float64")
+            ids = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]] * 2)
+            alone = run(*(x[:, 3:] for x in inputs))
+            packed, kept = run(*inputs, segment_ids=ids)
+            assert_close((packed[:, 3:], kept), alone, "float64")
+
+
+def test_where_all_is_seen_order_does_not_matter():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 8)), jnp.float32)
+    for fields in ({}, {"degree": 2}):
+        module = KroneckerAttention(8, num_heads=2, causal=False, **fields)
+        params = module.init(jax.random.key(0), x)
+        order = np.random.default_rng(1).permutation(9)
+        np.testing.assert_allclose(module.apply(params, x[:, order]), module.apply(params, x)[:, order], atol=1e-6)
+        with pytest.raises(NotImplementedError, match=r"KroneckerAttention\(causal=False\) looks ahead"):
+            module.init_state(1, max_length=4)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_partners_against_brute_force(order):
+    x, y = match_sums(jax.random.key(0), num_examples=8, length=7, modulus=29, order=order)
+    for row, labels in zip(np.asarray(x), np.asarray(y), strict=True):
+        rest = [sum(some) for some in product(row, repeat=order - 1)]
+        np.testing.assert_array_equal(labels, [any((a + b) % 29 == 0 for b in rest) for a in row])
+
+
+@recorded
+def test_partners_are_the_recorded_ones():
+    z = load("kronecker_attention")
+    np.testing.assert_array_equal(has_partners(jnp.asarray(z["match3_x"]), int(z["match3_M"]), 3), z["match3_label"])
+
+
+BAD = {
+    "ordered=True with causal=False": lambda x: ops.kronecker_attention(*x, causal=False, ordered=True),
+    "block_size=0; kronecker_attention takes 1": lambda x: ops.kronecker_attention(*x, block_size=0),
+    "query has 7 positions and key_1 3": lambda x: ops.kronecker_attention(x[0], *(a[:, :3] for a in x[1:])),
+    "degree=3; kronecker_polynomial takes an even": lambda x: ops.kronecker_polynomial(*x, degree=3),
+    "segment_ids with causal=False": lambda x: ops.kronecker_polynomial(
+        *x, causal=False, segment_ids=jnp.zeros((2, 7), jnp.int32)
+    ),
+    "degree=3; KroneckerAttention takes an even": lambda x: KroneckerAttention(8, degree=3).init_state(1),
+    "bound=0; KroneckerAttention takes": lambda x: KroneckerAttention(8, bound=0).init_state(1, max_length=1),
+    "max_length=None; KroneckerAttention takes": lambda x: KroneckerAttention(8).init_state(1),
+    "ordered=True with causal=False; Kronecker": lambda x: KroneckerAttention(8, ordered=True, causal=False).init(
+        jax.random.key(0), jnp.zeros((1, 3, 8))
+    ),
+    "order=4; match_sums takes 2": lambda x: match_sums(jax.random.key(0), num_examples=1, order=4),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message](drawn(dtype=np.float32))
