@@ -42,6 +42,7 @@ from .orchid import CausalOrchid as CausalOrchid
 from .orchid import Orchid as Orchid
 from .performer import Performer as Performer
 from .rebased import ReBased as ReBased
+from .reformer import Reformer as Reformer
 from .retnet import RetNet as RetNet
 from .rglru import RGLRU as RGLRU
 from .rodimus import Rodimus as Rodimus

@@ -28,6 +28,7 @@ from .log_linear_attention import LogLinearState as LogLinearState
 from .log_linear_attention import log_linear_attention as log_linear_attention
 from .log_matmul import log_matmul as log_matmul
 from .log_recurrence import log_recurrence as log_recurrence
+from .lsh_attention import lsh_attention as lsh_attention
 from .nonlinear_recurrence import nonlinear_recurrence as nonlinear_recurrence
 from .selective_scan import selective_scan as selective_scan
 from .softmax_attention import softmax_attention as softmax_attention

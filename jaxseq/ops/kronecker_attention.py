@@ -1,4 +1,4 @@
-"""o_t = Σ_ij softmax_ij(scale · Σ_l q_tl k_il k'_jl) v_i ⊙ v'_j: attention to pairs of keys, exact or by a polynomial."""
+"""o_t = Σ_ij softmax_ij(scale · Σ_l q_tl k_il k'_jl) v_i ⊙ v'_j: attention to pairs of keys, exact or a polynomial."""
 
 import math
 from functools import partial
