@@ -9,6 +9,7 @@ Run     python -m experiments.mixer_table [--preset cpu|gpu] [--mixers gla,mamba
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 
 from jaxseq.analysis import BitsPerByte, decoding_speeds, state_bytes
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, joined
+from jaxseq.layers import GatedMLP
 from jaxseq.models import ModelConfig, mixer_names, named_language_model
 from jaxseq.models.named import slot_fields
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, device_mesh, digest, main
@@ -33,7 +35,7 @@ class Config:
     mixers: str = ""
     """Mixers by name, with commas between them; all that take prompts of any length where none is given."""
     parameters: int = 150_000
-    """Parameters of a model: each takes the width that comes nearest."""
+    """Parameters of a model: the width that comes nearest, and feed-forward layers as wide as fits."""
     test_windows: int = 64
     """Windows of the test files that are scored, evenly spread."""
     contexts: tuple[int, int] = (128, 32_768)
@@ -97,15 +99,19 @@ def size(model) -> int:
 
 
 def of_size(config: ModelConfig, parameters: int, step: int):
-    """The model, of a width that is a multiple of `step`, whose parameters come nearest: they grow with the width."""
-    model = lambda n: named_language_model(replace(config, width=n * step), VOCABULARY)
+    """The model of so many parameters: of the width, a multiple of `step`, that comes nearest, and what is too many or
+    too few is taken from its feed-forward layers or added to them."""
+    model = lambda n, **fields: named_language_model(replace(config, width=n * step), VOCABULARY, **fields)
     below, above = 1, 2
     while size(model(above)) < parameters:
         below, above = above, 2 * above
     while above - below > 1:
         middle = (below + above) // 2
         below, above = (middle, above) if size(model(middle)) < parameters else (below, middle)
-    return min(map(model, (below, above)), key=lambda model: abs(size(model) - parameters))
+    n = min((below, above), key=lambda n: abs(size(model(n)) - parameters))
+    width, layers = n * step, len(config.slots())
+    hidden = GatedMLP(width).width() + round((parameters - size(model(n))) / (3 * width * layers))
+    return model(n, mlp=partial(GatedMLP, hidden=max(1, hidden)))
 
 
 def measure(run: Run[Config]) -> None:
