@@ -53,6 +53,7 @@ from jaxseq.mixers import (
     MesaNet,
     MinGRU,
     MinLSTM,
+    PaTHAttention,
     Performer,
     ReBased,
     RetNet,
@@ -340,6 +341,19 @@ def _attention(inputs, segment_ids, impl, **options):
     return ops.softmax_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK, **options), ()
 
 
+def _path_inputs(rng, T, strength):
+    """Reflections between none and whole ones; the strong ones are whole, of few directions."""
+    inputs = _attention_inputs(rng, T, "mild") | {"log_decay": log_decays(rng, (2, T, 4), strength)}
+    directions, beta = _unit(rng.standard_normal((2, T, 2, 6))), rng.uniform(0, 2, (2, T, 2))
+    if strength == "strong":
+        directions, beta = directions[:, np.arange(T) % 3], np.full_like(beta, 2.0)
+    return inputs | {"direction": directions, "strength": beta}
+
+
+def _path(inputs, segment_ids, impl):
+    return ops.path_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK), ()
+
+
 def _log_linear_inputs(rng, T, strength):
     inputs = _gla_inputs(rng, T, strength, "B T H", key_heads=1)
     start = {"sums": rng.standard_normal((2, 2, 3, 4, 3)), "tokens": np.array([0.0, 5.0])}
@@ -458,6 +472,7 @@ OPS = {
         sweep=True,
         float32="float32 transform",
     ),
+    "path_attention": OpMember(_path_inputs, _path, whole=True),
     "log_linear_attention": OpMember(
         _log_linear_inputs, _log_linear, sweep=True, moving=("query", "key", "value", "level_scales", "log_decay")
     ),
@@ -510,6 +525,7 @@ class MixerMember(NamedTuple):
     gradient: str = "mixer"  # tolerance of gradients
     causal_to_rounding: bool = False  # always through a transform, which mixes all of time
     same_state: bool = True  # steps leave the state that a call does, not another form of it
+    whole: bool = False  # refuses time that is split over devices
     exact: dict[str, Any] = {}  # fields under which causality holds to the bit: a transform mixes all of time
 
 
@@ -738,6 +754,16 @@ MIXERS = {
     ),
     "ForgettingAttention window": MixerMember(
         partial(ForgettingAttention, WIDTH, num_heads=2, window=4), cheap=True, reach=4
+    ),
+    "PaTHAttention": MixerMember(
+        partial(PaTHAttention, WIDTH, num_heads=4, num_kv_heads=2, rank=3),
+        recurrent=False,
+        extreme={"q_proj/kernel": 30.0, "beta_proj/kernel": 300.0},
+        slow=True,
+        whole=True,
+    ),
+    "PaTHAttention fading": MixerMember(
+        partial(PaTHAttention, WIDTH, num_heads=2, rank=3, forget_gate=True), recurrent=False, cheap=True
     ),
     "Attention blocks": MixerMember(partial(Attention, WIDTH, num_heads=2, block_size=3), cheap=True),
     "Attention blocks looking back": MixerMember(

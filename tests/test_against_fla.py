@@ -1,6 +1,6 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
-Waiting for the work that builds what they check: fla_path_attn and fla_ttt_linear.
+Not reproduced: fla_ttt_linear, whose state takes a gradient step a mini-batch and is no scan of any monoid here.
 """
 
 from collections.abc import Callable
@@ -120,6 +120,12 @@ def forgetting(i, impl):
     return (ops.softmax_attention(i["q"], i["k"], i["v"], log_decay=i["g"], **options),)
 
 
+def along_a_path(i, impl):
+    """They scale the gates with the logits."""
+    options = dict(log_decay=i["const_scale"] * i["g"], scale=i["const_scale"], chunk_size=8, impl=impl)
+    return (ops.path_attention(i["q"], i["k"], i["v"], i["w"], i["beta"], **options),)
+
+
 def runs_of_tokens(i, impl):
     options = dict(scale=i["const_scale"], chunk_size=8, impl=impl)
     return ops.log_linear_attention(i["q"], i["k"], i["v"], i["level_scales"], i["g"], **options)[:1]
@@ -151,12 +157,13 @@ OPS = {
     "fla_gsa": Recorded(lambda i, impl: slots(i, i["s"], i["g"], impl=impl), ("hkt", "hvt")),
     "fla_abc": Recorded(bounded_memory, ()),
     "fla_forgetting_attn": Recorded(forgetting, (), (*FORMS, "parallel")),
+    "fla_path_attn": Recorded(along_a_path, (), (*FORMS, "parallel")),
     "fla_log_linear_attn": Recorded(runs_of_tokens, (), (*FORMS, "parallel")),
     "fla_mesa_net": Recorded(least_squares, ("hkk_t", "hkv_t")),
     "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
 }
 #: The widest of each family: in float32 too.
-IN_FLOAT32 = ("fla_gla", "fla_kda", "fla_dplr", "fla_forgetting_attn")
+IN_FLOAT32 = ("fla_gla", "fla_kda", "fla_dplr", "fla_forgetting_attn", "fla_path_attn")
 
 
 @recorded

@@ -239,6 +239,7 @@ q = jnp.zeros((2, 5, 4, 6))
 ids = jnp.zeros((2, 5), jnp.int32)
 A = jnp.zeros((3, 2), jnp.complex64)
 gla, scan, attend = ops.gated_linear_attention, ops.selective_scan, ops.softmax_attention
+path = partial(ops.path_attention, direction=q, strength=q[..., 0])
 BAD = {
     "decay shape": (partial(ops.linear_recurrence, x[..., :2], x), ValueError, "decay of shape .2, 5, 2."),
     "recurrence state": (partial(ops.linear_recurrence, x, x, initial_state=h[:1]), ValueError, "initial_state"),
@@ -293,6 +294,13 @@ BAD = {
     "attention segments": (
         partial(attend, q[:, :3], q, q, segment_ids=ids[:, :3]), ValueError, "key_segment_ids",
     ),
+    "path heads": (
+        partial(path, q, q[:, :, :3], q[:, :, :3], direction=q[:, :, :3], strength=q[:, :, :3, 0]),
+        ValueError, "key has 3 heads.*4 of query",
+    ),
+    "path lengths": (partial(path, q, q[:, :3], q[:, :3]), ValueError, "query has 5 positions and key 3"),
+    "path strength": (partial(path, q, q, q, strength=q[:, :3, :, 0]), ValueError, "strength has shape .2, 3, 4."),
+    "path chunk size": (partial(path, q, q, q, chunk_size=0), ValueError, "chunk_size=0"),
     "short convolution": (partial(ops.short_convolution, x, jnp.zeros((4, 2))), ValueError, "weight has shape .4, 2."),
     "convolution state": (
         partial(ops.short_convolution, x, jnp.zeros((4, 3)), initial_state=x), ValueError, "initial_state has shape",

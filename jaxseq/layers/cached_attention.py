@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..monoid import Affine, affine
 from ..segments import segment_counts, segment_starts, tokens_so_far
-from ..shapes import Array, Float, Int
+from ..shapes import Array, Float, Int, accumulator
 from ..sharded import across_devices, devices, first_position, on_last
 from .mixer import Mixer
 from .projection import projection, split_heads
@@ -42,13 +42,15 @@ def cached_attention(
     kv_heads: int,
     attend: Callable,
     log_decay: Array | None = None,
+    kept: Callable = lambda key: key,
 ) -> tuple[Array, AttentionState | None]:
     """y = W_o attend(q, k, v): a mixer's body, with the keys and values of its cache in front of those of x.
 
     `attend(q "B T H K", k "B L+T G K", v "B L+T G K", **packed) -> o "B T H K"`, where `packed` holds `segment_ids` and
     `key_segment_ids`, or nothing where all is one segment. `counts` number the segments from the one in progress at
     the start of the call, None where it goes on. `log_decay` `B T H`, of tokens of x, is cached as they are and handed
-    to `attend`. `mixer` has the fields of `Attention`. Without a state there is no cache, before or after.
+    to `attend`. `kept` maps the keys `B L+T G K` to what is cached of them. `mixer` has the fields of `Attention`.
+    Without a state there is no cache, before or after.
     """
     batch, length, d_model = x.shape
     q, k, v = query_key_value(mixer, x, 0 if state is None else state.position, kv_heads)
@@ -67,7 +69,7 @@ def cached_attention(
     y = out(attend(q, k, v, **packed))
     last = lambda a, like: on_last(a[:, a.shape[1] - cached :].astype(like.dtype))
     return y, AttentionState(
-        last(k, state.key),
+        last(kept(k) if cached else k, state.key),
         last(v, state.value),
         last(segments - segments[:, -1:], segments),
         state.position + length * devices(),
@@ -75,8 +77,10 @@ def cached_attention(
     )
 
 
-def empty_cache(mixer: Mixer, batch_size: int, spans: list[int | None], kv_heads: int, dtype) -> AttentionState:
-    """The state at the start: a cache of the shortest of these spans.
+def empty_cache(
+    mixer: Mixer, batch_size: int, spans: list[int | None], kv_heads: int, dtype, fading: bool = False
+) -> AttentionState:
+    """The state at the start: a cache of the shortest of these spans, with log decays where keys are `fading`.
 
     Raises:
       ValueError: none of them is known, or one is negative.
@@ -88,7 +92,9 @@ def empty_cache(mixer: Mixer, batch_size: int, spans: list[int | None], kv_heads
         raise ValueError(f"max_length={spans[0]}; {kind} takes 0 or more.")
     shape = (batch_size, min(known), kv_heads, mixer.d_model // mixer.num_heads)
     segment = jnp.full(shape[:2], -1, jnp.int32)
-    return AttentionState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), segment, jnp.zeros((), jnp.int32))
+    gates = jnp.zeros((*shape[:2], mixer.num_heads), accumulator(dtype)) if fading else None
+    zeros = jnp.zeros(shape, dtype)
+    return AttentionState(zeros, zeros, segment, jnp.zeros((), jnp.int32), log_decay=gates)
 
 
 def counted(segment_ids: Array | None) -> Array | None:

@@ -40,6 +40,7 @@ from .min_lstm import MinLSTM as MinLSTM
 from .mlstm import MLSTM as MLSTM
 from .orchid import CausalOrchid as CausalOrchid
 from .orchid import Orchid as Orchid
+from .path_attention import PaTHAttention as PaTHAttention
 from .performer import Performer as Performer
 from .rebased import ReBased as ReBased
 from .reformer import Reformer as Reformer

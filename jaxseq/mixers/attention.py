@@ -74,10 +74,8 @@ class Attention(Mixer):
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> AttentionState:
         span, kv_heads = self._span(), self._kv_heads()
-        state = empty_cache(self, batch_size, [max_length, span if span is None else span - 1], kv_heads, dtype)
-        if self.forget_gate:
-            gates = jnp.zeros((*state.segment.shape, self.num_heads), accumulator(dtype))
-            state = state._replace(log_decay=gates)
+        spans = [max_length, span if span is None else span - 1]
+        state = empty_cache(self, batch_size, spans, kv_heads, dtype, self.forget_gate)
         if self.block_size is None:
             return state
         # Below every block that a query may look back to.

@@ -30,6 +30,8 @@ from .log_matmul import log_matmul as log_matmul
 from .log_recurrence import log_recurrence as log_recurrence
 from .lsh_attention import lsh_attention as lsh_attention
 from .nonlinear_recurrence import nonlinear_recurrence as nonlinear_recurrence
+from .path_attention import path_attention as path_attention
+from .path_attention import reflected_keys as reflected_keys
 from .selective_scan import selective_scan as selective_scan
 from .softmax_attention import softmax_attention as softmax_attention
 from .state_space import diagonal_kernel as diagonal_kernel

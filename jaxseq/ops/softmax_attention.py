@@ -49,6 +49,11 @@ def sequential(q, k, v, positions, segments, sums, rules):
 def parallel(q, k, v, positions, segments, sums, rules):
     """All pairs at once: T·S logits a head."""
     logits = rules.capped(jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=accumulator(q.dtype)))
+    return averaged(logits, v, positions, segments, sums, rules)
+
+
+def averaged(logits, v, positions, segments, sums, rules):
+    """Values of what each query may see, by the softmax of its logits `B G R T S`."""
     logits = decayed(logits, sums, queries=3)
     mask = rules.visible(*positions, segments)[:, None, None]
     # A query that sees nothing has a zero row, and no NaN in its gradient.
@@ -90,7 +95,7 @@ def in_kernel(sight: Sight, q, k, v, positions, segments, sums):
     return o.reshape(*q.shape[:-1], v.shape[-1])
 
 
-def _visible(causal, window, look_back, query_positions, key_positions, segments):
+def visible(causal, window, look_back, query_positions, key_positions, segments):
     """Which keys `S` each query `T` may see, `1|B T S`."""
     lag = query_positions[:, None] - key_positions[None, :]
     seen = key_positions[None, :] > NOWHERE
@@ -158,7 +163,7 @@ def softmax_attention(
     q = query * jnp.asarray(width**-0.5 if scale is None else scale, query.dtype)
     q = q.reshape(batch, length, groups, heads // groups, width)
     capped = (lambda x: x) if logit_softcap is None else (lambda x: logit_softcap * jnp.tanh(x / logit_softcap))
-    rules = Rules(partial(_visible, causal, window, look_back), capped)
+    rules = Rules(partial(visible, causal, window, look_back), capped)
     finish = lambda o: o.reshape(batch, length, heads, -1).astype(value.dtype)
     positions = jnp.arange(span - length, span, dtype=jnp.int32), jnp.arange(span, dtype=jnp.int32)
     # What a window reaches back, where the device before has it all.
@@ -174,7 +179,7 @@ def softmax_attention(
     sums = None
     if log_decay is not None:
         per_head = log_decay.reshape(batch, span, groups, -1).astype(accumulator(log_decay.dtype))
-        total = _running_sum(per_head, across=behind is None)
+        total = running_sum(per_head, across=behind is None)
         sums = jax.tree.map(lambda x: x[:, span - length :], total), total
     if is_split() and behind is None:
         if length != span:
@@ -199,7 +204,7 @@ def softmax_attention(
     return finish(dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments, sums))
 
 
-def _running_sum(x, across: bool) -> Expansion:
+def running_sum(x, across: bool) -> Expansion:
     """Sums over the tokens so far, of all devices or of this one."""
     start = Expansion(jnp.zeros_like(x[:, 0]), jnp.zeros_like(x[:, 0]))
     run = sharded if is_split() and across else scan
