@@ -25,6 +25,7 @@ MODELS = {
     "one mixer": LanguageModel(VOCAB, WIDTH, (gla,) * 3),
     "hybrid, tied": LanguageModel(VOCAB, WIDTH, (partial(Mamba, state_size=4), attention) * 2, tied=True),
     "n-grams": LanguageModel(VOCAB, WIDTH, (gla,), ngrams=(2, 4), ngram_buckets=64),
+    "shared": LanguageModel(VOCAB, WIDTH, (gla, attention) * 2, shared=True),
     "no pattern, no mlp": LanguageModel(VOCAB, WIDTH, (partial(S4D, state_size=4), gla, None, attention), mlp=None),
 }
 tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
@@ -81,6 +82,29 @@ def test_layers_do_not_share_parameters():
         rest = count(shapes((None,))["params"]) - count(shapes((None,))["params"]["stack"]["layers"])
         blocks = sum(count(shapes((slot,))["params"]["stack"]["layers"]) for slot in stack)
         assert count(shapes(stack)) == rest + blocks
+
+
+def test_shared_layers_are_one_layer():
+    """As many parameters as one period has; value and gradient are those of layers that happen to be equal, summed."""
+    mixers = (gla, attention) * 3
+    shared, free = LanguageModel(VOCAB, WIDTH, mixers, shared=True), LanguageModel(VOCAB, WIDTH, mixers)
+    params = initialised(shared, tokens)
+    assert count(params) == count(
+        jax.eval_shape(LanguageModel(VOCAB, WIDTH, mixers[:2]).init, jax.random.key(0), tokens)
+    )
+
+    def of_layers(params, change):
+        stack = params["params"]["stack"]
+        stack = stack | {"layers": jax.tree.map(change, stack["layers"])}
+        return {"params": params["params"] | {"stack": stack}}
+
+    loss = lambda model, params: jnp.sum(jnp.sin(model.apply(params, tokens)))
+    gradient = lambda model, params: jax.value_and_grad(partial(loss, model))(params)
+    equal = of_layers(params, lambda x: jnp.broadcast_to(x[None], (3, *x.shape)))
+    (value, grads), (expected, apart) = jax.jit(lambda *of: (gradient(shared, of[0]), gradient(free, of[1])))(
+        params, equal
+    )
+    assert_close((value, grads), (expected, of_layers(apart, lambda x: x.sum(0))), "mixer")
 
 
 def test_a_module_is_no_slot():

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
 from ..layers.mixer import Mixer
-from ..shapes import Array, Float, Int, typed
+from ..shapes import Array, Float, Int, accumulator, typed
+from .reversible import coupled_scan
 
 #: Norms by name: divided by the root mean square of the channels, or shifted to mean 0 first.
 NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
@@ -18,6 +19,9 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.Lay
 #: A slot: a callable that takes `d_model` and returns a module. Not a module, because one linen instance placed
 #: twice silently shares its parameters.
 Slot = Callable[..., nn.Module] | None
+#: What layers may sow into, and the rngs that each has keys of its own from.
+SOWN = ("losses", "intermediates")
+RNGS = ("dropout", "subsample", "features")
 
 
 class Block(nn.Module):
@@ -26,6 +30,8 @@ class Block(nn.Module):
     Without `prenorm` x ← norm(x + dropout(mixer(x))). Where there is an rng "dropout", channels are dropped for all of
     the time at once: a mask a token generalises worse (S4's authors). A mixer that is no `Mixer`, as it looks at the
     whole sequence, is called, and has no state.
+
+    x may be two streams: then each branch f makes (b, a + f(b)) of (a, b).
     """
 
     d_model: int
@@ -40,13 +46,18 @@ class Block(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def __call__(self, x: Float[Array, "B T D"] | tuple, state: Any, segment_ids: Int[Array, "B T"] | None = None):
         normed = lambda x, part: NORMS[self.norm](self.norm_eps, name=f"{part}_norm", **self._dtypes())(x)
-        before = lambda x, part: normed(x, part) if self.prenorm else x
         dropout = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not self.has_rng("dropout"))
+
+        def before(x, part):
+            read = x[1] if isinstance(x, tuple) else x
+            return normed(read, part) if self.prenorm else read
 
         def added(x, y, part):
             # The residual stream keeps its own dtype: sums over depth are the last place for bfloat16.
+            if isinstance(x, tuple):
+                return x[1], x[0] + dropout(y).astype(x[0].dtype)
             total = x + dropout(y).astype(x.dtype)
             return total if self.prenorm else normed(total, part).astype(x.dtype)
 
@@ -95,6 +106,15 @@ class Stack(nn.Module):
     Depth is a scan over the shortest repeating pattern of `mixers`, so compile time does not grow with it; each
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of
     `jax.checkpoint_policies`) allows. States are one tuple entry a slot of the pattern, with the repeats in front.
+
+    With `shared` all repeats of the pattern have the parameters of one (ALBERT, arXiv 1909.11942): each layer of a
+    model of one mixer is the same. States stay their own.
+
+    With `reversible` there are two streams, x twice at first and their mean at the end, and each branch f makes
+    (b, a + f(b)) of (a, b): y₁ = x₁ + mixer(x₂), y₂ = x₂ + mlp(y₁) (Reformer, arXiv 2001.04451, section 3). The
+    backward pass makes what went into a branch from what came out, so memory for activations does not grow with depth;
+    random masks are drawn again, the same. Streams are at least float32, as what that rounds adds up. `remat` False
+    differentiates the same layers and keeps all activations. There is no reversible stack without `prenorm`.
     """
 
     d_model: int
@@ -106,6 +126,8 @@ class Stack(nn.Module):
     dropout: float = 0.0
     remat: bool = True
     remat_policy: Callable | None = None
+    shared: bool = False
+    reversible: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -118,22 +140,76 @@ class Stack(nn.Module):
             raise ValueError(f"norm={self.norm!r}; choose one of {', '.join(NORMS)}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; a share of the channels, 0 or more and below 1.")
+        if self.reversible and not self.prenorm:
+            raise ValueError("prenorm=False: a norm of the sum cannot be undone; reversible=True takes prenorm=True.")
+        if self.reversible and self.remat_policy is not None:
+            raise ValueError("remat_policy says what is saved; reversible=True saves nothing: take None.")
+        names = ("d_model", "mlp", "norm", "norm_eps", "prenorm", "dropout", "dtype", "param_dtype")
+        block = {name: getattr(self, name) for name in names}
+        if self.reversible:
+            streams, states = self._coupled(block, x.astype(accumulator(x.dtype)), states, segment_ids)
+            x = ((streams[0] + streams[1]) / 2).astype(x.dtype)
+        else:
+            x, states = self._scanned(block, x, states, segment_ids)
+        if self.prenorm:
+            x = NORMS[self.norm](self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
+        return x, states
+
+    def _scanned(self, block, x, states, segment_ids):
         pattern, repeats = self._pattern()
-        period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if self.remat else Pattern
+        rematerialised = self.remat and not self.reversible
+        period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if rematerialised else Pattern
         scanned = nn.scan(
             period,
-            variable_axes={"params": 0, "losses": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True, "subsample": True, "features": True},
+            variable_axes={name: 0 for name in SOWN} | ({} if self.shared else {"params": 0}),
+            variable_broadcast="params" if self.shared else False,
+            split_rngs={"params": not self.shared} | {name: True for name in RNGS},
             in_axes=(0, nn.broadcast),
             length=repeats,
             metadata_params={nn.PARTITION_NAME: None},
         )
-        names = ("d_model", "mlp", "norm", "norm_eps", "prenorm", "dropout", "dtype", "param_dtype")
-        block = {name: getattr(self, name) for name in names}
-        x, states = scanned(mixers=pattern, block=block, name="layers")(x, states, segment_ids)
-        if self.prenorm:
-            x = NORMS[self.norm](self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
-        return x, states
+        return scanned(mixers=pattern, block=block, name="layers")(x, states, segment_ids)
+
+    def _coupled(self, block, x, states, segment_ids):
+        """Both streams and the states, by functions of the parameters that `_scanned` makes."""
+        if self.is_initializing():
+            return self._scanned(block, (x, x), states, segment_ids)
+        pattern, repeats = self._pattern()
+        parts = [(i, {"mixer": None, "mlp": None} | part) for i, mixer in enumerate(pattern)
+                 for part in ({"mixer": mixer}, {"mlp": self.mlp})]  # fmt: skip
+        halves = [(i, slots) for i, slots in parts if any(slots.values())]
+        sown_to = [name for name in SOWN if self.is_mutable_collection(name)]
+        params = self.variables["params"]["layers"]
+        keys = {name: jax.random.split(self.make_rng(name), repeats) for name in RNGS if self.has_rng(name)}
+
+        def branch(number, i, slots):
+            half = Block(**block | slots, parent=None)
+
+            def run(b, layer, common):
+                (own, states, keys), (shared, segment_ids) = layer, common
+                variables = {"params": (own if shared is None else shared)[f"block_{i}"]}
+                state = states and slots["mixer"] and states[i]
+                rngs = {name: jax.random.fold_in(key, number) for name, key in keys.items()}
+                ((_, y), state), sown = half.apply(
+                    variables, (jnp.zeros_like(b), b), state, segment_ids, rngs=rngs, mutable=sown_to
+                )
+                return y, (states and state, sown)
+
+            return run
+
+        branches = [branch(number, *half) for number, half in enumerate(halves)]
+        own, shared = (None, params) if self.shared else (params, None)
+        layers, common = (own, states, keys), (shared, segment_ids)
+        streams, outs = coupled_scan(branches, (x, x), layers, common, repeats, undo=self.remat)
+        after, sown = [None] * len(pattern), {name: {} for name in sown_to}
+        for (i, slots), (state, more) in zip(halves, outs, strict=True):
+            after[i] = state if slots["mixer"] else after[i]
+            for name, tree in more.items():
+                sown[name].setdefault(f"block_{i}", {}).update(tree)
+        for name, tree in sown.items():
+            if tree:
+                self.put_variable(name, "layers", tree)
+        return streams, tuple(after)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):

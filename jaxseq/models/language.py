@@ -27,7 +27,8 @@ class LanguageModel(nn.Module):
     `mixers` holds one slot a layer, each a callable that takes `d_model`: `(partial(GLA, num_heads=4),) * 4`, or
     different ones for a hybrid. `mlp` is the slot of the feed-forward layers, None for none. With `tied` the head is
     the embedding table. `ngrams` are the sizes of n-grams whose hashed embeddings are added to the tokens' own
-    (`NgramEmbedding`). `dtype` is what layers compute in; parameters, states and logits stay at least float32.
+    (`NgramEmbedding`). `shared`, one set of parameters for all layers, and `reversible`, memory that does not grow with
+    depth, are as in `Stack`. `dtype` is what layers compute in; parameters, states and logits stay at least float32.
     """
 
     vocab_size: int
@@ -40,6 +41,8 @@ class LanguageModel(nn.Module):
     norm_eps: float = 1e-6
     remat: bool = True
     remat_policy: Callable | None = None
+    shared: bool = False
+    reversible: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -103,5 +106,6 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def _stack(self, **options) -> Stack:
-        names = ("d_model", "mixers", "mlp", "norm_eps", "remat", "remat_policy", "dtype", "param_dtype")
-        return Stack(**{name: getattr(self, name) for name in names}, name="stack", **options)
+        names = ("d_model", "mixers", "mlp", "norm_eps", "remat", "remat_policy", "shared", "reversible")
+        fields = {name: getattr(self, name) for name in (*names, "dtype", "param_dtype")}
+        return Stack(**fields, name="stack", **options)
