@@ -15,14 +15,12 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import log_sigmoid, sigmoid, softplus
-from matplotlib.figure import Figure
 
 from jaxseq import ops
 from jaxseq.analysis import in_turns, timed
@@ -327,23 +325,23 @@ LINE = (
 )
 
 
-def draw_plot(rows: list[dict], path: Path) -> None:
+def draw_plot(run: Run, rows: list[dict]) -> None:
     """A panel an op: time over T."""
     names = list(dict.fromkeys(row["op"] for row in rows))
     height = -(-len(names) // 3)
-    figure = Figure(figsize=(12, 3 * height), dpi=150, layout="constrained")
-    panels = figure.subplots(height, 3, squeeze=False).flat
-    for axes, name in zip(panels, names, strict=False):
-        for form in dict.fromkeys(row["form"] for row in rows if row["op"] == name):
-            of = [row for row in rows if row["op"] == name and row["form"] == form]
-            axes.plot([row["length"] for row in of], [row["training_ms"] for row in of], "o-", label=form, markersize=3)
-        axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
-        axes.set_title(name, fontsize="small")
-        axes.legend(fontsize="x-small", frameon=False)
-    for axes in panels:
-        axes.axis("off")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("times", figsize=(12, 3 * height)) as figure:
+        panels = figure.subplots(height, 3, squeeze=False).flat
+        for axes, name in zip(panels, names, strict=False):
+            for form in dict.fromkeys(row["form"] for row in rows if row["op"] == name):
+                of = [row for row in rows if row["op"] == name and row["form"] == form]
+                axes.plot(
+                    [row["length"] for row in of], [row["training_ms"] for row in of], "o-", label=form, markersize=3
+                )
+            axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
+            axes.set_title(name, fontsize="small")
+            axes.legend(fontsize="x-small", frameon=False)
+        for axes in panels:
+            axes.axis("off")
 
 
 def measure(run: Run[Config]) -> None:
@@ -359,7 +357,7 @@ def measure(run: Run[Config]) -> None:
                 numbers = {name: float(x) for name, x in row.items() if name not in ("op", "length", "form")}
                 writer.write(kernel.length, f"{kernel.name}/{row['form']}", numbers)
     write_json(run.folder / "table.json", {"rows": rows, "machine": best._asdict()})
-    draw_plot(rows, run.folder / "plots" / "times.png")
+    draw_plot(run, rows)
     verdict(run, rows)
 
 

@@ -15,14 +15,12 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn import log_sigmoid, log_softmax, sigmoid, softplus
-from matplotlib.figure import Figure
 
 from jaxseq import ops
 from jaxseq.analysis import Case, Timing, exponent, side_by_side
@@ -264,31 +262,31 @@ def against_peers(table: list[list[Timing]]) -> dict[str, float]:
     return {library: min(ratios) for library, ratios in measured.items() if ratios}
 
 
-def draw(table: list[list[Timing]], path: Path) -> None:
+def draw(run: Run, table: list[list[Timing]]) -> None:
     """A panel an op: time over T where it was measured at several lengths, else a bar a form."""
     ops_rows: dict[str, list[Timing]] = {}
     for row in (row for rows in table for row in rows):
         ops_rows.setdefault(row.op, []).append(row)
     height = -(-len(ops_rows) // 3)
-    figure = Figure(figsize=(12, 3 * height), dpi=150, layout="constrained")
-    panels = figure.subplots(height, 3, squeeze=False).flat
-    for axes, (op, rows) in zip(panels, ops_rows.items(), strict=False):
-        names, lengths = dict.fromkeys(row.form for row in rows), {row.length for row in rows}
-        if len(lengths) == 1:
-            axes.barh([*names], [row.training_ms for row in rows], 0.8, color="#b9cfe8", label="forward and backward")
-            axes.barh([*names], [row.forward_ms for row in rows], 0.4, color="#3b6fb6", label="forward")
-            axes.set(xscale="log", xlabel=f"ms at T = {lengths.pop()}")
-            axes.invert_yaxis()
-        for name in names if len(lengths) > 1 else ():
-            of = [row for row in rows if row.form == name]
-            axes.plot([row.length for row in of], [row.training_ms for row in of], "o-", label=name, markersize=3)
-            axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
-        axes.set_title(op, fontsize="small")
-        axes.legend(fontsize="x-small", frameon=False)
-    for axes in panels:
-        axes.axis("off")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("times", figsize=(12, 3 * height)) as figure:
+        panels = figure.subplots(height, 3, squeeze=False).flat
+        for axes, (op, rows) in zip(panels, ops_rows.items(), strict=False):
+            names, lengths = dict.fromkeys(row.form for row in rows), {row.length for row in rows}
+            if len(lengths) == 1:
+                axes.barh(
+                    [*names], [row.training_ms for row in rows], 0.8, color="#b9cfe8", label="forward and backward"
+                )
+                axes.barh([*names], [row.forward_ms for row in rows], 0.4, color="#3b6fb6", label="forward")
+                axes.set(xscale="log", xlabel=f"ms at T = {lengths.pop()}")
+                axes.invert_yaxis()
+            for name in names if len(lengths) > 1 else ():
+                of = [row for row in rows if row.form == name]
+                axes.plot([row.length for row in of], [row.training_ms for row in of], "o-", label=name, markersize=3)
+                axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
+            axes.set_title(op, fontsize="small")
+            axes.legend(fontsize="x-small", frameon=False)
+        for axes in panels:
+            axes.axis("off")
 
 
 def exponents(table: list[list[Timing]]) -> list[dict]:
@@ -324,7 +322,7 @@ def measure(run: Run[Config]) -> None:
         print("{:<35}{:<17}{:>12.2f}{:>6.2f}{:>15.2f}{:>6.2f}".format(*fit.values()))
     rows = [row._asdict() for rows in table for row in rows]
     write_json(run.folder / "table.json", {"rows": rows, "exponents": growth})
-    draw(table, run.folder / "plots" / "times.png")
+    draw(run, table)
     verdict(run, table)
 
 

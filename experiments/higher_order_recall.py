@@ -13,13 +13,11 @@ Run     python -m experiments.higher_order_recall [--preset cpu|gpu|debug]
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq.analysis.timing import exponent, in_turns
 from jaxseq.layers.self_attention import SelfAttention
@@ -28,7 +26,6 @@ from jaxseq.models import Stack
 from jaxseq.ops import kronecker_attention, kronecker_polynomial
 from jaxseq.tasks import match_sums
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
-from jaxseq.train.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def errors_of_the_polynomial(seeds: int = 5) -> dict[str, float]:
 
 
 def measure(run: Run[Config]) -> None:
-    config, path = run.config, run.folder / "table.json"
+    config = run.config
     draw = jax.jit(partial(match_sums, length=config.length, modulus=config.modulus), static_argnames="num_examples")
     drawn = lambda key, n: dict(zip(("inputs", "labels"), map(np.asarray, draw(key, num_examples=n)), strict=True))
     train_key, test_key = jax.random.split(jax.random.key(config.seed))
@@ -144,8 +141,7 @@ def measure(run: Run[Config]) -> None:
     test = drawn(test_key, 4000)
     hand = balanced_accuracy(np.eye(2)[by_hand(test["inputs"], config.modulus).astype(int)], test["labels"])
     print(f"{test['labels'].mean():.2f} of the numbers have partners; by hand {hand:.4f} of them are found", flush=True)
-    table: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
-    params = {}
+    table, params = {}, {}
     for kind in KINDS:
         model = Tagger(config, kind)
 
@@ -156,14 +152,14 @@ def measure(run: Run[Config]) -> None:
             part = f"{kind.replace(' ', '_')}-{seed}"
             init = lambda key, model=model, seed=seed: model.init(jax.random.fold_in(key, seed), test["inputs"][:1])
             params[part] = run.fit(loss, init, batches, part=part).params
-            if part not in table:
-                accuracy = balanced_accuracy(
-                    np.asarray(jax.jit(model.apply)(params[part], test["inputs"])), test["labels"]
-                )
-                size = sum(x.size for x in jax.tree.leaves(params[part]))
-                table[part] = {"accuracy": accuracy, "parameters": size}
-                write_json(path, table)
+
+            def tested(model=model, part=part):
+                outputs = np.asarray(jax.jit(model.apply)(params[part], test["inputs"]))
+                accuracy = balanced_accuracy(outputs, test["labels"])
                 run.record(config.train.steps, f"test/{part}", {"accuracy": accuracy})
+                return {"accuracy": accuracy, "parameters": sum(x.size for x in jax.tree.leaves(params[part]))}
+
+            table[part] = run.kept(part, tested)
             print(f"{part:<20}{table[part]['accuracy']:.4f}  {table[part]['parameters']:,} parameters", flush=True)
     verdict(run, table, hand, digest(params))
 
@@ -199,7 +195,7 @@ def verdict(run: Run[Config], table, hand: float, parameters_digest: str) -> Non
         "the polynomial where they are not": gains[3.0] <= GAINS[3.0],
         "linear": linear_power <= 1.15,
     }
-    plot(run.folder / "plots" / "kronecker.png", errors, {"exact": exact, "polynomial": linear})
+    plot(run, errors, {"exact": exact, "polynomial": linear})
     run.finish(
         claim="one layer of third-order attention finds triples, one of softmax attention does not",
         measured={kind: mean[kind] for kind in list(KINDS)[:2]}
@@ -215,22 +211,19 @@ def verdict(run: Run[Config], table, hand: float, parameters_digest: str) -> Non
     )
 
 
-def plot(path: Path, errors: dict[str, float], times: dict[str, dict[int, float]]) -> None:
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    bounds = sorted({name.split(",")[0] for name in errors})
-    for bound in bounds:
-        points = {int(name.split()[-1]): e for name, e in errors.items() if name.startswith(f"{bound},")}
-        left.plot(list(points), list(points.values()), "o-", label=f"entries up to {bound}")
-    left.set(yscale="log", xlabel="degree", ylabel="largest error of the polynomial")
-    for name, points in times.items():
-        right.plot(list(points), list(points.values()), "o-", label=name)
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
-    for axes in (left, right):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+def plot(run: Run, errors: dict[str, float], times: dict[str, dict[int, float]]) -> None:
+    with run.figure("kronecker", figsize=(9, 4)) as figure:
+        left, right = figure.subplots(1, 2)
+        bounds = sorted({name.split(",")[0] for name in errors})
+        for bound in bounds:
+            points = {int(name.split()[-1]): e for name, e in errors.items() if name.startswith(f"{bound},")}
+            left.plot(list(points), list(points.values()), "o-", label=f"entries up to {bound}")
+        left.set(yscale="log", xlabel="degree", ylabel="largest error of the polynomial")
+        for name, points in times.items():
+            right.plot(list(points), list(points.values()), "o-", label=name)
+        right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+        for axes in (left, right):
+            axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

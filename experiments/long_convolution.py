@@ -11,12 +11,10 @@ Run     python -m experiments.long_convolution [--preset cpu|gpu] [--lengths 102
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from matplotlib.figure import Figure
 
 from jaxseq.analysis.timing import exponent, in_turns
 from jaxseq.mixers import Hyena, LongConv
@@ -98,7 +96,7 @@ def measure(run: Run[Config]) -> None:
             milliseconds.setdefault(name, {})[length] = time
         print(f"T = {length:>6,}: " + "  ".join(f"{name} {found[name]:,.1f} ms" for name in sorted(found)), flush=True)
     exponents = {name: round(exponent(points, points.values()), 3) for name, points in milliseconds.items()}
-    plot(run.folder / "plots" / "milliseconds.png", milliseconds, exponents)
+    plot(run, milliseconds, exponents)
     mine = {name: exponents[name] for name in MIXERS}
     run.finish(
         claim="decoding grows slower than T^1.3 and equals one call",
@@ -111,16 +109,13 @@ def measure(run: Run[Config]) -> None:
     )
 
 
-def plot(path: Path, milliseconds: dict[str, dict[int, float]], exponents: dict[str, float]) -> None:
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for name, points in milliseconds.items():
-        axes.plot(list(points), list(points.values()), "o-", label=f"{name}, T^{exponents[name]:.2f}")
-    axes.set(xscale="log", yscale="log", xlabel="tokens decoded one by one", ylabel="milliseconds")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+def plot(run: Run, milliseconds: dict[str, dict[int, float]], exponents: dict[str, float]) -> None:
+    with run.figure("milliseconds", figsize=(6, 4)) as figure:
+        axes = figure.subplots()
+        for name, points in milliseconds.items():
+            axes.plot(list(points), list(points.values()), "o-", label=f"{name}, T^{exponents[name]:.2f}")
+        axes.set(xscale="log", yscale="log", xlabel="tokens decoded one by one", ylabel="milliseconds")
+        axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

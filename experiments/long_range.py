@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from jaxseq import S4D, Attention, Classifier, Mamba
 from jaxseq.data import Labelled, listops_table, mnist, spoken_digits
@@ -306,7 +305,7 @@ def measure(run: Run[Config]) -> None:
         print(f"{part:<20}{metrics['accuracy']:.4f}", flush=True)
         run.record(config.train.steps, f"test/{part}", metrics)
     run.plot()
-    plot(found, majority, run.folder / "plots" / "accuracy.png")
+    plot(run, found, majority)
     means = lambda scores: {name: float(np.mean(values)) for name, values in scores.items()}
     margins = asked(config, means(found), means(half_rate))
     run.finish(
@@ -338,18 +337,16 @@ def asked(config: Config, mean: dict[str, float], half_rate: dict[str, float]) -
     return {name: (round(value, 6), least) for name, (value, least) in pairs.items()}
 
 
-def plot(found: dict[str, list[float]], majority: float, path: Path) -> None:
+def plot(run: Run, found: dict[str, list[float]], majority: float) -> None:
     """Means as bars, seeds as points."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for place, (name, values) in enumerate(reversed(found.items())):
-        axes.barh(name, np.mean(values), color="C0")
-        axes.plot(values, [place] * len(values), "k.", markersize=4)
-    axes.axvline(majority, color="black", linestyle=":", label="majority class")
-    axes.set_xlabel("test accuracy")
-    axes.legend()
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("accuracy", figsize=(8, 4)) as figure:
+        axes = figure.subplots()
+        for place, (name, values) in enumerate(reversed(found.items())):
+            axes.barh(name, np.mean(values), color="C0")
+            axes.plot(values, [place] * len(values), "k.", markersize=4)
+        axes.axvline(majority, color="black", linestyle=":", label="majority class")
+        axes.set_xlabel("test accuracy")
+        axes.legend()
 
 
 if __name__ == "__main__":

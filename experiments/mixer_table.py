@@ -4,18 +4,16 @@ Claim   Mixers whose state does not grow decode as fast after 32,768 tokens as a
         them predicts text better than softmax attention of as many parameters after as many tokens.
 Source  The constant cost of a token is what recurrent models are made for (Mamba, arXiv 2312.00752, section 4.5, GLA,
         arXiv 2312.06635, section 5); the table itself is ours.
-Expect  The best 3.2 bits per byte, attention 3.9; 25 minutes on 2 CPU cores for 32 mixers.
+Expect  The best 3.2 bits per byte, attention 3.9; about a minute a mixer on 2 CPU cores.
 Run     python -m experiments.mixer_table [--preset cpu|gpu] [--mixers gla,mamba,attention]
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq.analysis import BitsPerByte, decoding_speeds, state_bytes
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, joined
@@ -23,7 +21,6 @@ from jaxseq.layers import GatedMLP
 from jaxseq.models import ModelConfig, mixer_names, named_language_model
 from jaxseq.models.named import slot_fields
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, device_mesh, digest, main
-from jaxseq.train.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,8 @@ class Config:
         for name in ("parameters", "test_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 < self.contexts[0] < self.contexts[1]:
+            raise ValueError(f"contexts={self.contexts} must be few tokens, and then more.")
         for name in self.names():
             replace(self.model, mixers=name)
 
@@ -122,17 +121,13 @@ def measure(run: Run[Config]) -> None:
     test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
     prompt = np.resize(np.frombuffer(joined(text.test), np.uint8), (1, max(config.contexts))).astype(np.int32)
     run.require_same(bytes=len(windows.text))
-    path = run.folder / "table.json"
-    table = read_json(path) if path.exists() else {}
+    table = {}
     print(f"{'mixer':<18}" + "".join(f"{name:>{len(form.format(0))}}" for name, form in COLUMNS.items()))
     for name in config.names():
-        if name not in table:
-            table[name] = figures(run, name, windows, test, prompt)
-            write_json(path, table)
-            run.record(config.train.steps, f"test/{name}", {k: v for k, v in table[name].items() if k != "digest"})
+        table[name] = run.kept(name, lambda name=name: figures(run, name, windows, test, prompt))
         print(f"{name:<18}" + "".join(form.format(table[name][key]) for key, form in COLUMNS.items()), flush=True)
-    draw({name: table[name] for name in config.names()}, run.folder / "plots" / "quality.png")
-    verdict(run, {name: table[name] for name in config.names()})
+    draw(run, table)
+    verdict(run, table)
 
 
 def figures(run: Run[Config], name: str, windows: TextWindows, test: np.ndarray, prompt: np.ndarray) -> dict:
@@ -152,6 +147,7 @@ def figures(run: Run[Config], name: str, windows: TextWindows, test: np.ndarray,
     few, many = config.contexts
     short, long = decoding_speeds(model, trained.params, jnp.asarray(prompt), (few, many))
     steps = trained.step - trained.first_step
+    run.record(config.train.steps, f"test/{name}", score)
     return {
         "width": model.d_model,
         "parameters": size(model),
@@ -170,36 +166,32 @@ def verdict(run: Run[Config], table: dict[str, dict]) -> None:
     ratios = {name: row["decoding_long"] / row["decoding_short"] for name, row in constant.items()}
     best = min(constant, key=lambda name: constant[name]["bits_per_byte"], default=None)
     growing = {name: row["bits_per_byte"] for name, row in table.items() if row["grows"]}
-    better = best is not None and all(constant[best]["bits_per_byte"] < bits for bits in growing.values())
+    beaten = [best is not None and constant[best]["bits_per_byte"] < bits for bits in growing.values()]
     run.finish(
         claim="a state that does not grow decodes as fast late as early, and the best of them beats attention",
         measured={"least ratio of decoding speeds": min(ratios.values(), default=None)}
         | ({} if best is None else {f"bits per byte, {best}": constant[best]["bits_per_byte"]}),
         baseline={f"bits per byte, {name}": bits for name, bits in growing.items()},
         threshold={"ratio of decoding speeds": [0.9, 1.1]},
-        holds=better and all(0.9 <= ratio <= 1.1 for ratio in ratios.values()),
+        holds=any(beaten) and all(beaten) and all(0.9 <= ratio <= 1.1 for ratio in ratios.values()),
         table=table,
         decoding_ratios=ratios,
     )
 
 
-def draw(table: dict[str, dict], path: Path) -> None:
+def draw(run: Run, table: dict[str, dict]) -> None:
     """Quality against state size; numbers stand for names, which are listed from the best on."""
-    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    ranked = sorted(table, key=lambda name: table[name]["bits_per_byte"])
-    for rank, name in enumerate(ranked, 1):
-        x, y = table[name]["state_bytes"] / 1024, table[name]["bits_per_byte"]
-        color = "#d1602f" if table[name]["grows"] else "#3b6fb6"
-        axes.plot(x, y, "o", color=color, markersize=5, label=f"{rank:>2}  {name}  {y:.2f}")
-        axes.annotate(str(rank), (x, y), xytext=(4, 3), textcoords="offset points", fontsize="x-small")
-    axes.set(xscale="log", xlabel="state of a sequence, KiB", ylabel="test bits per byte")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    columns = -(-len(ranked) // 35)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="x-small", ncols=columns)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("quality", figsize=(9, 5.5)) as figure:
+        axes = figure.subplots()
+        ranked = sorted(table, key=lambda name: table[name]["bits_per_byte"])
+        for rank, name in enumerate(ranked, 1):
+            x, y = table[name]["state_bytes"] / 1024, table[name]["bits_per_byte"]
+            color = "#d1602f" if table[name]["grows"] else "#3b6fb6"
+            axes.plot(x, y, "o", color=color, markersize=5, label=f"{rank:>2}  {name}  {y:.2f}")
+            axes.annotate(str(rank), (x, y), xytext=(4, 3), textcoords="offset points", fontsize="x-small")
+        axes.set(xscale="log", xlabel="state of a sequence, KiB", ylabel="test bits per byte")
+        columns = -(-len(ranked) // 35)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="x-small", ncols=columns)
 
 
 if __name__ == "__main__":

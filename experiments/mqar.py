@@ -18,14 +18,12 @@ Run     python -m experiments.mqar [--preset cpu|gpu] [--mixers attention,based,
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from jaxseq import Attention, LanguageModel
 from jaxseq.analysis import state_bytes
@@ -33,7 +31,6 @@ from jaxseq.mixers import BaseConv
 from jaxseq.models import ModelConfig
 from jaxseq.tasks import mqar
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
-from jaxseq.train.files import read_json, write_json
 
 #: What the claim asks of attention, and of mixers that no input moves or that do not see far enough.
 LEAST, MOST = 0.95, 0.35
@@ -154,8 +151,7 @@ def side_by_side(optimizers: list[optax.GradientTransformation]) -> optax.Gradie
 
 
 def measure(run: Run[Config]) -> None:
-    config, path = run.config, run.folder / "table.json"
-    table: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    config, table = run.config, {}
     print(
         f"{'mixer':<18}{'width':>6}{'length':>7}{'pairs':>6}{'chance':>8}{'accuracy':>9}{'rate':>9}{'state, bytes':>13}"
     )
@@ -163,18 +159,15 @@ def measure(run: Run[Config]) -> None:
         for width in config.widths:
             for name in config.names():
                 part = f"{name}-{width}-{length}-{pairs}"
-                if part not in table:
-                    table[part] = figures(run, part, name, width, length, pairs)
-                    write_json(path, table)
-                    run.record(config.train.steps, f"test/{part}", {k: table[part][k] for k in ("loss", "accuracy")})
-                row = table[part]
+                make = partial(figures, run, part, name, width, length, pairs)
+                row = table[part] = run.kept(part, make)
                 print(
                     f"{name:<18}{width:>6}{length:>7}{pairs:>6}{1 / pairs:>8.3f}{row['accuracy']:>9.3f}"
                     f"{row['learning_rate']:>9.2g}{row['state_bytes']:>13,}   "
                     + "  ".join(f"{of} {x:.3f}" for of, x in row["beyond"].items()),
                     flush=True,
                 )
-    draw(list(table.values()), run.folder / "plots" / "recall.png")
+    draw(run, list(table.values()))
     verdict(run, table)
 
 
@@ -221,6 +214,7 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
 
     scored = jax.jit(each)
     best, tested = int(mean(validation)["accuracy"].argmax()), mean(test)
+    run.record(config.train.steps, f"test/{part}", {metric: float(x[best]) for metric, x in tested.items()})
     return {
         "mixer": name,
         "width": width,
@@ -270,31 +264,33 @@ def verdict(run: Run[Config], table: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(run: Run, rows: list[dict[str, Any]]) -> None:
     """Accuracy against width, size of the state, and at the greatest width pairs asked for; a row of panels a task."""
     tasks, names = sorted({(r["length"], r["pairs"]) for r in rows}), list(dict.fromkeys(r["mixer"] for r in rows))
-    figure = Figure(figsize=(12, 3.2 * len(tasks)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(tasks), 3, sharey=True, squeeze=False)
-    for (length, pairs), axes in zip(tasks, panels, strict=True):
-        for i, name in enumerate(names):
-            of = [r for r in rows if (r["mixer"], r["length"], r["pairs"]) == (name, length, pairs)]
-            style = dict(marker="o", markersize=4, linewidth=1, color=f"C{i % 10}", linestyle=("-", ":")[i // 10 % 2])
-            widest = max(of, key=lambda row: row["width"])
-            curves = [sorted((r[key] / scale, r["accuracy"]) for r in of) for key, scale in SIZES.items()]
-            curves += [[(pairs, widest["accuracy"])] + [(int(n.split("-")[1]), x) for n, x in widest["beyond"].items()]]
-            for axis, points in zip(axes, curves, strict=True):
-                axis.plot(*zip(*points, strict=True), label=name, **style)
-        for axis, label in zip(axes, ("width", "state of a sequence, KiB", "pairs, in longer sequences"), strict=True):
-            axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
-            axis.grid(color="0.92", linewidth=0.8)
-            axis.set_axisbelow(True)
-        for axis in axes[:2]:
-            axis.axhline(1 / pairs, color="0.6", linewidth=0.8, linestyle="--")
-        axes[2].set_xscale("log", base=2)
-        axes[0].set(ylabel=f"accuracy, {pairs} pairs in {length} tokens")
-    panels[0][2].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("recall", figsize=(12, 3.2 * len(tasks))) as figure:
+        panels = figure.subplots(len(tasks), 3, sharey=True, squeeze=False)
+        for (length, pairs), axes in zip(tasks, panels, strict=True):
+            for i, name in enumerate(names):
+                of = [r for r in rows if (r["mixer"], r["length"], r["pairs"]) == (name, length, pairs)]
+                style = dict(
+                    marker="o", markersize=4, linewidth=1, color=f"C{i % 10}", linestyle=("-", ":")[i // 10 % 2]
+                )
+                widest = max(of, key=lambda row: row["width"])
+                curves = [sorted((r[key] / scale, r["accuracy"]) for r in of) for key, scale in SIZES.items()]
+                curves += [
+                    [(pairs, widest["accuracy"])] + [(int(n.split("-")[1]), x) for n, x in widest["beyond"].items()]
+                ]
+                for axis, points in zip(axes, curves, strict=True):
+                    axis.plot(*zip(*points, strict=True), label=name, **style)
+            for axis, label in zip(
+                axes, ("width", "state of a sequence, KiB", "pairs, in longer sequences"), strict=True
+            ):
+                axis.set(xscale="log", xlabel=label, ylim=(-0.03, 1.03))
+            for axis in axes[:2]:
+                axis.axhline(1 / pairs, color="0.6", linewidth=0.8, linestyle="--")
+            axes[2].set_xscale("log", base=2)
+            axes[0].set(ylabel=f"accuracy, {pairs} pairs in {length} tokens")
+        panels[0][2].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq import Classifier
 from jaxseq.data import mnist
@@ -153,7 +152,7 @@ def measure(run: Run[Config]) -> None:
             print(f"{part:<20}{accuracy[part]:.4f}", flush=True)
             run.record(config.train.steps, f"test/{part}", metrics)
     run.plot()
-    plot(accuracy, list(tasks), run.folder / "plots" / "accuracy.png")
+    plot(run, accuracy, list(tasks))
     best = {task: max(accuracy[f"{task}-{kind}"] for kind in ADAPTIVE) for task in tasks}
     static = {task: accuracy[f"{task}-{ABLATION}"] for task in tasks}
     run.finish(
@@ -166,19 +165,17 @@ def measure(run: Run[Config]) -> None:
     )
 
 
-def plot(accuracy: dict[str, float], tasks: list[str], path: Path) -> None:
+def plot(run: Run, accuracy: dict[str, float], tasks: list[str]) -> None:
     """One bar a kernel, beside one another for each task."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    kinds = (*ADAPTIVE, ABLATION)
-    for i, kind in enumerate(kinds):
-        place = np.arange(len(tasks)) + (i - 1) * 0.25
-        axes.bar(place, [accuracy[f"{task}-{kind}"] for task in tasks], 0.25, label=kind)
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylabel("test accuracy")
-    axes.legend(title="conditioning")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("accuracy", figsize=(6, 3)) as figure:
+        axes = figure.subplots()
+        kinds = (*ADAPTIVE, ABLATION)
+        for i, kind in enumerate(kinds):
+            place = np.arange(len(tasks)) + (i - 1) * 0.25
+            axes.bar(place, [accuracy[f"{task}-{kind}"] for task in tasks], 0.25, label=kind)
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set_ylabel("test accuracy")
+        axes.legend(title="conditioning")
 
 
 if __name__ == "__main__":

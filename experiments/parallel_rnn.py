@@ -13,13 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq import LanguageModel
 from jaxseq.analysis.timing import Case, Timing, side_by_side
@@ -56,6 +54,8 @@ class Config:
     """Tokens that are solved for at once with the full Jacobian; that of a trained LSTM diverges over 1,024."""
     gain: float = 30.0
     """What recurrent weights are multiplied with to make a cell chaotic."""
+    repeats: int = 2
+    """Rounds of timing over all forms, after one to warm up."""
     least_speed: float = 0.0
     """Speed in training, as a multiple of the loop's, asked of the faster form at the greatest length."""
     data: TextConfig = TextConfig(context=128)
@@ -64,7 +64,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("width", "batch", "block_size"):
+        for name in ("width", "batch", "block_size", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not self.lengths or min(self.lengths) < 2:
@@ -78,7 +78,7 @@ class Config:
 
 PRESETS = {
     "cpu": Config(),
-    "gpu": Config(lengths=(64, 256, 1024, 4096, 16384), batch=16, least_speed=2.0),
+    "gpu": Config(lengths=(64, 256, 1024, 4096, 16384), batch=16, repeats=5, least_speed=2.0),
     # Seconds: to see that everything works.
     "debug": Config(
         width=4, lengths=(8, 20), batch=2, data=TextConfig(context=16), train=TrainConfig(steps=3, batch_size=2)
@@ -114,14 +114,16 @@ def measure(run: Run[Config]) -> None:
         params_of[cell] = trained
         weights = {"started": started, "trained": trained, "chaotic": enlarged(started, config.gain)}
         for (state, params), targets in product(weights.items(), held_out):
-            rows += compared(config, cell, state, params, targets)
+            make = partial(compared, config, cell, state, params, targets)
+            rows += run.kept(f"{cell}, {state}, {targets.shape[1]}", make).values()
             show(rows[-len(PARALLEL) :])
         for length in config.lengths:
-            speeds += side_by_side(timed(config, cell, length, trained), seed=config.seed)
+            make = partial(in_turns, config, cell, length, trained)
+            speeds += [Timing(**timing) for timing in run.kept(f"{cell}, times, {length}", make).values()]
             print(
                 f"{cell} T = {length}: " + ", ".join(f"{t.form} {t.training_ms:.1f} ms" for t in speeds[-len(FORMS) :])
             )
-    draw(rows, speeds, run.folder / "plots" / "parallel_rnn.png")
+    draw(run, rows, speeds)
     verdict(run, rows, speeds, digest(params_of))
 
 
@@ -131,27 +133,25 @@ def enlarged(params, gain: float):
     return jax.tree_util.tree_map_with_path(larger, params)
 
 
-def compared(config: Config, cell: str, state: str, params, targets: np.ndarray) -> list[dict[str, Any]]:
+def compared(config: Config, cell: str, state: str, params, targets: np.ndarray) -> dict[str, dict[str, Any]]:
     """A row for each parallel form: iterations, and how far outputs and gradients are from the loop's."""
     inputs = with_begin(targets), targets.astype(np.int32)
     y, slopes, _ = solver(config, cell, "sequential")(params, *inputs)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slopes))
-    rows = []
+    rows = {}
     for form in PARALLEL:
         found, gradient, done = solver(config, cell, form)(params, *inputs)
         apart = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), gradient, slopes)
-        rows.append(
-            {
-                "cell": cell,
-                "weights": state,
-                "length": targets.shape[1],
-                "form": form,
-                "iterations": int(done.iterations.max()),
-                "fell back": not bool(done.converged.all()),
-                "values": float(jnp.abs(found - y).max()),
-                "gradients": float(max(jax.tree.leaves(apart)) / largest),
-            }
-        )
+        rows[form] = {
+            "cell": cell,
+            "weights": state,
+            "length": targets.shape[1],
+            "form": form,
+            "iterations": int(done.iterations.max()),
+            "fell back": not bool(done.converged.all()),
+            "values": float(jnp.abs(found - y).max()),
+            "gradients": float(max(jax.tree.leaves(apart)) / largest),
+        }
     return rows
 
 
@@ -174,12 +174,13 @@ def solver(config: Config, cell: str, form: str):
     return solved
 
 
-def timed(config: Config, cell: str, length: int, params) -> Case:
-    """The trained recurrence alone, on inputs as large as a norm makes them."""
+def in_turns(config: Config, cell: str, length: int, params) -> dict[str, dict[str, Any]]:
+    """Times of all forms of the trained recurrence alone, on inputs as large as a norm makes them."""
     weights = jax.tree.map(lambda x: x[0], params["params"]["stack"]["layers"]["block_0"]["mixer"])
     draw = lambda key: (jax.random.normal(key, (config.batch, length, config.width)),)
     forms = {form: partial(built(config, cell, form)(config.width).apply, {"params": weights}) for form in FORMS}
-    return Case(cell, length, draw, forms)
+    timings = side_by_side(Case(cell, length, draw, forms), seed=config.seed, repeats=config.repeats)
+    return {timing.form: timing._asdict() for timing in timings}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -224,33 +225,33 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], speeds: list[Timing], 
     )
 
 
-def draw(rows: list[dict[str, Any]], speeds: list[Timing], path: Path) -> None:
+def draw(run: Run, rows: list[dict[str, Any]], speeds: list[Timing]) -> None:
     """Iterations against length, and speed in training against the loop's."""
-    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, (cell, form) in enumerate(product({row["cell"]: None for row in rows}, PARALLEL)):
-        for weights, style in {"started": "o:", "trained": "o-"}.items():
-            of = [row for row in rows if (row["cell"], row["form"], row["weights"]) == (cell, form, weights)]
-            left.plot(
-                [r["length"] for r in of],
-                [r["iterations"] for r in of],
-                style,
+    with run.figure("parallel_rnn", figsize=(10, 4)) as figure:
+        left, right = figure.subplots(1, 2)
+        for i, (cell, form) in enumerate(product({row["cell"]: None for row in rows}, PARALLEL)):
+            for weights, style in {"started": "o:", "trained": "o-"}.items():
+                of = [row for row in rows if (row["cell"], row["form"], row["weights"]) == (cell, form, weights)]
+                left.plot(
+                    [r["length"] for r in of],
+                    [r["iterations"] for r in of],
+                    style,
+                    color=f"C{i}",
+                    label=f"{cell}, {form}, {weights}",
+                )
+            times = [t for t in speeds if (t.op, t.form) == (cell, form)]
+            right.plot(
+                [t.length for t in times],
+                [t.training_speed for t in times],
+                "o-",
                 color=f"C{i}",
-                label=f"{cell}, {form}, {weights}",
+                label=f"{cell}, {form}",
             )
-        times = [t for t in speeds if (t.op, t.form) == (cell, form)]
-        right.plot(
-            [t.length for t in times], [t.training_speed for t in times], "o-", color=f"C{i}", label=f"{cell}, {form}"
-        )
-    right.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
-    left.set(xscale="log", xlabel="tokens", ylabel="iterations")
-    right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed in training, 1 is the loop's")
-    for axes in (left, right):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+        right.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
+        left.set(xscale="log", xlabel="tokens", ylabel="iterations")
+        right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed in training, 1 is the loop's")
+        for axes in (left, right):
+            axes.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

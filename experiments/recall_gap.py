@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
 from jaxseq import GLA, Attention, LanguageModel
 from jaxseq.analysis import gap_closed, recall_hits, share_of_gap, sliced_perplexity
@@ -222,7 +221,7 @@ def verdict(run: Run[Config], found, facts, hits_by_limit: dict[int, np.ndarray]
         if "convolution" in gaps
     }
     if table:
-        draw(table, run.folder / "plots" / "recall_gap.png")
+        draw(run, table)
     of = table.get("convolution", {})
     lows = {name: of[name]["low"] for name in ("gap", "excess") if name in of}
     run.finish(
@@ -252,26 +251,21 @@ def show(table: dict[str, dict[str, Any]]) -> None:
         print(f"{text}   {cell('gap'):<25}{share:<25}{cell('closed')}", flush=True)
 
 
-def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(run: Run, table: dict[str, dict[str, Any]]) -> None:
     """Perplexity on recall hits and on other tokens, and the hits' share of the gap beside that of the tokens."""
-    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for part, color in (("hits", "#d1602f"), ("other", "#3b6fb6")):
-        left.plot([row["perplexity"][part] for row in table.values()], list(table), "o", color=color, label=part)
-    left.set(xscale="log", xlabel="test perplexity")
-    left.legend(title="tokens")
-    rows = {name: row for name, row in table.items() if "share" in row and row["gap"]["low"] > 0}
-    for name, row in rows.items():
-        share = row["share"]
-        right.plot([share["low"], share["high"]], [name] * 2, color="#3b6fb6")
-        right.plot(share["value"], name, "o", color="#3b6fb6")
-        right.axvline(row["tokens"]["value"], color="black", linestyle=":")
-    right.set(xlim=(-0.05, 1.05), xlabel="hits' share of the gap (dotted: of the tokens)")
-    for axes in (left, right):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("recall_gap", figsize=(10, 4)) as figure:
+        left, right = figure.subplots(1, 2)
+        for part, color in (("hits", "#d1602f"), ("other", "#3b6fb6")):
+            left.plot([row["perplexity"][part] for row in table.values()], list(table), "o", color=color, label=part)
+        left.set(xscale="log", xlabel="test perplexity")
+        left.legend(title="tokens")
+        rows = {name: row for name, row in table.items() if "share" in row and row["gap"]["low"] > 0}
+        for name, row in rows.items():
+            share = row["share"]
+            right.plot([share["low"], share["high"]], [name] * 2, color="#3b6fb6")
+            right.plot(share["value"], name, "o", color="#3b6fb6")
+            right.axvline(row["tokens"]["value"], color="black", linestyle=":")
+        right.set(xlim=(-0.05, 1.05), xlabel="hits' share of the gap (dotted: of the tokens)")
 
 
 if __name__ == "__main__":

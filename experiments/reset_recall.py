@@ -3,7 +3,7 @@
 Claim   A data-dependent gate, a vector or a scalar a head, recalls what was seen since the last reset (0.98 right); a
         fixed decay forgets too little or too much (0.92 at most), no gate cannot forget at all (0.85 at most).
 Source  GLA (arXiv 2312.06635), section 5.1 and table 4, the ablation of gates, on a synthetic task.
-Expect  About 1.00, 1.00, 0.85 and 0.77 after 200 steps of one layer of width 48, in two minutes on 2 CPU cores.
+Expect  About 1.00, 1.00, 0.84 and 0.74 after 200 steps of one layer of width 48, in four minutes on 2 CPU cores.
 Run     python -m experiments.reset_recall [--preset cpu|gpu] [--train.steps 200]
 """
 

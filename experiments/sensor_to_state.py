@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq.analysis.timing import Case, side_by_side
 from jaxseq.data import inertial_motion
@@ -30,7 +29,6 @@ from jaxseq.mixers import LSTM, S4D, Mamba
 from jaxseq.models import FlatRegressor, HiSS, Stack
 from jaxseq.tasks import drifting_sensor
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main
-from jaxseq.train.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def squared_error(prediction, targets):
 
 
 def measure(run: Run[Config]) -> None:
-    config, path = run.config, run.folder / "table.json"
+    config = run.config
     data = synthetic(config) if config.data.path is None else recorded(config)
     (inputs, targets), test = data.train, data.test
     size = config.train.batch_size
@@ -191,8 +189,7 @@ def measure(run: Run[Config]) -> None:
         raise ValueError(f"train.batch_size={size} is more than the {len(inputs)} sequences to train on.")
     print(f"{len(inputs)} sequences of {inputs.shape[1]} samples to train on, {len(test[0])} to test on", flush=True)
     run.require_same(data=digest([*data.train, *data.test]))
-    table: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
-    params = {}
+    table, params = {}, {}
     for name in config.names():
         model = build(config, name, targets.shape[-1])
 
@@ -210,12 +207,13 @@ def measure(run: Run[Config]) -> None:
 
             init = lambda key, model=model, seed=seed: model.init(jax.random.fold_in(key, seed), inputs[:1])
             params[part] = run.fit(loss, init, batches, part=part).params
-            if part not in table:
+
+            def tested(model=model, part=part):
                 error = float(jax.jit(squared_error)(jax.jit(model.apply)(params[part], test[0]), test[1]))
-                number = sum(x.size for x in jax.tree.leaves(params[part]))
-                table[part] = {"error": error, "parameters": number}
-                write_json(path, table)
                 run.record(config.train.steps, f"test/{part}", {"loss": error})
+                return {"error": error, "parameters": sum(x.size for x in jax.tree.leaves(params[part]))}
+
+            table[part] = run.kept(part, tested)
             print(f"{part:<16}{table[part]['error']:.4f}   {table[part]['parameters']:,} parameters", flush=True)
     forms = {
         name: partial(build(config, name, targets.shape[-1]).apply, params[f"{name}-{config.seed}"])
@@ -225,7 +223,7 @@ def measure(run: Run[Config]) -> None:
     times = {t.form: t.training_ms for t in side_by_side(Case("step", inputs.shape[1], draw, forms), seed=config.seed)}
     example = {name: form(test[0][:1])[0] for name, form in forms.items()}
     verdict(run, data, table, times, digest(params))
-    plot(run.folder / "plots" / "motion.png", test[1][0], example)
+    plot(run, test[1][0], example)
 
 
 def verdict(run: Run[Config], data: Data, table, times: dict[str, float], parameters_digest: str) -> None:
@@ -264,18 +262,15 @@ def verdict(run: Run[Config], data: Data, table, times: dict[str, float], parame
     )
 
 
-def plot(path: Path, target: np.ndarray, predictions: dict[str, Any]) -> None:
+def plot(run: Run, target: np.ndarray, predictions: dict[str, Any]) -> None:
     """The first component of the first test sequence."""
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(target[:, 0], color="black", label="target")
-    for name, prediction in predictions.items():
-        axes.plot(prediction[:, 0], linewidth=1, label=name)
-    axes.set(xlabel="chunk", ylabel="velocity, first component, scaled")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("motion", figsize=(8, 4)) as figure:
+        axes = figure.subplots()
+        axes.plot(target[:, 0], color="black", label="target")
+        for name, prediction in predictions.items():
+            axes.plot(prediction[:, 0], linewidth=1, label=name)
+        axes.set(xlabel="chunk", ylabel="velocity, first component, scaled")
+        axes.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from jaxseq.analysis import matched_states
 from jaxseq.data import spike_counts
@@ -256,27 +255,25 @@ def score(config: Config, fit: Fit, data: Data) -> Row:
     return Row(float(nats), accuracy, float(error), float(signs))
 
 
-def draw(path: Path, table: dict[tuple[str, int], Row]) -> None:
+def draw(run: Run, table: dict[tuple[str, int], Row]) -> None:
     """Every model's means, side by side for each number of training sequences."""
     known = [
         m
         for m in ("nats_per_bin", "state_accuracy", "weight_error")
         if not any(math.isnan(getattr(row, m)) for row in table.values())
     ]
-    figure = Figure(figsize=(2 + 3 * len(known), 3.2), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
-    for metric, axes in zip(known, panels, strict=True):
-        for sequences, marker in zip(sorted({n for _, n in table}), itertools.cycle("os^D"), strict=False):
-            axes.plot(
-                [getattr(table[name, sequences], metric) for name in MODELS], list(MODELS), marker,
-                label=f"{sequences} training sequences",
-            )  # fmt: skip
-        axes.set(xlabel=metric.replace("_per_", " a ").replace("_", " "))
-        axes.grid(color="0.92")
-    panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize="small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("models", figsize=(2 + 3 * len(known), 3.2)) as figure:
+        panels = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
+        for metric, axes in zip(known, panels, strict=True):
+            for sequences, marker in zip(sorted({n for _, n in table}), itertools.cycle("os^D"), strict=False):
+                axes.plot(
+                    [getattr(table[name, sequences], metric) for name in MODELS], list(MODELS), marker,
+                    label=f"{sequences} training sequences",
+                )  # fmt: skip
+            axes.set(xlabel=metric.replace("_per_", " a ").replace("_", " "))
+            axes.grid(color="0.92")
+        panels[0].invert_yaxis()
+        panels[0].legend(frameon=False, fontsize="small")
 
 
 def measure(run: Run[Config]) -> None:
@@ -300,7 +297,7 @@ def measure(run: Run[Config]) -> None:
         print(f"\n{sequences} training sequences, {config.seeds} seeds   nats/bin  states   error   signs")
         for name in MODELS:
             print(f"  {name:<27}{table[name, sequences]}")
-    draw(run.folder / "plots" / "models.png", table)
+    draw(run, table)
     _finish(run, table, digest({name: fit._asdict() for name, fit in fits.items()}))
 
 

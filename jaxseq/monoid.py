@@ -144,8 +144,8 @@ softmax = Monoid(
 class Runs(NamedTuple):
     """The map (S_0, …, S_{M−1}) ↦ decay · (sums of runs of 1, 2, 4 … tokens, merged up to bit `carried`) + sums.
 
-    A counter of the tokens has the runs as its bits: where it counts on to bit c, all lower runs become one of bit c.
-    `carried` is −1 where nothing merges.
+    A counter of the tokens has the runs as its bits (a Fenwick tree): where it counts on to bit c, all lower runs
+    become one of bit c. `carried` is −1 where nothing merges.
     """
 
     decay: Float[Array, "..."]

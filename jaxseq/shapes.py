@@ -98,6 +98,12 @@ def known(x) -> np.ndarray | None:
     return None if x is None or isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
+def check_log_decay(log_decay, owner: str) -> None:
+    """Raise where log decays are known and above zero, or no numbers."""
+    if (values := known(log_decay)) is not None and not (values <= 0).all():
+        raise ValueError(f"log_decay holds {values[~(values <= 0)][0]}; {owner} takes natural logs of 0 or less.")
+
+
 def promoted(*dtypes) -> jnp.dtype:
     """The dtype that holds them all, also where JAX is told to promote nothing of itself."""
     with jax.numpy_dtype_promotion("standard"):

@@ -347,7 +347,7 @@ def _path_inputs(rng, T, strength):
     directions, beta = _unit(rng.standard_normal((2, T, 2, 6))), rng.uniform(0, 2, (2, T, 2))
     if strength == "strong":
         directions, beta = directions[:, np.arange(T) % 3], np.full_like(beta, 2.0)
-    return inputs | {"direction": directions, "strength": beta}
+    return inputs | {"direction": directions, "beta": beta}
 
 
 def _path(inputs, segment_ids, impl):
@@ -424,7 +424,7 @@ OPS = {
     "linear_recurrence reverse": OpMember(_recurrence_inputs, partial(_recurrence, reverse=True), **_recurrent),
     "linear_recurrence complex": OpMember(partial(_recurrence_inputs, complex_=True), _recurrence, **_recurrent),
     "gla per channel": OpMember(_gla_inputs, sweep=True, **_linear),
-    "gla per head": OpMember(partial(_gla_inputs, decay="B T H"), **_linear),
+    "gla per head": OpMember(partial(_gla_inputs, decay="B T H"), sweep=True, **_linear),
     "gla fixed decay": OpMember(
         partial(_gla_inputs, decay="H"), **_linear | dict(moving=("query", "key", "value"), forms=_kernel[:-1])
     ),
@@ -437,7 +437,7 @@ OPS = {
     ),
     "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear | dict(forms=_kernel[:-1])),
     "delta_rule": OpMember(_delta_inputs, **_delta),
-    "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), **_delta),
+    "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), sweep=True, **_delta),
     "delta_rule per channel": OpMember(partial(_delta_inputs, decay="B T H K"), sweep=True, **_delta),
     "delta_rule grouped keys": OpMember(
         partial(_delta_inputs, decay="B T H", key_heads=1), **_delta | dict(forms=_kernel[:-1])
@@ -472,7 +472,7 @@ OPS = {
         sweep=True,
         float32="float32 transform",
     ),
-    "path_attention": OpMember(_path_inputs, _path, whole=True),
+    "path_attention": OpMember(_path_inputs, _path, sweep=True, whole=True),
     "log_linear_attention": OpMember(
         _log_linear_inputs, _log_linear, sweep=True, moving=("query", "key", "value", "level_scales", "log_decay")
     ),

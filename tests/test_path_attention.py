@@ -1,4 +1,4 @@
-"""Attention along reflections: keys of earlier calls are met as in one call, and without strength it is attention."""
+"""Attention along reflections: keys of earlier calls are met as in one call, and without β it is attention."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from families import assert_close
 
 from jaxseq import ops
 
-LENGTH, PAST = 11, 6
+LENGTH, PAST = 11, 3  # fewer tokens than a key has channels in one call, more in the other
 
 
 def drawn():
@@ -16,7 +16,7 @@ def drawn():
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
     w = draw(2, LENGTH, 2, 4)
     i = dict(query=draw(2, LENGTH, 4, 4), key=draw(2, LENGTH, 2, 4), value=draw(2, LENGTH, 2, 3))
-    i["direction"], i["strength"] = (
+    i["direction"], i["beta"] = (
         w / jnp.linalg.norm(w, axis=-1, keepdims=True),
         2 * jax.nn.sigmoid(draw(2, LENGTH, 2)),
     )
@@ -27,11 +27,11 @@ def in_two_calls(i, **options):
     """The second call has the keys that the first one left."""
     part = lambda at: {name: x[:, at] for name, x in i.items()}
     first, second = part(slice(PAST)), part(slice(PAST, None))
-    older = ops.reflected_keys(*(first[name] for name in ("key", "direction", "strength")))
+    older = ops.reflected_keys(*(first[name] for name in ("key", "direction", "beta")))
     cached = {"key": older, "value": first["value"], "log_decay": first["log_decay"]}
     second |= {name: jnp.concatenate([x, second[name]], axis=1) for name, x in cached.items()}
     outputs = [ops.path_attention(**inputs, **options) for inputs in (first, second)]
-    after = [second[name] for name in ("key", "direction", "strength")]
+    after = [second[name] for name in ("key", "direction", "beta")]
     return jnp.concatenate(outputs, axis=1), ops.reflected_keys(*after)
 
 
@@ -42,7 +42,7 @@ def test_keys_of_an_earlier_call(options):
     """In value and gradient, and what both calls leave is what one leaves."""
 
     def at_once(i):
-        keys = ops.reflected_keys(i["key"], i["direction"], i["strength"])
+        keys = ops.reflected_keys(i["key"], i["direction"], i["beta"])
         return ops.path_attention(**i, impl="sequential"), keys
 
     def both(f):
@@ -54,13 +54,13 @@ def test_keys_of_an_earlier_call(options):
         assert_close(both(lambda i: in_two_calls(i, **options))(i), both(at_once)(i), "float64")
 
 
-def test_without_strength_it_is_attention():
+def test_without_beta_it_is_attention():
     """And one reflection turns a key along w round, seen from every later query."""
     i = drawn()
-    still = i | {"strength": jnp.zeros_like(i["strength"])}
+    still = i | {"beta": jnp.zeros_like(i["beta"])}
     expected = ops.softmax_attention(i["query"], i["key"], i["value"], log_decay=i["log_decay"])
     assert_close(ops.path_attention(**still), expected, "float32")
-    once = jnp.zeros_like(i["strength"]).at[:, 5].set(2.0)
+    once = jnp.zeros_like(i["beta"]).at[:, 5].set(2.0)
     keys = ops.reflected_keys(i["direction"], jnp.broadcast_to(i["direction"][:, 5:6], i["direction"].shape), once)
     along = jnp.einsum("bsgk,bgk->bsg", i["direction"], i["direction"][:, 5])[..., None] * i["direction"][:, 5:6]
     np.testing.assert_allclose(keys[:, :5], (i["direction"] - 2 * along)[:, :5], atol=1e-6)

@@ -336,3 +336,26 @@ if __name__ == "__main__":
         address, process = os.environ["PROCESS"].split()
         jax.distributed.initialize(address, num_processes=2, process_id=int(process))
     main("line", PRESETS, measure)
+
+
+def test_a_row_is_made_once_and_a_figure_is_whole(tmp_path):
+    """By all runs in a folder; what fails while it is made leaves nothing."""
+    run = open_run(Config(), "line", tmp_path / "run")
+    made = []
+    row = lambda: made.append(1) or {"error": 0.5, "least": float("nan")}
+    assert run.kept("a", row) == {"error": 0.5, "least": None}
+    assert open_run(Config(), "line", tmp_path / "run").kept("a", row) == {"error": 0.5, "least": None}
+    assert len(made) == 1
+
+    def broken():
+        raise RuntimeError("no figures")
+
+    with pytest.raises(RuntimeError, match="no figures"):
+        run.kept("b", broken)
+    with pytest.raises(RuntimeError, match="no figures"), run.figure("broken"):
+        broken()
+    assert list(read_json(tmp_path / "run" / "table.json")) == ["a"]
+    with run.figure("line", figsize=(2, 2)) as figure:
+        figure.subplots().plot([1, 2])
+    assert (tmp_path / "run" / "plots" / "line.png").read_bytes()[1:4] == b"PNG"
+    assert [file.name for file in (tmp_path / "run" / "plots").iterdir()] == ["line.png"]

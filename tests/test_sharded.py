@@ -92,7 +92,8 @@ def test_every_op_in_value_and_gradient(name, devices):
 
 @pytest.mark.parametrize("name", ["linear_recurrence", "gla per channel", "selective_scan", "softmax_attention"])
 def test_bfloat16_stays_what_it_is(name):
-    """States travel between devices as float32: splitting adds no more rounding than that of inputs and outputs."""
+    """States travel between devices as float32: splitting adds no more rounding than that of inputs and outputs, and
+    gradients are of the inputs' dtype."""
     member, rng = OPS[name], np.random.default_rng(0)
     inputs = cast(member.inputs(rng, LENGTH, "mild"), jnp.bfloat16)
     moving, ids = member.moving or tuple(inputs), FAR
@@ -103,6 +104,10 @@ def test_bfloat16_stays_what_it_is(name):
     assert out.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(final))
     assert_close(out, expected[0], "bfloat16")
     assert_close(final, expected[1], "bfloat16 exchanged")
+    slopes = lambda form: jax.grad(lambda inputs: jnp.sum(jnp.sin(form(inputs, ids)[0].astype(jnp.float32))))
+    split_slopes, slopes = jax.jit(lambda i: (slopes(apart)(i), slopes(call)(i)))(inputs)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, split_slopes, inputs))
+    assert_close(split_slopes, slopes, "bfloat16 gradient")
 
 
 @pytest.mark.parametrize("name", [name for name in FULL_MIXERS if not MIXERS[name.values[0]].whole])

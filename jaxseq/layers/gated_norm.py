@@ -1,4 +1,4 @@
-"""The norm and the gate at the end of a state space mixer."""
+"""The norm and the gate at the end of a mixer."""
 
 from typing import Any
 

@@ -21,6 +21,21 @@ def at_least(module: nn.Module, **least: int) -> None:
             raise ValueError(f"{name}={getattr(module, name)}; {type(module).__name__} takes {bound} or more.")
 
 
+def above_zero(module: nn.Module, *names: str) -> None:
+    """Raise unless every field named is a number above 0."""
+    for name in names:
+        if not getattr(module, name) > 0:
+            raise ValueError(f"{name}={getattr(module, name)}; {type(module).__name__} takes a number above 0.")
+
+
+def check_min_log_decay(module: nn.Module) -> None:
+    """Raise unless the module's `min_log_decay` is a natural log of less than 1, or None."""
+    if module.min_log_decay is not None and not module.min_log_decay < 0:
+        raise ValueError(
+            f"min_log_decay={module.min_log_decay}; {type(module).__name__} takes a number below 0, or None."
+        )
+
+
 class Mixer(nn.Module):
     """A causal map `B T D → B T D` with a state. A subclass writes two methods:
 
@@ -75,24 +90,27 @@ class Mixer(nn.Module):
                 divisors = ", ".join(str(n) for n in range(1, self.d_model + 1) if self.d_model % n == 0)
                 raise ValueError(f"{name}={number} does not divide d_model={self.d_model}; choose one of {divisors}.")
 
-    def head_widths(self, num_heads: int, **expansions: float) -> tuple[int, ...]:
-        """Channels a head, where all heads together have this multiple of `d_model`; raise unless they are whole."""
+    def head_widths(self, num_heads: int, *, field: str = "num_heads", **expansions: float) -> tuple[int, ...]:
+        """Channels a head, where all heads together have this multiple of `d_model`; raise unless they are whole.
+
+        `field` is what the number of heads is called.
+        """
         if num_heads < 1:
-            self.checked_heads(num_heads=num_heads)
+            self.checked_heads(**{field: num_heads})
         widths = [expansion * self.d_model / num_heads for expansion in expansions.values()]
         for (name, expansion), width in zip(expansions.items(), widths, strict=True):
             if width < 1 or width != int(width):
-                self.checked_heads(num_heads=num_heads)
+                self.checked_heads(**{field: num_heads})
                 raise ValueError(f"{name}={expansion} gives {width:g} channels a head; choose a whole number.")
         return tuple(int(width) for width in widths)
 
     def value_heads(self, num_heads: int, num_value_heads: int | None, expand_k: float, expand_v: float):
         """Value heads, and channels of a key and of a value head, where key heads serve runs of value heads."""
         (key_width,) = self.head_widths(num_heads, expand_k=expand_k)
-        count = num_heads if num_value_heads is None else num_value_heads
+        field, count = ("num_heads", num_heads) if num_value_heads is None else ("num_value_heads", num_value_heads)
         if count % num_heads:
             raise ValueError(f"num_value_heads={count} is no multiple of num_heads={num_heads}.")
-        (value_width,) = self.head_widths(count, expand_v=expand_v)
+        (value_width,) = self.head_widths(count, field=field, expand_v=expand_v)
         return count, key_width, value_width
 
     def key_value_heads(self, num_heads: int, num_kv_heads: int | None, expand_k: float, expand_v: float):

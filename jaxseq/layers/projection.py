@@ -14,14 +14,16 @@ def projection(
     module: nn.Module,
     use_bias: bool = False,
     kernel_init: Callable | None = None,
+    bias_init: Callable | None = None,
 ) -> nn.Dense:
-    """A dense layer in the module's dtypes; its weights start as N(0, 0.02²) where `kernel_init` is None."""
+    """A dense layer in the module's dtypes; its weights start as N(0, 0.02²) and its bias at 0, where None is given."""
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=module.dtype,
         param_dtype=module.param_dtype,
         kernel_init=kernel_init or nn.initializers.normal(0.02),
+        bias_init=bias_init or nn.initializers.zeros,
         name=name,
     )
 

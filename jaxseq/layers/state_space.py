@@ -101,10 +101,9 @@ class StateSpace(Mixer):
     def start(self, x, *, max_length: int | None = None):
         """None: a convolution from the start costs less than one from a state of zeros."""
 
-    def check_causal(self) -> None:
-        """Raise where the mixer has no state, as it looks at the whole sequence."""
-        if self.bidirectional:
-            raise NotImplementedError(f"{type(self).__name__}(bidirectional=True) looks ahead: it has no state.")
+    @nn.nowrap
+    def looks_ahead(self) -> str | None:
+        return "bidirectional=True" if self.bidirectional else None
 
 
 def state_space_layer(module: StateSpace, run: Callable, x: Array, state: StateSpaceState | None, segment_ids):

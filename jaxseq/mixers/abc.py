@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.rescaled import rescaled
 from ..layers.short_convolution import convolved, empty_convolutions
@@ -68,6 +68,5 @@ class ABC(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:
         """Key width and value width per head."""
-        if self.num_slots < 1:
-            raise ValueError(f"num_slots={self.num_slots}; ABC takes 1 or more.")
+        at_least(self, num_slots=1)
         return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)

@@ -102,14 +102,10 @@ class Attention(Mixer):
 
     @nn.nowrap
     def _kv_heads(self) -> int:
-        self.checked_heads(num_heads=self.num_heads)
-        kv_heads = self.num_kv_heads or self.num_heads
-        if self.num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}.")
-        return kv_heads
+        return self.key_value_heads(self.num_heads, self.num_kv_heads, 1.0, 1.0)[1]
 
 
-#: Attention over the last `window` tokens; the cache is a ring of as many.
+#: Attention over the last `window` tokens; the cache is of as many, less the token itself.
 SlidingWindowAttention = partial(Attention, window=256)
 
 #: Attention without positions, whose keys fade: the gates tell what is near.

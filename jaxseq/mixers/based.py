@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.feature_maps import taylor
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import normalised_attention
 from ..layers.projection import projection, split_heads
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
@@ -59,6 +59,5 @@ class Based(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:
         """Key width and value width per head."""
-        if self.feature_width < 1:
-            raise ValueError(f"feature_width={self.feature_width}; Based takes 1 or more.")
+        at_least(self, feature_width=1)
         return self.feature_width, *self.head_widths(self.num_heads, expand_v=self.expand_v)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..layers.decays import softplus_decay
 from ..layers.delta_product import delta_product
 from ..layers.matrix_state import MatrixState, empty_matrix_state
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
@@ -74,6 +74,5 @@ class GatedDeltaNet(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int]:
         """Value heads, key width and value width per head."""
-        if self.num_householders < 1:
-            raise ValueError(f"num_householders={self.num_householders}; GatedDeltaNet takes 1 or more.")
+        at_least(self, num_householders=1)
         return self.value_heads(self.num_heads, self.num_value_heads, self.expand_k, self.expand_v)

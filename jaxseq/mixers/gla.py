@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import retention_log_decays
+from ..layers.low_rank import low_rank
 from ..layers.matrix_state import MatrixState, empty_matrix_state
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, above_zero, at_least, check_min_log_decay
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
@@ -73,8 +74,7 @@ class GLA(Mixer):
         if self.gate == "scalar":
             z = projection(kv_heads, "decay_proj", self, use_bias=True)(x)
         else:
-            low = projection(self.gate_rank, "decay_down", self)(x)
-            z = split_heads(projection(kv_heads * K, "decay_up", self, use_bias=True)(low), K)
+            z = split_heads(low_rank("decay", self, self.gate_rank, kv_heads * K, use_bias=True)(x), K)
         g = jax.nn.log_sigmoid(z.astype(accumulator(z.dtype))) / self.gate_temperature
         g = g if self.min_log_decay is None else jnp.maximum(g, self.min_log_decay)
         return jnp.repeat(g, heads // kv_heads, axis=2)
@@ -89,4 +89,7 @@ class GLA(Mixer):
         """Heads, key-value heads, key width and value width per head."""
         if self.gate not in GATES:
             raise ValueError(f"gate={self.gate!r} is unknown to GLA; choose one of {', '.join(GATES)}.")
+        at_least(self, gate_rank=1)
+        above_zero(self, "gate_temperature")
+        check_min_log_decay(self)
         return self.key_value_heads(self.num_heads, self.num_kv_heads, self.expand_k, self.expand_v)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, above_zero, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
 from ..layers.slot_attention import slot_attention
@@ -75,6 +75,6 @@ class GSA(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int, int]:
         """Heads, key-value heads, key width and value width per head."""
-        if self.num_slots < 1:
-            raise ValueError(f"num_slots={self.num_slots}; GSA takes 1 or more.")
+        at_least(self, num_slots=1)
+        above_zero(self, "gate_temperature")
         return self.key_value_heads(self.num_heads, self.num_kv_heads, self.expand_k, self.expand_v)

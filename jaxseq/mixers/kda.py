@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import rate_and_step
+from ..layers.low_rank import low_rank
 from ..layers.matrix_state import MatrixState, empty_matrix_state
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, check_min_log_decay
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
@@ -66,13 +67,11 @@ class KDA(Mixer):
         else:
             o, matrix = ops.delta_rule(q, k, v, gates("beta", heads), g, **options)
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
-        gate = projection(heads * V, "gate_up", self, use_bias=True)(projection(V, "gate_down", self)(x))
-        o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(gate)
+        o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(low_rank("gate", self, V, heads * V, use_bias=True)(x))
         return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     def _log_decay(self, x, heads, K, V):
-        z = projection(heads * K, "decay_up", self)(projection(V, "decay_down", self)(x))
-        rate, step = rate_and_step(self, z, heads, slowest=1.0)
+        rate, step = rate_and_step(self, low_rank("decay", self, V, heads * K)(x), heads, slowest=1.0)
         return (
             -rate * jax.nn.softplus(step)
             if self.min_log_decay is None
@@ -89,4 +88,5 @@ class KDA(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int]:
         """Value heads, key width and value width per head."""
+        check_min_log_decay(self)
         return self.value_heads(self.num_heads, self.num_value_heads, self.expand_k, self.expand_v)

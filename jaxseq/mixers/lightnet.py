@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.mixer import Mixer
+from ..layers.low_rank import low_rank
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.rescaled import rescaled
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
@@ -53,7 +54,7 @@ class LightNet(Mixer):
             q, k, v, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl
         )
         norm = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
-        gate = projection(o.shape[2] * V, "gate_up", self)(projection(self.gate_rank, "gate_down", self)(x))
+        gate = low_rank("gate", self, self.gate_rank, o.shape[2] * V)(x)
         y = projection(self.d_model, "out_proj", self)(norm(o.reshape(*x.shape[:2], -1)) * nn.silu(gate))
         return y, LightNetState(matrix.astype(state.matrix.dtype), log_sum)
 
@@ -66,6 +67,5 @@ class LightNet(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:
         """Key width and value width per head."""
-        if self.gate_rank < 1:
-            raise ValueError(f"gate_rank={self.gate_rank}; LightNet takes 1 or more.")
+        at_least(self, gate_rank=1)
         return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .. import ops
 from ..layers.decays import rate_and_step
 from ..layers.gated_norm import GatedRMSNorm
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
@@ -84,9 +84,7 @@ class Mamba2(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int, int]:
         """Heads, their channels, the state size, and the channels of all heads."""
-        for name in ("state_size", "expand", "conv_window", "num_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; Mamba2 takes 1 or more.")
+        at_least(self, state_size=1, expand=1, conv_window=1, num_groups=1)
         low, high = self.dt_limit
         if not 0 <= low < high:
             raise ValueError(f"dt_limit={self.dt_limit}; Mamba2 takes (low, high) with 0 <= low < high.")

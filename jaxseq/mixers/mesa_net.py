@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..layers.mesa import MesaState, mesa
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
@@ -76,6 +76,5 @@ class MesaNet(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:
         """Key width and value width per head."""
-        if self.solver_steps < 1:
-            raise ValueError(f"solver_steps={self.solver_steps}; MesaNet takes 1 or more.")
+        at_least(self, solver_steps=1)
         return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)

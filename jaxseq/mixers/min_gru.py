@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.positive import positive
 from ..layers.projection import projection
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
@@ -49,6 +49,5 @@ class MinGRU(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MinGRUState:
-        if self.expand < 1:
-            raise ValueError(f"expand={self.expand}; MinGRU takes 1 or more.")
+        at_least(self, expand=1)
         return MinGRUState(jnp.zeros((batch_size, self.expand * self.d_model), accumulator(dtype)))

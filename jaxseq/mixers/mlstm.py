@@ -10,7 +10,7 @@ import numpy as np
 from .. import ops
 from ..layers.block_linear import BlockLinear
 from ..layers.head_norm import head_norm
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import with_ones
 from ..layers.projection import projection, split_heads
 from ..layers.rescaled import rescaled
@@ -106,6 +106,5 @@ class MLSTM(Mixer):
         width = self.num_heads * K
         if self.qkv_block < 1 or width % self.qkv_block:
             raise ValueError(f"qkv_block={self.qkv_block} does not divide the {width} channels inside MLSTM.")
-        if self.conv_window < 1:
-            raise ValueError(f"conv_window={self.conv_window}; MLSTM takes 1 or more.")
+        at_least(self, conv_window=1)
         return width, K

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.cached_attention import AttentionState, cached_attention, counted, empty_cache
+from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
@@ -48,10 +49,10 @@ class PaTHAttention(Mixer):
         state = self.start(x) if state is None else state
         kv_heads, width = self._sizes()
         gate = lambda name, heads: projection(heads, name, self, use_bias=True)(x).astype(accumulator(x.dtype))
-        w = projection(kv_heads * width, "w_up", self)(projection(self.rank, "w_down", self)(x))
+        w = low_rank("w", self, self.rank, kv_heads * width)(x)
         convolution = ShortConvolution(self.conv_window, dtype=self.dtype, param_dtype=self.param_dtype, name="w_conv")
         w, conv = convolution(w, state.conv, segment_ids)
-        path = dict(direction=unit(split_heads(w, width)), strength=2 * nn.sigmoid(gate("beta_proj", kv_heads)))
+        path = dict(direction=unit(split_heads(w, width)), beta=2 * nn.sigmoid(gate("beta_proj", kv_heads)))
         log_decay = nn.log_sigmoid(gate("forget_proj", self.num_heads)) if self.forget_gate else None
         y, cache = cached_attention(
             self, x, state.cache, counted(segment_ids), kv_heads,

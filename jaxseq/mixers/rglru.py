@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .. import ops
 from ..layers.block_linear import BlockLinear
 from ..layers.initialisers import inverse_softplus
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
 from ..ops.convolution import taps
@@ -79,8 +79,7 @@ class RGLRU(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> RGLRUState:
-        if self.conv_window < 1:
-            raise ValueError(f"conv_window={self.conv_window}; RGLRU takes 1 or more.")
+        at_least(self, conv_window=1)
         if not 0 < self.decay_min < self.decay_max < 1:
             raise ValueError(
                 f"decay_min={self.decay_min} and decay_max={self.decay_max}; RGLRU takes 0 < decay_min < decay_max < 1."
@@ -93,8 +92,7 @@ class RGLRU(Mixer):
     @nn.nowrap
     def _width(self) -> int:
         """Channels of the recurrence."""
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads={self.num_heads}; RGLRU takes 1 or more.")
+        at_least(self, num_heads=1)
         if self.width is None:
             return -(-4 * self.d_model // (3 * self.num_heads)) * self.num_heads
         if self.width < 1 or self.width % self.num_heads:

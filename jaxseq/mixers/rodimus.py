@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.mixer import Mixer
+from ..layers.low_rank import low_rank
+from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
@@ -53,8 +54,7 @@ class Rodimus(Mixer):
         z_gamma, tau = gates("decay"), nn.sigmoid(gates("temperature"))
         gamma = nn.softplus(z_gamma)
         k = unit(k.astype(tau.dtype)) * jnp.exp(tau * _log_softplus(z_gamma))
-        low = projection(self.gate_rank, "value_down", self)(h)
-        v = nn.sigmoid(projection(width, "value_up", self, use_bias=True)(low)) * h
+        v = nn.sigmoid(low_rank("value", self, self.gate_rank, width, use_bias=True)(h)) * h
         one_head = lambda a: a[:, :, None]
         o, matrix = ops.gated_linear_attention(
             *map(one_head, (q, k.astype(q.dtype), v, -gamma * tau)), initial_state=state.matrix,
@@ -73,9 +73,7 @@ class Rodimus(Mixer):
     @nn.nowrap
     def _width(self) -> int:
         """Channels between the projections."""
-        for name in ("expand", "key_width", "gate_rank", "conv_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; Rodimus takes 1 or more.")
+        at_least(self, expand=1, key_width=1, gate_rank=1, conv_window=1)
         return self.expand * self.d_model
 
 

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.initializers import constant
+from flax.linen.initializers import constant, zeros
 
 from .. import ops
 from ..layers.head_norm import head_norm
 from ..layers.initialisers import symmetric_uniform
 from ..layers.low_rank import low_rank
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.token_shift import first_shares, token_shift
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
@@ -60,8 +60,8 @@ class RWKV6(Mixer):
         x_r, x_w, x_k, x_v, x_g = self._mixes(x, shift)
         heads = lambda name, x, width: split_heads(projection(self.num_heads * width, f"{name}_proj", self)(x), width)
         r, k, v = heads("r", x_r, K), heads("k", x_k, K), heads("v", x_v, V)
-        first, small = constant(self._first_decays()), symmetric_uniform(0.01)
-        decay = low_rank("decay", self, self.decay_rank, self.num_heads * K, nn.tanh, first, small)
+        start = dict(down_init=zeros, up_init=symmetric_uniform(0.01), bias_init=constant(self._first_decays()))
+        decay = low_rank("decay", self, self.decay_rank, self.num_heads * K, nn.tanh, True, **start)
         g = -jnp.exp(split_heads(decay(x_w).astype(accumulator(x.dtype)), K))
         bonus = self.param("bonus", constant(self._first_bonus()), (self.num_heads, K), self.param_dtype)
         o, matrix = ops.gated_linear_attention(
@@ -79,7 +79,7 @@ class RWKV6(Mixer):
         bias = self.param("mix_bias", constant(self._first_mixes()), (5, D), self.param_dtype)
         up = self.param("mix_up", symmetric_uniform(0.01), (5 * R, D), self.param_dtype)
         mu, bias, up = (p.astype(x.dtype) for p in (mu, bias, up))
-        down = nn.Dense(5 * R, False, self.dtype, self.param_dtype, kernel_init=nn.initializers.zeros, name="mix_down")
+        down = projection(5 * R, "mix_down", self, kernel_init=zeros)
         low = nn.tanh(down(x + shift * mu[None, None])).reshape(*x.shape[:2], 5, R)
         mixes = jnp.einsum("btcr,crd->cbtd", low, up.reshape(5, R, D)) + bias[:, None, None]
         return x[None] + shift[None] * mixes
@@ -108,4 +108,5 @@ class RWKV6(Mixer):
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:
         """Key width and value width per head."""
+        at_least(self, mix_rank=1, decay_rank=1)
         return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)

@@ -1,17 +1,18 @@
 """RWKV-7, Goose."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.initializers import constant
+from flax.linen.initializers import constant, orthogonal, zeros
 
 from .. import ops
 from ..layers.head_norm import head_norm
 from ..layers.initialisers import symmetric_uniform
 from ..layers.low_rank import low_rank
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.token_shift import first_shares, token_shift
@@ -19,6 +20,9 @@ from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 #: μ_c of channel i starts at 1 − (i / D)^(power · (1 − layer_fraction)).
 POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+
+#: Ranks that are None are near these multiples of √d_model.
+RANKS = {"decay_rank": 2.5, "a_rank": 2.5, "value_rank": 1.7, "gate_rank": 5.0}
 
 
 class RWKV7State(NamedTuple):
@@ -80,11 +84,12 @@ class RWKV7(Mixer):
             for name, bound, x in (("r", 0.5, x_r), ("k", 0.05, x_k), ("v", 0.5, x_v))
         )
         decay_rank, a_rank, value_rank, gate_rank = self._ranks()
-        lift = lambda name, rank, **options: low_rank(name, self, rank, D, **options)
-        a = nn.sigmoid(lift("a", a_rank, bias_init=constant(self._first_a()))(x_a))
-        w = lift("decay", decay_rank, activation=nn.tanh, bias_init=constant(self._first_decays()))(x_w)
+        lift = partial(low_rank, module=self, features=D, down_init=zeros, up_init=orthogonal(0.1))
+        from_start = lambda bias: dict(use_bias=True, bias_init=constant(bias))
+        a = nn.sigmoid(lift("a", rank=a_rank, **from_start(self._first_a()))(x_a))
+        w = lift("decay", rank=decay_rank, activation=nn.tanh, **from_start(self._first_decays()))(x_w)
         if first_value is not None:
-            own_share = lift("value", value_rank, bias_init=constant(0.73 - 0.4 * self._line()))(x_v)
+            own_share = lift("value", rank=value_rank, **from_start(0.73 - 0.4 * self._line()))(x_v)
             v += (first_value - v) * nn.sigmoid(own_share)
         self.sow("intermediates", "value", v)
         kappa = unit(split_heads(k * vector("k_k", 0.71 - 0.1 * self._line()), K), least=1e-12)
@@ -97,9 +102,9 @@ class RWKV7(Mixer):
         o = head_norm(self, self.num_heads, 1e-5 * K)(o.reshape(x.shape))
         r_k = self.param("r_k", constant(-0.04), (self.num_heads, K), self.param_dtype)
         o += (jnp.sum(r * k * r_k.astype(r.dtype)[None, None], axis=-1, keepdims=True) * v).reshape(x.shape)
-        o *= lift("gate", gate_rank, activation=nn.sigmoid)(x_g)
-        out = nn.Dense(D, False, self.dtype, self.param_dtype, kernel_init=nn.initializers.zeros, name="out_proj")
-        return out(o), RWKV7State(matrix.astype(state.matrix.dtype), last)
+        o *= lift("gate", rank=gate_rank, activation=nn.sigmoid)(x_g)
+        y = projection(D, "out_proj", self, kernel_init=zeros)(o)
+        return y, RWKV7State(matrix.astype(state.matrix.dtype), last)
 
     def _line(self):
         return np.linspace(-0.5, 0.5, self.d_model)
@@ -122,10 +127,10 @@ class RWKV7(Mixer):
 
     @nn.nowrap
     def _ranks(self) -> tuple[int, ...]:
-        """Of decay, a, value and gate: multiples of 32 near these multiples of √d_model."""
-        ranks = self.decay_rank, self.a_rank, self.value_rank, self.gate_rank
+        """Of decay, a, value and gate: multiples of 32 near multiples of √d_model, where they are None."""
+        at_least(self, **{name: 1 for name in RANKS if getattr(self, name) is not None})
         near = lambda factor: max(32, 32 * round(factor * self.d_model**0.5 / 32))
-        return tuple(near(f) if rank is None else rank for rank, f in zip(ranks, (2.5, 2.5, 1.7, 5.0), strict=True))
+        return tuple(near(f) if (rank := getattr(self, name)) is None else rank for name, f in RANKS.items())
 
     @nn.nowrap
     def _width(self) -> int:

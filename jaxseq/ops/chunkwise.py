@@ -40,10 +40,10 @@ def in_xla(step, walk: Walk, S, tokens, matrices):
 
     Blocks are read and written where they stay: no copy of an array in another order.
     """
-    v = next(iter(tokens.values()))
-    (batch, length, heads, _), size = v.shape, walk.size
+    first = next(iter(tokens.values()))
+    (batch, length, heads, _), size = first.shape, walk.size
     blocks = length // size
-    zeros = lambda shape, dtype: zeros_from(v, shape, dtype)
+    zeros = lambda shape, dtype: zeros_from(first, shape, dtype)
 
     def block(n, state):
         S, outputs, carries = state

@@ -85,7 +85,7 @@ def delta_rule(
     matrix, made of matrix products.
 
     Raises:
-      ValueError: shapes disagree, T = 0, or chunk_size < 1.
+      ValueError: shapes disagree, T = 0, chunk_size < 1, or a log decay is known to be above 0.
       NotImplementedError: `impl` is none of the forms.
     """
     length = value.shape[1]

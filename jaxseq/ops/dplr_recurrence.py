@@ -83,12 +83,12 @@ def dplr_recurrence(
 
         S_t = (diag(exp g_t) + b_t a_tᵀ) S_{t-1} + k_t v_tᵀ        o_t = scale · S_tᵀ q_t        (RWKV-7, 2503.14456)
 
-    a reads the state before its decay. With b = −a ⊙ λ and 0 ≤ λ ≤ 1 for unit a and log decays from 0 to −½, as in
-    RWKV-7, states stay bounded; with other signs they may grow without bound. Log decays, heads, `scale`, states and
+    a reads the state before its decay. With b = −a ⊙ λ and 0 ≤ λ ≤ 1 for unit a and log decays from 0 to −e^−½, as
+    in RWKV-7, states stay bounded; with other signs they may grow without bound. Log decays, heads, `scale`, states and
     segments are those of `gated_linear_attention`.
 
     Raises:
-      ValueError: shapes disagree, T = 0, or chunk_size < 1.
+      ValueError: shapes disagree, T = 0, chunk_size < 1, or a log decay is known to be above 0.
       NotImplementedError: `impl` is none of the forms.
     """
     length, heads = value.shape[1:3]

@@ -105,8 +105,8 @@ def gated_linear_attention(
     the gradient of log decays is so to ε times the largest of the other gradients.
 
     Raises:
-      ValueError: shapes disagree, T = 0, chunk_size < 1, `decay_axis` is none of the two, or there is a bonus
-        beside decays of values.
+      ValueError: shapes disagree, T = 0, chunk_size < 1, a log decay is known to be above 0, `decay_axis` is none of
+        the two, or there is a bonus beside decays of values.
       NotImplementedError: `impl` is none of the forms.
     """
     length = value.shape[1]
@@ -139,4 +139,4 @@ def _total(k, v, g) -> OuterProduct:
     """All tokens as one element: each key decayed to the end."""
     to_end = lax.cumsum(g, axis=1, reverse=True)
     later = jnp.pad(to_end[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
-    return OuterProduct(to_end[:, 0], product("bthk,bthv->bhkv", jnp.exp(later) * k.astype(g.dtype), v, v.dtype))
+    return OuterProduct(to_end[:, 0], product("bthk,bthv->bhkv", jnp.exp(later) * k.astype(g.dtype), v, g.dtype))

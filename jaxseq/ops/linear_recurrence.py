@@ -119,7 +119,8 @@ def linear_recurrence(
 
     `decay` broadcasts against `inputs`. `initial_state` is h_0, zeros when None. At a change of `segment_ids` the
     state restarts from zero. States have the promoted dtype of the inputs; sums and the final state are kept in at
-    least float32. All forms but `sequential` share one backward pass, the reversed recurrence (no forward mode).
+    least float32. `parallel`, `chunked` and `in_place` share
+    one backward pass, the reversed recurrence (no forward mode).
     `in_place` passes over memory once, a step at a time; `chunked` a block of `chunk_size` steps at a time.
 
     Raises:

@@ -14,7 +14,8 @@ from ..segments import segment_starts, tokens_so_far
 from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
 from ..sharded import across_devices, own
 from .dispatch import dispatch
-from .matrix_state import per_head
+from .matrix_state import check_inputs, per_head
+from .within_chunk import decays_of
 
 # The forms take queries and keys `B T H K`, values `B T H V`, scales `B T H L`, log decays `B T H`; of every token
 # whether it starts a segment and its place in it, `B T`; and sums `B H M K V`, M = L − 1.
@@ -93,24 +94,26 @@ def chunked(q, k, v, scales, g, starts, places, S, *, chunk_size: int):
 def _chunk(S, tokens):
     q, k, v, scales, g, starts, places = tokens
     bits, ids = S.shape[2], jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-    total, chosen = jnp.cumsum(g, axis=1), partial(jax.nn.one_hot, dtype=S.dtype)
+    decays, chosen = decays_of(g.swapaxes(1, 2)[..., None]), partial(jax.nn.one_hot, dtype=S.dtype)
+    by_time = lambda x: x[..., 0].swapaxes(1, 2)
     # Token j is in the run of the highest bit in which its place differs from that of the reader.
     level = 1 + _highest(places[:, :, None] ^ places[:, None], bits)
     seen = jnp.tril(jnp.ones(level.shape[1:], bool))[None] & (ids[:, :, None] == ids[:, None])
-    gap = jnp.where(seen[..., None], total[:, :, None] - total[:, None], -jnp.inf)
-    scores = jnp.einsum("bihk,bjhk->bijh", q, k) * jnp.exp(gap)
-    o = jnp.einsum("bijh,bijl,bihl,bjhv->bihv", scores, chosen(level, bits + 1), scales, v)
+    decayed = jnp.where(seen[:, None], decays.pairwise + jnp.eye(level.shape[-1], dtype=S.dtype)[None, None], 0)
+    scores = jnp.einsum("bihk,bjhk->bhij", q, k) * decayed
+    o = jnp.einsum("bhij,bijl,bihl,bjhv->bihv", scores, chosen(level, bits + 1), scales, v)
     # A run before the chunk, where places go on from the first one's, is what it is until a higher bit than its own
     # changes.
     bit = jnp.arange(bits, dtype=places.dtype)[None, None]
     changed = lambda n: _highest(n ^ places[:, :1], bits)[..., None]
     now = lambda n, ids: jnp.where((ids == 0)[..., None, None], chosen(jnp.maximum(bit, changed(n)), bits), 0)
-    old = jnp.einsum("btml,bthl->btmh", now(places, ids), scales[..., 1:]) * jnp.exp(total)[:, :, None]
+    old = jnp.einsum("btml,bthl->btmh", now(places, ids), scales[..., 1:])
+    old *= by_time(decays.from_start)[:, :, None]
     o += jnp.einsum("bthk,bhmkv,btmh->bthv", q, S, old)
     after = places[:, -1:] + 1
-    to_end = (ids == ids[:, -1:]).astype(S.dtype)[..., None] * jnp.exp(total[:, -1:] - total)
+    to_end = (ids == ids[:, -1:]).astype(S.dtype)[..., None] * by_time(decays.to_end)
     added = jnp.einsum("btl,bth,bthk,bthv->bhlkv", chosen(_highest(after ^ places, bits), bits), to_end, k, v)
-    kept = jnp.exp(total[:, -1])[..., None, None, None] * S
+    kept = decays.total[..., None] * S
     return jnp.einsum("bml,bhmkv->bhlkv", now(after, ids[:, -1:])[:, 0], kept) + added, o
 
 
@@ -128,7 +131,7 @@ def log_linear_attention(
     chunk_size: int | None = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], LogLinearState]:
-    """Linear attention that weighs tokens by how far back they lie, in runs of 1, 2, 4 … tokens (arXiv 2506.04761).
+    """Linear attention that weighs tokens by how far back they lie, in a Fenwick tree of runs (arXiv 2506.04761).
 
         o_t = scale · Σ_{s ≤ t} exp(Σ_{s<u≤t} g_u) λ_t[ℓ(t, s)] (q_t·k_s) v_s
         ℓ(t, t) = 0        ℓ(t, s) = 1 + the highest bit in which t and s differ
@@ -139,18 +142,13 @@ def log_linear_attention(
     chunks of 64 when `chunk_size` is None, costs O(T (C + L K)) a channel of the values.
 
     Raises:
-      ValueError: shapes disagree, T = 0, L < 2, or chunk_size < 1.
+      ValueError: shapes disagree, T = 0, L < 2, chunk_size < 1, or a log decay is known to be above 0.
       NotImplementedError: `impl` is none of the forms.
     """
     (batch, length, heads, V), K, levels = value.shape, key.shape[-1], level_scales.shape[-1]
-    if length == 0:
-        raise ValueError(f"query has shape {query.shape}; log_linear_attention takes at least one step of time.")
-    if heads % key.shape[2]:
-        raise ValueError(f"key has {key.shape[2]} heads, which do not divide the {heads} of value.")
+    check_inputs("log_linear_attention", query, key, value, log_decay, chunk_size)
     if levels < 2:
         raise ValueError(f"level_scales has {levels} levels; log_linear_attention takes 2 or more.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}; log_linear_attention takes 1 or more.")
     dtype = accumulator(value.dtype)
     sums, before = (batch, heads, levels - 1, K, V), initial_state
     if before is not None and before.sums.shape != sums:

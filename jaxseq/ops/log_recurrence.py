@@ -52,8 +52,8 @@ def log_recurrence(
     start = jnp.full(inputs[:, 0].shape, -jnp.inf) if initial_state is None else initial_state
     decay, inputs, state = own((decay, inputs, zeros_from(inputs, start.shape, dtype, plus=start)))
     forms = {
-        name: partial(getattr(scan, name), monoid, LogAffine(decay, inputs))
-        for name in ("sequential", "parallel", "chunked")
+        name: partial(form, monoid, LogAffine(decay, inputs))
+        for name, form in {"sequential": scan.sequential, "parallel": scan.parallel, "chunked": scan.chunked}.items()
     }
     run = dispatch("log_recurrence", impl, forms, {"cpu": "sequential", "default": "parallel"})
     total = lambda: LogAffine(jnp.sum(decay, axis=1), run(jnp.full_like(state, -jnp.inf))[1])

@@ -8,7 +8,7 @@ from jax import lax
 
 from ..monoid import MatrixMap
 from ..segments import segment_starts
-from ..shapes import accumulator, known, zeros_from
+from ..shapes import accumulator, check_log_decay, zeros_from
 from ..sharded import own
 
 
@@ -22,16 +22,9 @@ class Prepared(NamedTuple):
 
 
 def prepared(op, query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size) -> Prepared:
-    """Raise on what shapes alone do not tell; a change of segment is a decay of zero, without any special case."""
-    (batch, length, heads, V), (groups, K) = value.shape, key.shape[2:]
-    if length == 0:
-        raise ValueError(f"query has shape {query.shape}; {op} takes at least one step of time.")
-    if heads % groups:
-        raise ValueError(f"key has {groups} heads, which do not divide the {heads} of value.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}; {op} takes 1 or more.")
-    if (values := known(log_decay)) is not None and not (values <= 0).all():
-        raise ValueError(f"log_decay holds {values[~(values <= 0)][0]}; {op} takes natural logs of 0 or less.")
+    """A change of segment is a decay of zero, without any special case."""
+    check_inputs(op, query, key, value, log_decay, chunk_size)
+    (batch, _, heads, V), (groups, K) = value.shape, key.shape[2:]
     dtype = accumulator(value.dtype)
     g = _per_channel(log_decay, value, groups, dtype)
     if segment_ids is not None:
@@ -40,6 +33,17 @@ def prepared(op, query, key, value, log_decay, scale, initial_state, segment_ids
     q = q * jnp.asarray(K**-0.5 if scale is None else scale, q.dtype)
     S = zeros_from(value, (batch, heads, K, V), dtype, plus=initial_state)
     return Prepared(*own((q, k, zeros_from(value, g.shape, dtype, plus=g), S)))
+
+
+def check_inputs(op: str, query, key, value, log_decay, chunk_size: int | None) -> None:
+    """Raise on what shapes alone do not tell."""
+    if value.shape[1] == 0:
+        raise ValueError(f"query has shape {query.shape}; {op} takes at least one step of time.")
+    if value.shape[2] % key.shape[2]:
+        raise ValueError(f"key has {key.shape[2]} heads, which do not divide the {value.shape[2]} of value.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}; {op} takes 1 or more.")
+    check_log_decay(log_decay, op)
 
 
 def per_head(x, heads: int):
@@ -70,7 +74,7 @@ def best(length: int) -> tuple[dict[str, str], str]:
 
 def in_accumulator(form, S):
     """The form on tokens in the precision of the state."""
-    return lambda *tokens_and_state: form(*(None if x is None else x.astype(S.dtype) for x in tokens_and_state))
+    return lambda *tokens_and_state: form(*(x.astype(S.dtype) for x in tokens_and_state))
 
 
 def total_map(run, v, S) -> MatrixMap:

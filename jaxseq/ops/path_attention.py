@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..shapes import Array, Float, Int, accumulator, typed
+from ..shapes import Array, Float, Int, accumulator, check_log_decay, typed
 from ..sharded import check_whole
 from .delta_rule import delta_rule
 from .dispatch import dispatch
@@ -113,7 +113,7 @@ def path_attention(
     key: Float[Array, "B S G K"],
     value: Float[Array, "B S G V"],
     direction: Float[Array, "B T G K"],
-    strength: Float[Array, "B T G"],
+    beta: Float[Array, "B T G"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     key_segment_ids: Int[Array, "B S"] | None = None,
@@ -127,12 +127,13 @@ def path_attention(
         o_i = Σ_j a_ij v_j        a_ij = softmax_j(scale · q_iᵀ H_i ⋯ H_{j+1} k_j + Σ_{j<u≤i} g_u)
         H_u = I − β_u w_u w_uᵀ        (PaTH, arXiv 2505.16381)
 
-    w is `direction`, used as given, β is `strength`: with unit w and β between 0 and 2 no key grows. With more keys
+    w is `direction`, used as given, β is `beta`: with unit w and β between 0 and 2 no key grows. With more keys
     than queries the first S − T are as `reflected_keys` left them. Heads, segments, `log_decay` g and `scale` are those
     of `softmax_attention`. `chunked` costs O(T S (K + V)) and keeps C·S logits a head.
 
     Raises:
-      ValueError: shapes disagree, G does not divide H, T > S, chunk_size < 1, or segments of queries alone.
+      ValueError: shapes disagree, G does not divide H, T > S, chunk_size < 1, segments of queries alone, or a log decay
+        known to be above 0.
       NotImplementedError: `impl` is none of the forms, or time is split over devices.
     """
     check_whole("path_attention", "give every device whole sequences")
@@ -145,10 +146,11 @@ def path_attention(
         raise ValueError(f"chunk_size={chunk_size}; path_attention takes 1 or more.")
     if segment_ids is not None and key_segment_ids is None and length != span:
         raise ValueError(f"segment_ids of {length} queries say nothing of {span} keys; pass key_segment_ids too.")
+    check_log_decay(log_decay, "path_attention")
     wide = accumulator(value.dtype)
     q = query.astype(wide) * jnp.asarray(width**-0.5 if scale is None else scale, wide)
     q = q.reshape(batch, length, groups, heads // groups, width)
-    k, v, w, beta = (x.astype(wide) for x in (key, value, direction, strength[..., None]))
+    k, v, w, beta = (x.astype(wide) for x in (key, value, direction, beta[..., None]))
     key_segments = segment_ids if key_segment_ids is None else key_segment_ids
     sums = None
     if log_decay is not None:
@@ -172,20 +174,32 @@ def path_attention(
 
 @typed
 def reflected_keys(
-    key: Float[Array, "B S G K"], direction: Float[Array, "B T G K"], strength: Float[Array, "B T G"]
+    key: Float[Array, "B S G K"], direction: Float[Array, "B T G K"], beta: Float[Array, "B T G"]
 ) -> Float[Array, "B S G K"]:
     """Keys as tokens after the last one find them, H_S ⋯ H_{j+1} k_j; the first S − T have met no direction yet.
 
-    The delta rule without values, from the last token to the first: its state is the product of what is yet to come.
+    A block of up to K tokens is one reflection of rank T, in O(S T K). More are the delta rule without values, from the
+    last token to the first, whose state is the product of what is yet to come: O(S K²).
+
+    Raises:
+      ValueError: shapes disagree, or T > S.
     """
     batch, length, groups, width = direction.shape
+    if not 1 <= length <= key.shape[1]:
+        raise ValueError(f"direction has {length} steps and key {key.shape[1]}; reflected_keys takes 1 ≤ T ≤ S.")
     wide = accumulator(key.dtype)
     past, back = key.shape[1] - length, lambda x: jnp.flip(x, axis=1).astype(wide)
+    if length <= width:
+        own, w, b = (jnp.moveaxis(x.astype(wide), 1, -2) for x in (key[:, past:], direction, beta[..., None]))
+        _, _, after, y = _block(own[:, :, None], own, w, b)
+        before = jnp.moveaxis(key[:, :past].astype(wide), 1, -2)
+        before -= jnp.einsum("bgst,bgtk->bgsk", jnp.einsum("bgsk,bgtk->bgst", before, y), w)
+        return jnp.moveaxis(jnp.concatenate([before, after], axis=-2), -2, 1).astype(key.dtype)
     unit = jnp.broadcast_to(jnp.eye(width, dtype=wide), (batch, groups, width, width))
     older = key[:, past:-1].astype(wide)
     read = jnp.concatenate([jnp.zeros_like(key[:, :1], wide), older], axis=1)
     w = back(direction)
-    o, product = delta_rule(back(read), w, jnp.zeros_like(w), back(strength), scale=1.0, initial_state=unit)
+    o, product = delta_rule(back(read), w, jnp.zeros_like(w), back(beta), scale=1.0, initial_state=unit)
     before = jnp.einsum("bgkv,bsgk->bsgv", product, key[:, :past].astype(wide))
     after = jnp.flip(o, axis=1)[:, 1:]
     return jnp.concatenate([before, after, key[:, -1:].astype(wide)], axis=1).astype(key.dtype)

@@ -8,7 +8,7 @@ from jax import lax
 
 from ..monoid import Expansion, Softmax, expansion, softmax
 from ..scan import parallel as scan
-from ..shapes import Array, Float, Int, accumulator, typed
+from ..shapes import Array, Float, Int, accumulator, check_log_decay, typed
 from ..sharded import first_position, halo, is_split, sharded
 from .dispatch import dispatch
 from .flash_attention import Sight, flash_attention
@@ -140,8 +140,8 @@ def softmax_attention(
     `chunk_size` queries.
 
     Raises:
-      ValueError: shapes disagree, G does not divide H, T > S, window < 1, look_back < 0, segments of queries alone, or
-        decays where it is not causal.
+      ValueError: shapes disagree, G does not divide H, T > S, window < 1, look_back < 0, segments of queries alone,
+        decays where it is not causal, or a log decay known to be above 0.
       NotImplementedError: `impl` is none of the forms, or S > T with time split over devices.
     """
     (batch, length, heads, width), (_, span, groups, _) = query.shape, key.shape
@@ -157,6 +157,7 @@ def softmax_attention(
         raise ValueError(f"chunk_size={chunk_size}; softmax_attention takes 1 or more.")
     if segment_ids is not None and key_segment_ids is None and length != span:
         raise ValueError(f"segment_ids of {length} queries say nothing of {span} keys; pass key_segment_ids too.")
+    check_log_decay(log_decay, "softmax_attention")
     if log_decay is not None and not causal:
         raise ValueError("log_decay is between a key and a later query; softmax_attention takes it with causal=True.")
     key_segments = segment_ids if key_segment_ids is None else key_segment_ids

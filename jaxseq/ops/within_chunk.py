@@ -27,14 +27,19 @@ class Decays(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(equation: str, x, y, dtype):
-    """An einsum of two arrays in the precision `dtype`, summed in at least float32, and its adjoints so too."""
-    return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=accumulator(dtype))
+    """An einsum of two arrays in the precision `dtype`, summed in at least float32, and its adjoints so too.
+
+    Accelerators would round float32 factors, were they not told.
+    """
+    precision = lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
+    x, y = x.astype(dtype), y.astype(dtype)
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=accumulator(dtype))
 
 
 def _product_backward(equation, dtype, operands, d_out):
     (x, y), (left, right, out) = operands, equation.replace("->", ",").split(",")
     d_x = product(f"{out},{right}->{left}", d_out, y, dtype)
-    return d_x, product(f"{left},{out}->{right}", x, d_out, dtype)
+    return d_x.astype(x.dtype), product(f"{left},{out}->{right}", x, d_out, dtype).astype(y.dtype)
 
 
 product.defvjp(lambda equation, x, y, dtype: (product(equation, x, y, dtype), (x, y)), _product_backward)
@@ -103,7 +108,7 @@ def later(x):
     """Σ_{t≥i} x_t: a batched product, as cumulative sums leave the fast path on CPU and one matrix would move x."""
     size = x.shape[-2]
     which = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), x.dtype)), (*x.shape[:-2], size, size))
-    return jnp.einsum("...ij,...jk->...ik", which, x)
+    return jnp.einsum("...ij,...jk->...ik", which, x, precision=lax.Precision.HIGHEST)
 
 
 def advanced(x):

@@ -1,13 +1,17 @@
-"""Learning curves from the metrics of a run."""
+"""The figures of a run: its learning curves, and those that an experiment draws."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from .files import atomically
 from .metrics import read_metrics
 
 COLORS = {"train": "#3b6fb6", "validation": "#d1602f", "test": "#3f8f5b"}
@@ -15,6 +19,21 @@ COLORS = {"train": "#3b6fb6", "validation": "#d1602f", "test": "#3f8f5b"}
 PARTS = ("#3b6fb6", "#d1602f", "#3f8f5b", "#7a5195", "#b58900", "#4aa3a3", "#a83254", "#6b6b6b")
 MANY = tuple(matplotlib.colormaps["tab20"](range(20)).tolist())
 LABELS = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy (fraction)"}
+
+
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.grid": True, "grid.color": "0.92", "grid.linewidth": 0.8, "axes.axisbelow": True}
+
+
+@contextmanager
+def saved_figure(path: Path, **options: Any) -> Iterator[Figure]:
+    """A figure to draw on, in the house style, that becomes the file at the end; `options` are those of `Figure`."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(dpi=150, layout="constrained", **options)
+        yield figure
+        path.parent.mkdir(exist_ok=True)
+        with atomically(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def draw_curves(folder: str | Path, baselines: dict[str, float] | None = None, **more: dict[str, float]) -> list[Path]:
@@ -30,10 +49,15 @@ def draw_curves(folder: str | Path, baselines: dict[str, float] | None = None, *
 
 
 def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, float]) -> Path:
+    path = folder / "plots" / f"{metric}.png"
+    with saved_figure(path, figsize=(7, 4.2)) as figure:
+        _draw_on(figure, metric, rows, baselines)
+    return path
+
+
+def _draw_on(figure: Figure, metric: str, rows: list[dict], baselines: dict[str, float]) -> None:
+    axes = figure.subplots()
     tokens = all("tokens" in row for row in rows)
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-        axes = figure.subplots()
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get(metric) is not None:
@@ -50,17 +74,11 @@ def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, floa
     axes.set_xlabel("training tokens" if tokens else "training step")
     axes.set_ylabel(LABELS[metric] + (" (nats per token)" if metric == "loss" and tokens else ""))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" ") if tokens else "{x:,.0f}")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
     if many:
         figure.set_figwidth(10)
         figure.legend(frameon=False, loc="outside right center", fontsize=6)
     else:
         axes.legend(frameon=False)
-    path = folder / "plots" / f"{metric}.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    return path
 
 
 def _curve(axes, training: bool, split: str, color: str, x: np.ndarray, y: np.ndarray) -> None:

@@ -6,18 +6,20 @@ import os
 import time
 import types
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
+from matplotlib.figure import Figure
 
 from .checkpoint import Checkpoints
 from .files import finite, read_json, write_json
 from .fit import FitResult, fit
 from .metrics import MetricsWriter
-from .plots import draw_curves
+from .plots import draw_curves, saved_figure
 from .progress import Progress, duration
 from .sharding import device_mesh
 
@@ -105,6 +107,25 @@ class Run(Generic[Config]):
         if jax.process_index() != 0:
             return contextlib.nullcontext()
         return MetricsWriter(self.folder, step=step, tokens_per_step=self._tokens_per_step, part=part)
+
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of this name in `table.json`, made and written if there is none: no session makes it twice."""
+        path = self.folder / "table.json"
+        table = read_json(path) if path.exists() else {}
+        if name not in table:
+            table[name] = finite(make())
+            if jax.process_index() == 0:
+                write_json(path, table)
+        return table[name]
+
+    @contextlib.contextmanager
+    def figure(self, name: str, **options: Any) -> Iterator[Figure]:
+        """A figure to draw on that becomes `plots/NAME.png`; `options` are those of matplotlib's `Figure`."""
+        if jax.process_index() == 0:
+            with saved_figure(self.folder / "plots" / f"{name}.png", **options) as figure:
+                yield figure
+        else:
+            yield Figure(**options)
 
     def plot(self, baselines: dict[str, float] | None = None, **more: dict[str, float]) -> list[Path]:
         """Draw the learning curves into `plots/`; see `draw_curves`."""
