@@ -541,6 +541,12 @@ MIXERS = {
     "DeltaNet": MixerMember(
         partial(DeltaNet, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"beta_proj/kernel": 1e3}, slow=True
     ),
+    "GLA ungated": MixerMember(
+        partial(GLA, WIDTH, num_heads=2, output_gate=False, chunk_size=CHUNK), extreme=_gla_gate, cheap=True
+    ),
+    "DeltaNet gated": MixerMember(
+        partial(DeltaNet, WIDTH, num_heads=2, output_gate=True, chunk_size=CHUNK), cheap=True
+    ),
     "GLA scalar": MixerMember(
         partial(GLA, WIDTH, gate="scalar", num_heads=4, num_kv_heads=2, expand_k=1.0, chunk_size=CHUNK), cheap=True
     ),
@@ -582,11 +588,19 @@ MIXERS = {
         partial(LightNet, WIDTH, num_heads=2, gate_rank=3, chunk_size=CHUNK), extreme={"k_proj/kernel": 1e4}, slow=True
     ),
     "KDA": MixerMember(partial(KDA, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"A_log": 20.0}, slow=True),
+    "DeltaProduct": MixerMember(
+        partial(GatedDeltaNet, WIDTH, num_heads=2, forget_gate=False, num_householders=2, chunk_size=CHUNK), cheap=True
+    ),
     "KDA bounded": MixerMember(
-        partial(KDA, WIDTH, num_heads=1, num_value_heads=2, min_log_decay=-5.0, chunk_size=CHUNK), cheap=True
+        partial(
+            KDA, WIDTH, num_heads=1, num_value_heads=2, min_log_decay=-5.0, negative_eigenvalues=True, chunk_size=CHUNK
+        ),
+        cheap=True,
     ),
     "KDA channel gates": MixerMember(
-        partial(KDA, WIDTH, num_heads=1, num_value_heads=2, channel_gates=True, chunk_size=CHUNK), cheap=True
+        partial(KDA, WIDTH, num_heads=1, num_value_heads=2, channel_gates=True, chunk_size=CHUNK),
+        extreme={"A_log": 20.0},
+        slow=True,
     ),
     "Rodimus": MixerMember(
         partial(Rodimus, WIDTH, key_width=4, gate_rank=2, chunk_size=CHUNK),
@@ -763,7 +777,11 @@ MIXERS = {
         whole=True,
     ),
     "PaTHAttention fading": MixerMember(
-        partial(PaTHAttention, WIDTH, num_heads=2, rank=3, forget_gate=True), recurrent=False, cheap=True
+        partial(PaTHAttention, WIDTH, num_heads=2, rank=3, forget_gate=True),
+        recurrent=False,
+        extreme={"forget_proj/kernel": 300.0},
+        slow=True,
+        whole=True,
     ),
     "Attention blocks": MixerMember(partial(Attention, WIDTH, num_heads=2, block_size=3), cheap=True),
     "Attention blocks looking back": MixerMember(

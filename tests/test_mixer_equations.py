@@ -9,6 +9,7 @@ import pytest
 from families import assert_close, cast
 
 from jaxseq.mixers import (
+    ABC,
     GSA,
     H3,
     KDA,
@@ -18,10 +19,15 @@ from jaxseq.mixers import (
     RWKV7,
     Comba,
     DeltaNet,
+    ForgettingAttention,
     GatedDeltaNet,
+    Lightning,
+    LogLinearAttention,
     Mamba,
+    MesaNet,
     MinGRU,
     MinLSTM,
+    PaTHAttention,
 )
 
 LENGTH, WIDTH = 15, 6
@@ -88,7 +94,6 @@ def minimal_lstm(p, x, starts):
 
 def matrix_lstm(p, x, starts, heads=2, eps=1e-5):
     """Without the running maximum: gates as they are."""
-    silu = lambda x: x * sigmoid(x)
     u, z = linear(p["up_proj"], x), linear(p["gate_proj"], x)
     c = silu(convolved(p["conv"], u, starts))
     q, k, v = (in_blocks(p[f"{n}_proj"], a) for n, a in (("q", c), ("k", c), ("v", u)))
@@ -131,7 +136,123 @@ def hungry_hippo(p, x, starts, width=2):
     return linear(p["out_proj"], y)
 
 
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softmax(x):
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
+
+
+def rms(p, x, eps=1e-5):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * p["scale"]
+
+
+def unit(x):
+    return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def of_heads(x, heads=2):
+    """`T H·K` → `H T K`."""
+    return x.reshape(len(x), heads, -1).swapaxes(0, 1)
+
+
+def joined(o):
+    return o.swapaxes(0, 1).reshape(o.shape[1], -1)
+
+
+def minimax(p, x, starts, fraction=0.2):
+    q, k, v = (of_heads(silu(linear(p[f"{name}_proj"], x))) for name in "qkv")
+    H, _, K = q.shape
+    o = np.zeros_like(v)
+    for h in range(H):
+        for t in range(len(x)):
+            S = np.zeros((K, K)) if starts[t] == t else np.exp(-8 * h / H * (1 - fraction)) * S
+            S = S + np.outer(k[h, t], v[h, t])
+            o[h, t] = S.T @ q[h, t] / np.sqrt(K)
+    return linear(p["out_proj"], rms(p["norm"], joined(o)) * sigmoid(linear(p["gate_proj"], x)))
+
+
+def bounded_memory(p, x, starts):
+    """The softmax over time of every slot, written out."""
+    q, k, v, w = (of_heads(linear(p[f"{name}_proj"], x)) for name in ("q", "k", "v", "slot"))
+    o = np.zeros_like(v)
+    for h, t in np.ndindex(*v.shape[:2]):
+        seen = slice(starts[t], t + 1)
+        phi = np.stack([softmax(column) for column in w[h, seen].T])
+        o[h, t] = softmax(phi @ k[h, seen] @ q[h, t] / np.sqrt(q.shape[-1])) @ (phi @ v[h, seen])
+    return linear(p["out_proj"], joined(o))
+
+
+def least_squares(p, x, starts):
+    """Solved, where the mixer takes conjugate gradients."""
+    q, k = (unit(of_heads(silu(convolved(p[f"{n}_conv"], linear(p[f"{n}_proj"], x), starts)))) for n in "qk")
+    v = of_heads(linear(p["v_proj"], x))
+    decay, beta = sigmoid(linear(p["decay_proj"], x)), sigmoid(linear(p["beta_proj"], x))
+    ridge, o = softplus(p["ridge"]) + 0.25, np.zeros_like(v)
+    for h in range(len(q)):
+        for t in range(len(x)):
+            H, G = (0, 0) if starts[t] == t else (decay[t, h] * H, decay[t, h] * G)
+            H = H + beta[t, h] * np.outer(k[h, t], k[h, t])
+            G = G + beta[t, h] * np.outer(k[h, t], v[h, t])
+            o[h, t] = G.T @ np.linalg.solve(H + np.diag(ridge[h]), q[h, t])
+    return linear(p["out_proj"], joined(rms(p["norm"], o)))
+
+
+def binary_digits(p, x, starts, levels=4):
+    """Pair by pair: the level of a pair is one more than the highest bit in which the two places differ."""
+    q, k, v = (of_heads(silu(convolved(p[f"{n}_conv"], linear(p[f"{n}_proj"], x), starts))) for n in "qkv")
+    rate = np.exp(p["A_log"])[:, None] * softplus(linear(p["dt_proj"], x) + p["dt_bias"]).T
+    scales = softplus(p["level_scales"][:, None] * of_heads(linear(p["level_proj"], x)))
+    o = np.zeros_like(v)
+    for h, t in np.ndindex(*v.shape[:2]):
+        for s in range(starts[t], t + 1):
+            apart = (t - starts[t]) ^ (s - starts[t])
+            level = min(int(apart).bit_length(), levels - 1)
+            weight = scales[h, t, level] * np.exp(-rate[h, s + 1 : t + 1].sum())
+            o[h, t] += weight * (q[h, t] @ k[h, s]) / np.sqrt(q.shape[-1]) * v[h, s]
+    return linear(p["out_proj"], rms(p["norm"], joined(o) * silu(linear(p["gate_proj"], x))))
+
+
+def fading(p, x, starts):
+    q, k, v = (of_heads(linear(p[f"{name}_proj"], x)) for name in "qkv")
+    g, o = np.log(sigmoid(linear(p["forget_proj"], x))), np.zeros_like(v)
+    for h, t in np.ndindex(*v.shape[:2]):
+        seen = range(starts[t], t + 1)
+        logits = [q[h, t] @ k[h, s] / np.sqrt(q.shape[-1]) + g[s + 1 : t + 1, h].sum() for s in seen]
+        o[h, t] = softmax(np.array(logits)) @ v[h, starts[t] : t + 1]
+    return linear(p["out_proj"], joined(o))
+
+
+def reflecting(p, x, starts):
+    """Every reflection of every key, one after the other."""
+    q, k, v = (of_heads(linear(p[f"{name}_proj"], x)) for name in "qkv")
+    low = linear(p["w_up"], linear(p["w_down"], x))
+    window = np.zeros_like(low)
+    for t in range(len(x)):
+        for lag in range(min(3, t - starts[t] + 1)):
+            window[t] += p["w_conv"]["kernel"][2 - lag] * low[t - lag]
+    w, beta = unit(of_heads(silu(window))), 2 * sigmoid(linear(p["beta_proj"], x))
+    o = np.zeros_like(v)
+    for h, t in np.ndindex(*v.shape[:2]):
+        logits = []
+        for s in range(starts[t], t + 1):
+            key = k[h, s]
+            for u in range(s + 1, t + 1):
+                key = key - beta[u, h] * w[h, u] * (w[h, u] @ key)
+            logits.append(q[h, t] @ key / np.sqrt(q.shape[-1]))
+        o[h, t] = softmax(np.array(logits)) @ v[h, starts[t] : t + 1]
+    return linear(p["out_proj"], joined(o))
+
+
 LOOPS = {
+    "Lightning": (partial(Lightning, num_heads=2, layer_fraction=0.2), minimax),
+    "ABC": (partial(ABC, num_heads=2, num_slots=3), bounded_memory),
+    "MesaNet": (partial(MesaNet, num_heads=2), least_squares),
+    "LogLinearAttention": (partial(LogLinearAttention, num_heads=2, num_levels=4), binary_digits),
+    "ForgettingAttention": (partial(ForgettingAttention, num_heads=2), fading),
+    "PaTHAttention": (partial(PaTHAttention, num_heads=2, rank=3), reflecting),
     "H3": (partial(H3, head_width=2, state_size=6, shift_size=4), hungry_hippo),
     "RGLRU": (partial(RGLRU, num_heads=2), griffin),
     "MinGRU": (partial(MinGRU, expand=2), minimal_gru),

@@ -21,7 +21,7 @@ def retention_log_decays(num_heads: int) -> jax.Array:
 def lightning_log_decays(num_heads: int, layer_fraction: float) -> jax.Array:
     """log γ_h = −(8 h / H) (1 − l), h = 0 … H − 1, l the layer's place (TransNormerLLM, arXiv 2307.14995)."""
     check_layer_fraction(layer_fraction)
-    return jnp.asarray(-8 * np.arange(num_heads) / num_heads * (1 - layer_fraction), jnp.float32)
+    return jnp.asarray(-8 * np.arange(num_heads) / num_heads * (1 - layer_fraction))
 
 
 def bounded_decay(z: jax.Array, lower_bound: Any) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ def delta_product(
     key: Float[Array, "B T n Hk K"],
     value: Float[Array, "B T n H V"],
     beta: Float[Array, "B T n H"],
-    log_decay: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | None,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     **options,
@@ -32,7 +32,6 @@ def delta_product(
     long = lambda x: x.reshape(batch, length * n, *x.shape[3:])
     at = lambda i, x: long(jnp.zeros((batch, length, n, *x.shape[2:]), x.dtype).at[:, :, i].set(x))
     ids = None if segment_ids is None else jnp.repeat(segment_ids, n, axis=1)
-    o, S = ops.delta_rule(
-        at(n - 1, query), long(key), long(value), long(beta), at(0, log_decay), segment_ids=ids, **options
-    )
+    decay = None if log_decay is None else at(0, log_decay)
+    o, S = ops.delta_rule(at(n - 1, query), long(key), long(value), long(beta), decay, segment_ids=ids, **options)
     return o[:, n - 1 :: n], S

@@ -19,7 +19,8 @@ def token_shift(
 def first_shares(width: int, layer_fraction: float, power: float) -> np.ndarray:
     """How much of the token before it a channel takes at first: the more, the lower the channel and the layer.
 
-    1 − (i / D)^(power · (1 − layer_fraction)), as RWKV's authors start their models.
+    1 − (i / D)^(power · (1 − layer_fraction)), as RWKV's authors start their models, but for the last layer, whose
+    exponent they keep above 0.
     """
     check_layer_fraction(layer_fraction)
     return 1 - (np.arange(width) / width) ** (power * (1 - layer_fraction))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import softplus_decay
+from ..layers.head_readout import head_readout
 from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
@@ -22,16 +23,19 @@ class Comba(Mixer):
         S_t = (exp(g_t) I − β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ        o_t = K^-½ S_tᵀ (q_t − D σ(c) k_t)
         y_t = (RMSNorm(o_t) ⊙ σ(x_t W_g)) W_o
 
-    Queries, keys and values go through a causal convolution and SiLU; keys, and queries once
-    corrected, are then unit vectors. D and c, per head, start at one. The decays start as in
-    `GatedDeltaNet`. The paper erases along σ(c) k; its authors' code makes that a unit vector, as here.
+    Queries, keys and values go through a causal convolution and SiLU; keys, and queries once corrected, are then unit
+    vectors. D and c, per head, start at `correction` (0.02 for small models, in the authors' code) and at one. The
+    decays start as in `GatedDeltaNet`. `output_gate` False leaves σ(x_t W_g) out. The paper erases along σ(c) k; its
+    authors' code makes that a unit vector, as here.
     """
 
     d_model: int
     num_heads: int = 4
     expand_k: float = 1.0
     expand_v: float = 1.0
+    correction: float = 1.0
     conv_window: int | None = 4
+    output_gate: bool = True
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -46,7 +50,8 @@ class Comba(Mixer):
         state = self.start(x) if state is None else state
         (q, k, v), conv = convolved(self, x, {"q": H * K, "k": H * K, "v": H * V}, state.conv, segment_ids)
         q, k, v = split_heads(q, K), split_heads(k, K), split_heads(v, V)
-        D, c = (self.param(name, nn.initializers.ones, (H,), self.param_dtype) for name in ("D", "c"))
+        first = {"D": self.correction, "c": 1.0}
+        D, c = (self.param(name, nn.initializers.constant(x), (H,), self.param_dtype) for name, x in first.items())
         q = unit(q - (D * nn.sigmoid(c)).astype(k.dtype)[None, None, :, None] * k)
         k = unit(k)
         beta = nn.sigmoid(projection(H, "beta_proj", self)(x).astype(accumulator(x.dtype)))[..., None].astype(v.dtype)
@@ -54,9 +59,7 @@ class Comba(Mixer):
             q, k, beta * v, k, -beta * k, softplus_decay(self, x, H), initial_state=state.matrix,
             segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
-        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
-        o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(projection(H * V, "gate_proj", self)(x))
-        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
+        return head_readout(self, o, x, nn.sigmoid), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.head_readout import head_readout
 from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.normalised import unit
@@ -21,7 +22,7 @@ class DeltaNet(Mixer):
 
     Queries, keys and values go through a causal convolution and SiLU, queries and keys are unit vectors, and
     β_t = σ(x_t W_b), twice that with `negative_eigenvalues` (arXiv 2411.12537). The norm is per head with one weight
-    vector for all heads.
+    vector for all heads; with `output_gate` silu(x_t W_g) multiplies what it gives.
     """
 
     d_model: int
@@ -30,6 +31,7 @@ class DeltaNet(Mixer):
     expand_v: float = 1.0
     conv_window: int | None = 4
     negative_eigenvalues: bool = False
+    output_gate: bool = False
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -51,8 +53,7 @@ class DeltaNet(Mixer):
             q, k, v, beta, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size,
             impl=self.impl,
         )  # fmt: skip
-        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
-        y = projection(self.d_model, "out_proj", self)(o.reshape(*x.shape[:2], -1))
+        y = head_readout(self, o, x)
         return y, MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap

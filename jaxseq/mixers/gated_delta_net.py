@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ..layers.decays import softplus_decay
 from ..layers.delta_product import delta_product
+from ..layers.head_readout import head_readout
 from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
@@ -24,9 +25,10 @@ class GatedDeltaNet(Mixer):
 
     Queries, keys and values go through a causal convolution and SiLU; queries and keys are unit vectors. exp(A_log)
     starts uniform in (0, 16), softplus(b_a) log-uniform in [0.001, 0.1]. `num_heads` heads of query and key each
-    serve a run of the `num_value_heads`, as many when None. β_t is twice that with `negative_eigenvalues`. With
-    `num_householders` more than 1 a token has as many keys, values and β, one correction each, after one decay (Gated
-    DeltaProduct, arXiv 2502.10297).
+    serve a run of the `num_value_heads`, as many when None. β_t is twice that with `negative_eigenvalues`, and
+    without `forget_gate` g_t is zero. With `num_householders` more than 1 a token has as many keys, values and β, one
+    correction each, after one decay (Gated DeltaProduct, arXiv 2502.10297, whose authors double β; DeltaProduct
+    without the decay). `output_gate` False leaves silu(x_t W_g) out.
     """
 
     d_model: int
@@ -36,7 +38,9 @@ class GatedDeltaNet(Mixer):
     expand_v: float = 1.5
     conv_window: int | None = 4
     negative_eigenvalues: bool = False
+    forget_gate: bool = True
     num_householders: int = 1
+    output_gate: bool = True
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -55,13 +59,12 @@ class GatedDeltaNet(Mixer):
         each = lambda x, *rest: x.reshape(*x.shape[:2], n, -1, *rest)
         q, k, v = unit(split_heads(q, K)), unit(each(k, K)), each(v, V)
         beta = nn.sigmoid(projection(n * heads, "beta_proj", self)(x).astype(accumulator(x.dtype)))
+        decay = softplus_decay(self, x, heads) if self.forget_gate else None
         o, matrix = delta_product(
-            q, k, v, each(2 * beta if self.negative_eigenvalues else beta), softplus_decay(self, x, heads),
+            q, k, v, each(2 * beta if self.negative_eigenvalues else beta), decay,
             initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
-        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
-        o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
-        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
+        return head_readout(self, o, x), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:

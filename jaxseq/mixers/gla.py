@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import retention_log_decays
+from ..layers.head_readout import head_readout
 from ..layers.low_rank import low_rank
 from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer, above_zero, at_least, check_min_log_decay
@@ -24,9 +25,10 @@ class GLA(Mixer):
         log α_t = log σ(x_t W_a1 W_a2 + b_a) / τ
         S_t = diag(α_t) S_{t-1} + k_t v_tᵀ        o_t = K^-½ S_tᵀ q_t        y_t = (RMSNorm(o_t) ⊙ silu(x_t W_r)) W_o
 
-    The norm is per head with one weight vector for all heads, and W_r has no bias, as in the authors' code (the
-    paper writes LayerNorm and a bias). With `num_kv_heads` fewer heads of key, value and decay each serve a run of
-    query heads. `conv_window` puts a causal convolution and SiLU on query, key and value.
+    The norm is per head with one weight vector for all heads, and W_r has no bias, as in the authors' code (the paper
+    writes LayerNorm and a bias). With `num_kv_heads` fewer heads of key, value and decay each serve a run of query
+    heads, each of which keeps a state. `output_gate` False leaves r out. `conv_window` puts a causal convolution and
+    SiLU on query, key and value.
 
     `gate` is the paper's ablation: this "vector" of decays; "scalar", one log σ(x_t w_a + b_a) / τ a head; "fixed",
     those of RetNet; or "none".
@@ -42,6 +44,7 @@ class GLA(Mixer):
     gate_temperature: float = 16.0
     min_log_decay: float | None = None
     conv_window: int | None = None
+    output_gate: bool = True
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -62,9 +65,7 @@ class GLA(Mixer):
             q, k, v, self._log_decay(x), initial_state=state.matrix, segment_ids=segment_ids,
             chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
-        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
-        o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(heads * V, "gate_proj", self)(x))
-        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
+        return head_readout(self, o, x), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     def _log_decay(self, x):
         """One of the shapes that the op takes, for every query head."""

@@ -27,7 +27,8 @@ class GSA(Mixer):
         o_t = V_tᵀ softmax(K_tᵀ q_t)        y_t = RMSNorm(silu(o_t)) W_o
 
     Queries, keys and values go through SiLU. The norm is over all heads together. With `num_kv_heads` fewer heads of
-    key, value and gate each serve a run of query heads. `conv_window` puts a causal convolution in front of the SiLU.
+    key, value and gate each serve a run of query heads, each of which keeps a state. `conv_window` puts a causal
+    convolution in front of the SiLU.
     """
 
     d_model: int

@@ -22,8 +22,9 @@ class HGRN(Mixer):
         a_t = b + (1 − b) σ(x_t W_f)        h_t = a_t ⊙ h_{t-1} + (1 − a_t) ⊙ silu(x_t W_i)
         y_t = (RMSNorm(h_t) ⊙ silu(x_t W_g)) W_o
 
-    `lower_bound` b is a number or a tuple of one per channel, larger in higher layers of a model so that these
-    remember for longer. Real, as in the authors' later code; the paper's h turns by a learned phase.
+    `lower_bound` b is a number or a tuple of one per channel, larger in higher layers of a model so that these remember
+    for longer: the authors learn it, as sums over layers of a softmax. Real, as in the authors' later code; the paper's
+    h turns by a learned phase.
     """
 
     d_model: int

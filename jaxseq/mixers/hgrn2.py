@@ -22,8 +22,9 @@ class HGRN2(Mixer):
         a_t = b + (1 − b) σ(x_t W_f)        S_t = diag(a_t) S_{t-1} + (1 − a_t) v_tᵀ
         o_t = K^-½ S_tᵀ silu(x_t W_q)        y_t = RMSNorm(o_t) W_o
 
-    `lower_bound` b is a number or a tuple of one per channel, larger in higher layers of a model so that these
-    remember for longer. The norm is over all heads together; the authors' heads are 128 channels wide.
+    `lower_bound` b is a number or a tuple of one per channel, larger in higher layers of a model so that these remember
+    for longer: the authors learn it, as sums over layers of a softmax. The norm is over all heads together; the
+    authors' heads are 128 channels wide.
     """
 
     d_model: int

@@ -27,7 +27,8 @@ class KDA(Mixer):
     Queries, keys and values go through a causal convolution and SiLU; queries and keys are unit vectors. A_log is per
     head, exp(A_log) starts uniform in (1, 16), softplus(b_f) log-uniform in [0.001, 0.1]. The low ranks are the value
     width of a head. With `min_log_decay`, −5 say, g_t = min_log_decay · σ(exp(A_log) (x_t W_f1 W_f2 + b_f)) instead.
-    `num_heads` heads of query and key each serve a run of the `num_value_heads`, as many when None.
+    `num_heads` heads of query and key each serve a run of the `num_value_heads`, as many when None. β_t is twice that
+    with `negative_eigenvalues`.
 
     With `channel_gates` erasing and writing have gates of their own, per channel, in place of β (Gated DeltaNet-2, as
     in flash-linear-attention): S_t = (I − k_t (σ(x_t W_b) ⊙ k_t)ᵀ) diag(exp g_t) S_{t-1} + k_t (σ(x_t W_w) ⊙ v_t)ᵀ.
@@ -40,6 +41,7 @@ class KDA(Mixer):
     expand_v: float = 1.0
     min_log_decay: float | None = None
     channel_gates: bool = False
+    negative_eigenvalues: bool = False
     conv_window: int | None = 4
     norm_eps: float = 1e-5
     chunk_size: int | None = None
@@ -65,7 +67,8 @@ class KDA(Mixer):
             v *= split_heads(gates("write", heads * V), V).astype(v.dtype)
             o, matrix = ops.dplr_recurrence(q, k, v, erase.astype(k.dtype) * k, -k, g, **options)
         else:
-            o, matrix = ops.delta_rule(q, k, v, gates("beta", heads), g, **options)
+            beta = (1 + self.negative_eigenvalues) * gates("beta", heads)
+            o, matrix = ops.delta_rule(q, k, v, beta, g, **options)
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
         o = o.reshape(*x.shape[:2], -1) * nn.sigmoid(low_rank("gate", self, V, heads * V, use_bias=True)(x))
         return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)

@@ -29,6 +29,9 @@ class LogLinearAttention(Mixer):
     ℓ(t, s) grows as log₂ of the distance: `log_linear_attention`. Queries, keys and values go through a causal
     convolution and SiLU. Λ is a number a head and level, one at the start. The last of `num_levels` L levels takes what
     is further back than 2^(L−2) tokens; the state is (L − 1) K V numbers a head, whatever the length.
+
+    The paper puts the levels into Mamba-2 and Gated DeltaNet; this is the former's gate, decay and norm around heads of
+    query and key of their own, without its step sizes on values and its skip.
     """
 
     d_model: int

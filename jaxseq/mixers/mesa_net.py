@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..layers.head_readout import head_readout
 from ..layers.mesa import MesaState, mesa
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
@@ -29,7 +30,7 @@ class MesaNet(Mixer):
 
     Queries and keys go through a causal convolution and SiLU, and are unit vectors. Λ starts at 1. The system is
     solved by `solver_steps` conjugate gradients in at least float32. The norm is per head with one weight vector for
-    all heads.
+    all heads; with `output_gate` silu(x_t W_g) multiplies what it gives.
     """
 
     d_model: int
@@ -38,6 +39,7 @@ class MesaNet(Mixer):
     expand_v: float = 1.0
     solver_steps: int = 30
     conv_window: int | None = 4
+    output_gate: bool = False
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -61,8 +63,7 @@ class MesaNet(Mixer):
             q, k, v, nn.sigmoid(gate("beta")), jax.nn.log_sigmoid(gate("decay")), ridge, state.memory,
             steps=self.solver_steps, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
-        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
-        y = projection(self.d_model, "out_proj", self)(o.reshape(*x.shape[:2], -1))
+        y = head_readout(self, o, x)
         memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, state.memory)
         return y, MesaNetState(memory, conv)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import retention_log_decays
+from ..layers.head_readout import head_readout
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.rotary import rotary
@@ -26,7 +27,7 @@ class RetNet(Mixer):
 
     e^{iθ} turns pairs of channels. Inside a call queries and keys are turned by their positions instead, and the
     state by all of them at the end, so that it counts no tokens. The norm is per head with one weight vector for all
-    heads (the paper: a group norm, and divisions that a norm undoes).
+    heads (the paper: a group norm, and divisions that a norm undoes). `output_gate` False leaves silu(x_t W_g) out.
     """
 
     d_model: int
@@ -34,6 +35,7 @@ class RetNet(Mixer):
     expand_k: float = 1.0
     expand_v: float = 2.0
     rotary_base: float = 10000.0
+    output_gate: bool = True
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -56,9 +58,7 @@ class RetNet(Mixer):
             chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
         matrix = self._turned(matrix, -length * devices())
-        o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o)
-        o = o.reshape(*x.shape[:2], -1) * nn.silu(projection(value_width, "gate_proj", self)(x))
-        return projection(self.d_model, "out_proj", self)(o), RetNetState(matrix.astype(state.matrix.dtype))
+        return head_readout(self, o, x), RetNetState(matrix.astype(state.matrix.dtype))
 
     def _turned(self, matrix, by: int):
         """Every key in the matrix turned by so many positions."""
