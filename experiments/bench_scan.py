@@ -173,6 +173,11 @@ def cases(config: Config) -> Iterator[Case]:
             yield Case(op, T, partial(keyed, config, wide, gate), corrected | peers(op))
         general = forms(ops.dplr_recurrence, "sequential", "chunked", None)
         yield Case("dplr_recurrence", T, partial(erased, config, wide), general | peers("dplr_recurrence"))
+        levelled_forms = forms(ops.log_linear_attention, "sequential", "chunked", None)
+        yield Case("log_linear_attention", T, partial(levelled, config, wide), levelled_forms)
+        if config.most_pairs >= T**2:
+            path_forms = forms(ops.path_attention, "sequential", "parallel", "chunked", None)
+            yield Case("path_attention", T, partial(reflected, config, wide), path_forms)
         for name, window in {"full": None, "window": config.window}.items():
             if window is not None or config.most_pairs >= T**2:
                 attention = forms(ops.softmax_attention, "parallel", "chunked", None, window=window)
@@ -217,6 +222,18 @@ def erased(config: Config, wide, key):
     q, k, v, g = attended(config, wide, [wide], key)
     a, part = normals(jax.random.fold_in(key, 9), wide, wide, dtype=config.dtype)
     return q, k, v, unit(a), -sigmoid(part) * unit(a), g
+
+
+def levelled(config: Config, wide, key):
+    """As many levels as a thousand tokens have bits."""
+    q, k, v, g = attended(config, wide, [wide[:3]], key)
+    scales = softplus(jax.random.normal(jax.random.fold_in(key, 9), (*wide[:3], 12)))
+    return q, k, v, scales, g
+
+
+def reflected(config: Config, wide, key):
+    q, k, v, w = normals(key, wide, wide, wide, wide, dtype=config.dtype)
+    return q, k, v, unit(w), 2 * sigmoid(jax.random.normal(jax.random.fold_in(key, 9), wide[:3]))
 
 
 def selective(config: Config, T: int, key):
@@ -333,10 +350,12 @@ def verdict(run: Run[Config], table: list[list[Timing]]) -> None:
     activation = 4 * config.batch * config.width * max(config.lengths) / 2**20
     temporary = next(row.training_mib for row in longest[0] if row.form == "None")
     loops = {op: least(table, op, "sequential", "chunked", "training_ms") for op in ("delta_rule", "dplr_recurrence")}
+    slowest = max(row.training_compile_seconds for rows in table for row in rows if row.form == "chunked")
     checks = {
         "sequential / chunked, ms": (chunked(over="sequential", number="training_ms"), 5),
         **{f"sequential / chunked, ms, {op}": (ratio, 5) for op, ratio in loops.items()},
         **{f"{library} / None, ms": (ratio, 1 - config.tolerance) for library, ratio in against_peers(table).items()},
+        "10 s / compile of a chunked gradient": (10 / slowest, 1),
         "parallel / chunked, MiB": (chunked(over="parallel", number="training_mib"), 1),
         "raw / None, ms": (
             min(least(table, "linear_recurrence", raw, "None", ms) for raw in RAW for ms in stages),
