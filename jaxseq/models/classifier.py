@@ -18,7 +18,8 @@ class Classifier(nn.Module):
 
     Tokens `B T` are embedded from `vocab_size`, features `B T F` projected. `pool` is "mean" or "last"; with
     `lengths` only the first so many positions of each sequence count. `norm`, `prenorm`, `dropout`, `shared` and
-    `reversible` are as in `Stack`: nothing is dropped unless there is an rng "dropout". A mixer that looks ahead sees the padding.
+    `reversible` are as in `Stack`: nothing is dropped unless there is an rng "dropout". A mixer that looks ahead sees
+    the padding.
     """
 
     num_classes: int
