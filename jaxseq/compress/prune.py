@@ -21,7 +21,7 @@ SCOPES = ("matrix", "array", "all")
 
 
 class PruneState(NamedTuple):
-    count: Int[Array, ""]  # steps taken
+    step: Int[Array, ""]  # steps taken
     dense: Any  # the weights behind the masks
     scores: Any  # by movement: −Σ w ∂L/∂w of all steps
     masks: Any
@@ -121,7 +121,7 @@ def pruned(
     def update(grads, state, params=None):
         if params is None:
             raise ValueError("params=None; a pruning optimizer is given the parameters.")
-        count, prunable = state.count + 1, _prunable(params, which)
+        step, prunable = state.step + 1, _prunable(params, which)
         updates, inner = optimizer.update(grads, state.optimizer, state.dense)
         dense = optax.apply_updates(state.dense, updates)
         if by == "movement":
@@ -129,10 +129,10 @@ def pruned(
             scores = found = _where(prunable, moved, state.scores, state.dense, grads)
         else:
             scores, found = None, _where(prunable, jnp.abs, dense)
-        share = jnp.asarray(sparsity(count), jnp.float32)
-        masks = lax.cond(count % every == 0, lambda: keep(found, share, scope=scope), lambda: state.masks)
+        share = jnp.asarray(sparsity(step), jnp.float32)
+        masks = lax.cond(step % every == 0, lambda: keep(found, share, scope=scope), lambda: state.masks)
         new = jax.tree.map(lambda p, x: x - p, params, masked(dense, masks))
-        return new, PruneState(count, dense, scores, masks, inner)
+        return new, PruneState(step, dense, scores, masks, inner)
 
     return optax.GradientTransformation(init, update)
 
