@@ -337,6 +337,12 @@ def _fading_inputs(rng, T, strength):
     return _attention_inputs(rng, T, "mild") | {"log_decay": log_decays(rng, (2, T, 4), strength)}
 
 
+def _span_inputs(rng, T, strength):
+    """Spans of each query; those of `strong` also stop decays short."""
+    spans = rng.uniform(0, 9, (2, T, 4))
+    return (_attention_inputs if strength == "mild" else _fading_inputs)(rng, T, strength) | {"span": spans}
+
+
 def _attention(inputs, segment_ids, impl, **options):
     return ops.softmax_attention(**inputs, segment_ids=segment_ids, impl=impl, chunk_size=CHUNK, **options), ()
 
@@ -499,6 +505,8 @@ OPS = {
     ),
     "softmax_attention decay": OpMember(_fading_inputs, _attention, sweep=True),
     "softmax_attention decay window": OpMember(_fading_inputs, partial(_attention, window=5)),
+    "softmax_attention span": OpMember(_span_inputs, partial(_attention, ramp=3.0)),
+    "softmax_attention span window": OpMember(_span_inputs, partial(_attention, ramp=3.0, window=5)),
     "softmax_attention both ways": OpMember(
         partial(_attention_inputs, groups=1), partial(_attention, causal=False), _kernel
     ),
@@ -782,6 +790,9 @@ MIXERS = {
         extreme={"forget_proj/kernel": 300.0},
         slow=True,
         whole=True,
+    ),
+    "Attention span": MixerMember(
+        partial(Attention, WIDTH, num_heads=4, num_kv_heads=2, max_span=4, span_ramp=2), cheap=True, reach=6
     ),
     "Attention blocks": MixerMember(partial(Attention, WIDTH, num_heads=2, block_size=3), cheap=True),
     "Attention blocks looking back": MixerMember(

@@ -360,6 +360,16 @@ def test_the_cost_of_a_token_of_a_long_convolution(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_errors_of_approximations(run, tmp_path):
+    done = run("experiments.approximations", "--preset", "debug", "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    errors = json.loads((tmp_path / "r" / "result.json").read_text())["errors"]
+    performer, reformer = errors["performer, size 0.5"], errors["reformer"]
+    assert performer["16"] < performer["8"] and reformer["2"] < reformer["1"] and set(errors["linformer"]) == {"2", "8"}
+    assert (tmp_path / "r" / "plots" / "approximations.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_parallel_recurrences_beside_the_loop(run, texts, tmp_path):
     """Of a cell as it starts, trained and chaotic, at two lengths, in two forms."""
     command = ("experiments.parallel_rnn", "--preset", "debug", "--cells", "gru", "--data.path", str(texts))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, cast
+from families import FULL_MIXERS, MIXERS, assert_close, cast
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -127,6 +127,16 @@ def test_random_masks_are_drawn_again_the_same():
     for undone, kept in draws:
         assert_close(undone, kept, 1e-4)
     assert np.abs(draws[0][0][0][1] - draws[1][0][0][1]).max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_every_mixer(name):
+    stack = Stack(WIDTH, (lambda d_model, **fields: MIXERS[name].build(**fields),) * 2, mlp=None, reversible=True)
+    x = drawn(np.random.default_rng(0), 2, LENGTH, WIDTH)
+    params = jax.jit(stack.init)(jax.random.key(0), x)
+    loss = lambda stack, params, x: (jnp.sum(jnp.sin(stack.apply(params, x, None, packed)[0])), None)
+    assert_close(*undone_and_kept(stack, loss, params, x), 1e-3)
 
 
 class Ones(nn.Module):

@@ -159,11 +159,13 @@ class Stack(nn.Module):
         pattern, repeats = self._pattern()
         rematerialised = self.remat and not self.reversible
         period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if rematerialised else Pattern
+        axes: dict[Any, int] = dict.fromkeys(SOWN, 0) | ({} if self.shared else {"params": 0})
+        rngs: dict[Any, bool] = dict.fromkeys(RNGS, True) | {"params": not self.shared}
         scanned = nn.scan(
             period,
-            variable_axes={name: 0 for name in SOWN} | ({} if self.shared else {"params": 0}),
+            variable_axes=axes,
             variable_broadcast="params" if self.shared else False,
-            split_rngs={"params": not self.shared} | {name: True for name in RNGS},
+            split_rngs=rngs,
             in_axes=(0, nn.broadcast),
             length=repeats,
             metadata_params={nn.PARTITION_NAME: None},
@@ -175,9 +177,9 @@ class Stack(nn.Module):
         if self.is_initializing():
             return self._scanned(block, (x, x), states, segment_ids)
         pattern, repeats = self._pattern()
-        parts = [(i, {"mixer": None, "mlp": None} | part) for i, mixer in enumerate(pattern)
-                 for part in ({"mixer": mixer}, {"mlp": self.mlp})]  # fmt: skip
-        halves = [(i, slots) for i, slots in parts if any(slots.values())]
+        both = [(i, dict(mixer=mixer, mlp=None)) for i, mixer in enumerate(pattern)]
+        both = [half for i, first in both for half in ((i, first), (i, dict(mixer=None, mlp=self.mlp)))]
+        halves = [(i, slots) for i, slots in both if any(slots.values())]
         sown_to = [name for name in SOWN if self.is_mutable_collection(name)]
         params = self.variables["params"]["layers"]
         keys = {name: jax.random.split(self.make_rng(name), repeats) for name in RNGS if self.has_rng(name)}
@@ -201,7 +203,8 @@ class Stack(nn.Module):
         own, shared = (None, params) if self.shared else (params, None)
         layers, common = (own, states, keys), (shared, segment_ids)
         streams, outs = coupled_scan(branches, (x, x), layers, common, repeats, undo=self.remat)
-        after, sown = [None] * len(pattern), {name: {} for name in sown_to}
+        after: list[Any] = [None] * len(pattern)
+        sown: dict[str, Any] = {name: {} for name in sown_to}
         for (i, slots), (state, more) in zip(halves, outs, strict=True):
             after[i] = state if slots["mixer"] else after[i]
             for name, tree in more.items():

@@ -13,7 +13,7 @@ from ..shapes import Array, Float, Int, accumulator, check_log_decay, typed
 from ..sharded import check_whole
 from .delta_rule import delta_rule
 from .dispatch import dispatch
-from .ring_attention import Rules
+from .ring_attention import Fading, Rules
 from .softmax_attention import NOWHERE, averaged, running_sum, visible
 from .within_chunk import inverse
 
@@ -45,7 +45,7 @@ def parallel(q, k, v, w, beta, **seen):
     return averaged(jnp.concatenate([before, logits], axis=-1), v, **seen)
 
 
-def chunked(q, k, v, w, beta, *, positions, segments, sums, rules, chunk_size):
+def chunked(q, k, v, w, beta, *, positions, segments, fading, rules, chunk_size):
     """A block of queries at a time, recomputed in the backward pass: C·S logits a head.
 
     Keys are reflected to the end of their block, queries to the start of theirs and from there back, block by block.
@@ -68,7 +68,7 @@ def chunked(q, k, v, w, beta, *, positions, segments, sums, rules, chunk_size):
     w, y = (jnp.zeros_like(k).at[first:].set(x) for x in (w, y))  # older keys are past all reflections
     positions = filled(positions[0], 0, 0, NOWHERE), filled(positions[1], front, 0, NOWHERE)
     segments = segments and (filled(segments[0]), filled(segments[1], front, value=-1))
-    sums = sums and (jax.tree.map(filled, sums[0]), jax.tree.map(partial(filled, before=front), sums[1]))
+    fading = fading and (jax.tree.map(filled, fading[0]), jax.tree.map(partial(filled, before=front), fading[1]))
 
     @jax.checkpoint
     def block(n):
@@ -83,7 +83,7 @@ def chunked(q, k, v, w, beta, *, positions, segments, sums, rules, chunk_size):
         here = lambda x, axis=1: lax.dynamic_slice_in_dim(x, n * chunk_size, chunk_size, axis)
         queries = lambda pair: pair and (jax.tree.map(here, pair[0]), pair[1])
         at = here(positions[0], 0), positions[1]
-        return averaged(logits, v, at, queries(segments), queries(sums), rules)
+        return averaged(logits, v, at, queries(segments), queries(fading), rules)
 
     o = lax.map(block, jnp.arange(len(q), dtype=jnp.int32))
     return o.swapaxes(0, 1).reshape(batch, -1, *o.shape[3:])[:, :length]
@@ -152,14 +152,14 @@ def path_attention(
     q = q.reshape(batch, length, groups, heads // groups, width)
     k, v, w, beta = (x.astype(wide) for x in (key, value, direction, beta[..., None]))
     key_segments = segment_ids if key_segment_ids is None else key_segment_ids
-    sums = None
+    fading = None
     if log_decay is not None:
         total = running_sum(log_decay.reshape(batch, span, groups, -1).astype(wide), across=False)
-        sums = jax.tree.map(lambda x: x[:, span - length :], total), total
+        fading = Fading(jax.tree.map(lambda x: x[:, span - length :], total), None), Fading(total, None)
     seen = dict(
         positions=(jnp.arange(span - length, span, dtype=jnp.int32), jnp.arange(span, dtype=jnp.int32)),
         segments=None if segment_ids is None else (segment_ids, key_segments),
-        sums=sums,
+        fading=fading,
         rules=Rules(partial(visible, True, None, 0), lambda x: x),
     )
     forms = {

@@ -13,38 +13,54 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..monoid import Softmax, softmax
+from ..monoid import Expansion, Softmax, softmax
 from ..scan import join_chunks, split_chunks
-from ..shapes import accumulator
+from ..shapes import Array, accumulator
 from ..sharded import AXIS, devices
 
 # Inside the ring halves lead: queries `2 B T/2 G R K`, keys and values `2 B T/2 G …`, both segments `2 B T/2` or None,
-# and the sums of log decays up to a query and up to a key, both `2 B T/2 G R`, or None.
+# and both sides of the fading, `2 B T/2 G R`, or None.
 
 
 class Rules(NamedTuple):
-    """What a query may see and how its logits are capped, as in `softmax_attention`."""
+    """What a query may see, how its logits are capped, and how soon a span ends, as in `softmax_attention`."""
 
     visible: Callable
     capped: Callable
+    ramp: float = 1.0
 
 
-def decayed(logits, sums, queries: int = 1):
-    """Logits `B T G R S`, or those with queries along another axis, and the log decays from each key to each query."""
-    if sums is None:
+class Fading(NamedTuple):
+    """Why keys fade from a query, `B T G R` of every token: by log decays between the two, and beyond a span."""
+
+    total: Expansion | None  # sums of log decays so far
+    span: Array | None  # of queries alone
+
+
+def faded(logits, fading, lag, ramp: float, queries: int = 1):
+    """Logits `B T G R S`, or those with queries along another axis, less what keys at a lag `T S` have faded."""
+    if fading is None:
         return logits
-    gap = jax.tree.map(lambda q, k: q[..., None] - jnp.moveaxis(k, 1, -1)[:, None], *sums)
-    return logits + jnp.moveaxis(gap.high + gap.low, 1, queries).astype(logits.dtype)
+    (totals, span), (others, _) = fading
+    added = lambda x: jnp.moveaxis(x, 1, queries).astype(logits.dtype)
+    if totals is not None:
+        gap = jax.tree.map(lambda q, k: q[..., None] - jnp.moveaxis(k, 1, -1)[:, None], totals, others)
+        logits = logits + added(gap.high + gap.low)
+    if span is not None:
+        left = 1 + (span[..., None] - lag.astype(span.dtype)[None, :, None, None]) / ramp
+        slope = (left > 0) & (left < 1)
+        logits = logits + added(jnp.where(left > 0, jnp.log(jnp.where(slope, left, 1)), -jnp.inf))
+    return logits
 
 
-def ring_attention(q, k, v, segments, sums, rules: Rules, causal: bool, chunk_size: int):
+def ring_attention(q, k, v, segments, fading, rules: Rules, causal: bool, chunk_size: int):
     """The read-out `B T G R V` of queries `B T G R K`, keys and values `B T G …`, both segments `B T` or None."""
     if q.shape[1] % 2:
         raise ValueError(
             f"mesh axis {AXIS}={devices()} leaves {q.shape[1]} tokens a device; attention takes even runs: pad the "
             f"sequence to a multiple of {2 * devices()}."
         )
-    ends = jax.tree.map(_to_both_ends, ((q, sums and sums[0]), (k, v, sums and sums[1]), segments))
+    ends = jax.tree.map(_to_both_ends, ((q, fading and fading[0]), (k, v, fading and fading[1]), segments))
     return _from_both_ends(_ring(rules, causal, chunk_size, *ends))
 
 
@@ -127,15 +143,17 @@ def _around(causal, meet, carry, message):
 
 def _block(rules, chunk_size, at, queries, q_ids, keys, k_ids, maximum=None) -> Softmax:
     """What queries read from keys, a chunk at a time; weights are relative to `maximum`, the largest logit if None."""
-    (k, v, k_sums), length = keys, queries[0].shape[1]
+    (k, v, of_keys), length = keys, queries[0].shape[1]
     chunk_size = min(chunk_size, length)
 
     @jax.checkpoint
     def chunk(some):
-        (q, sums), positions, ids, maximum = some
+        (q, of_queries), positions, ids, maximum = some
         seen = rules.visible(positions[0], at[1], None if ids is None else (ids, k_ids))[:, :, None, None]
         logits = rules.capped(jnp.einsum("btgrk,bsgk->btgrs", q, k, preferred_element_type=accumulator(q.dtype)))
-        logits = jnp.where(seen, decayed(logits, sums and (sums, k_sums)), -jnp.inf)
+        lag = positions[0][:, None] - at[1][None]
+        logits = faded(logits, of_queries and (of_queries, of_keys), lag, rules.ramp)
+        logits = jnp.where(seen, logits, -jnp.inf)
         maximum = lax.stop_gradient(jnp.max(logits, axis=-1)) if maximum is None else maximum
         finite = jnp.where(jnp.isfinite(maximum), maximum, 0)[..., None]  # nothing seen: −∞ − (−∞) would be NaN
         weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits, finite) - finite), 0)
