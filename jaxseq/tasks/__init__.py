@@ -7,6 +7,8 @@ from .bit_memory import parity_of_last as parity_of_last
 from .copying import compression as compression
 from .copying import induction as induction
 from .copying import selective_copying as selective_copying
+from .decisions import delayed_match as delayed_match
+from .decisions import two_choices as two_choices
 from .drifting_sensor import drifting_sensor as drifting_sensor
 from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
