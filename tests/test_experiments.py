@@ -403,3 +403,24 @@ def test_motion_from_a_sensor(run, tmp_path):
     assert "ahead of all" in result["parts"] and all(np.isfinite(x) for x in result["measured"].values())
     refused = run(*command[:-1], str(tmp_path / "t"), "--data.path", str(recording))
     assert refused.returncode == 2 and "overlap the first to train on" in refused.stderr
+
+
+@pytest.mark.slow
+def test_rich_and_lazy_networks(run, tmp_path):
+    """Networks of two ranks and aligned ones, with all measures; a killed run goes on to the same result."""
+    command = ("experiments.rich_lazy", "--preset", "debug", "--out", str(tmp_path / "r"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    ranks = {name: row["effective rank"] for name, row in result["table"].items()}
+    assert ranks.keys() == {f"{kind}, {seed}" for kind in ("rank 1", "rank 6", "aligned") for seed in (0, 1)}
+    assert all(abs(ranks[f"{kind}, 0"] - 1) < 1e-3 for kind in ("rank 1", "aligned")) and ranks["rank 6, 0"] > 3
+    assert all(0 < row["kernel alignment"] <= 1 + 1e-6 for row in result["table"].values())
+    assert (tmp_path / "r" / "plots" / "rich_lazy.png").stat().st_size > 1000
+    (tmp_path / "r" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / "aligned")
+    assert run(*command).returncode == 0
+    again = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert again["parameters_digest"] == result["parameters_digest"] and again["table"] == result["table"]
+    refused = run(*command[:-1], str(tmp_path / "s"), "--task", "digits")
+    assert refused.returncode == 2 and "digits, and they alone, take a path" in refused.stderr
