@@ -14,9 +14,15 @@ from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
 from .listops import listops as listops
 from .matching import match_sums as match_sums
+from .reactor import decaying_peaks as decaying_peaks
+from .reactor import reactor as reactor
+from .reactor import reactor_energy as reactor_energy
+from .reactor import reactor_path as reactor_path
 from .recall import associative_recall as associative_recall
 from .recall import mqar as mqar
 from .recall import noisy_recall as noisy_recall
 from .reset_recall import reset_recall as reset_recall
+from .spike_adding import spike_adding as spike_adding
+from .spike_adding import spike_templates as spike_templates
 from .switching_spikes import SwitchingSpikes as SwitchingSpikes
 from .switching_spikes import switching_spikes as switching_spikes

@@ -1,12 +1,23 @@
 """Models trained side by side, curricula, and the tasks that they are taught with."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxseq.tasks import delayed_match, two_choices
+from jaxseq.tasks import (
+    decaying_peaks,
+    delayed_match,
+    reactor,
+    reactor_energy,
+    reactor_path,
+    spike_adding,
+    spike_templates,
+    two_choices,
+)
 from jaxseq.train import Curriculum, TrainConfig, each, ensemble_loss, fit, members, stacked
 
 
@@ -79,3 +90,41 @@ def test_decisions_can_be_made_by_adding_up():
         two_choices(jax.random.key(0), num_examples=1, noise=-1)
     with pytest.raises(ValueError, match="delay=0; delayed_match takes 1 or more"):
         delayed_match(jax.random.key(0), num_examples=1, delay=0)
+
+
+def test_a_reactor_rests_at_its_steady_state_and_not_near_it():
+    path = partial(reactor_path, hours=0.2, steps=40)
+    still = path(jnp.zeros(2), jnp.zeros(2))
+    assert np.abs(still).max() < 0.05
+    off = jnp.asarray([0.1, -5.0])
+    assert reactor_energy(path(off, jnp.zeros(2))[-1]) > 2 * reactor_energy(off)
+    inputs, targets = reactor(jax.random.key(0), num_examples=500)
+    assert inputs.shape == (500, 10, 4) and targets.shape == (500, 10, 2)
+    assert (inputs == inputs[:, :1]).all() and (np.abs(inputs[:, 0, 2:]).max(axis=0) <= [3.5, 5e5]).all()
+    energy = reactor_energy(inputs[:, 0, :2])
+    assert energy.max() < 372 and abs(energy.mean() - 186) < 20  # uniform in an ellipse
+    finer = reactor_path(inputs[:, 0, :2], inputs[:, 0, 2:], steps=100)[:, 9::10]
+    np.testing.assert_allclose(finer, targets, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="hours=0; reactor_path takes more than 0"):
+        reactor_path(jnp.zeros(2), jnp.zeros(2), hours=0)
+
+
+def test_peaks_decay():
+    x, y = jax.device_get(decaying_peaks(jax.random.key(0), num_examples=50, length=12))
+    s = np.zeros(50)
+    for t in range(12):
+        s = np.maximum(0.8 * s, (x[:, t] ** 2).mean(axis=1) / 4)
+        np.testing.assert_allclose(y[:, t, 0], 2 * s, rtol=1e-5)
+
+
+def test_spikes_of_two_patterns_add_up():
+    """The patterns that most likely fired are those whose numbers the label adds."""
+    templates = spike_templates(jax.random.key(0), count=4, length=20, channels=30)
+    spikes, labels = jax.device_get(spike_adding(jax.random.key(1), templates, num_examples=300))
+    assert spikes.shape == (300, 40, 30) and set(np.unique(spikes)) == {0, 1} and set(labels) == set(range(7))
+    rates = np.clip(np.asarray(templates), 1e-6, None)
+    halves = spikes.reshape(300, 2, 1, 20, 30)
+    log_likelihood = (halves * np.log(rates) + (1 - halves) * np.log1p(-rates)).sum(axis=(3, 4))
+    assert (log_likelihood.argmax(axis=2).sum(axis=1) == labels).all()
+    with pytest.raises(ValueError, match="channels=0; spike_templates takes 1 or more"):
+        spike_templates(jax.random.key(0), channels=0)
