@@ -13,6 +13,7 @@ Run     python -m experiments.rich_lazy [--preset cpu|gpu] [--task choice|match]
         python -m experiments.rich_lazy --task digits --data.path FOLDER   (the four idx files of MNIST, row after row)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ class Network(nn.Module):
 
 
 class Task(NamedTuple):
-    draw: Any
+    draw: Callable
     """`key, count -> (inputs, labels)`, for training."""
     test: tuple[Any, Any]
     probes: Any
@@ -147,19 +148,16 @@ class Task(NamedTuple):
 def task(config: Config) -> Task:
     keys = jax.random.split(jax.random.key(config.seed), 2)
     if config.data.path is None:
-        of = {"choice": two_choices, "match": delayed_match}[config.task]
-        draw = lambda key, count: of(key, num_examples=count)
+        of: Any = {"choice": two_choices, "match": delayed_match}[config.task]
+        draw: Any = lambda key, count: of(key, num_examples=count)
         return Task(draw, draw(keys[0], config.test), draw(keys[1], config.probes)[0])
     train, test = (
         (jnp.asarray(digits.inputs.reshape(-1, 28, 28)), jnp.asarray(digits.labels))
         for digits in mnist(config.data.path)
     )
-
-    def draw(key, count):
-        rows = jax.random.randint(key, (count,), 0, len(train[1]))
-        return train[0][rows], train[1][rows]
-
-    return Task(draw, tuple(x[: config.test] for x in test), test[0][-config.probes :])
+    rows = lambda key, count: jax.random.randint(key, (count,), 0, len(train[1]))
+    draw = lambda key, count: tuple(x[rows(key, count)] for x in train)
+    return Task(draw, (test[0][: config.test], test[1][: config.test]), test[0][-config.probes :])
 
 
 def measure(run: Run[Config]) -> None:
