@@ -6,7 +6,10 @@ Claim   An ICLRNN stays convex (gaps of 1,000 random pairs above −1e-6, before
         LSTM, and moves by 1.2 times what its inputs move at most, the LSTM by 3 at least. With gpu the same of a
         stirred reactor: noise of 0.9, 1e-3 and a fiftieth; without noise 1e-3.
 Source  Input convex Lipschitz RNN (arXiv 2401.07494) and its notebooks.
-Expect  Not yet measured.
+Expect  Of peaks with noise of 0.5, three seeds: errors of 0.0039 (LSTM 0.336, without constraints 0.142), gaps of 0 or
+        more (−3.0 and −1.7), norms of 0.999, outputs that move 0.15 times as far as inputs (1.10 and 0.86), as pairs of
+        whole sequences go: so the claim does not hold in its last part alone. The other noise, the reactor and gpu are
+        not yet measured. Eight minutes on 2 busy CPU cores, in parts.
 Run     python -m experiments.iclrnn [--preset cpu|gpu] [--tasks peaks,reactor]
 """
 

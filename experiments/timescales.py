@@ -28,7 +28,7 @@ from jaxseq.layers.initialisers import symmetric_uniform
 from jaxseq.mixers.leaky_rnn import LeakyRNNState, leaky_cell
 from jaxseq.ops import nonlinear_recurrence
 from jaxseq.tasks import match_bits, matches_last, parity_bits, parity_of_last
-from jaxseq.train import CheckpointConfig, Curriculum, MeshConfig, Run, digest, main
+from jaxseq.train import Curriculum, Run, digest, main
 from jaxseq.train.files import atomically, read_json, write_json
 from jaxseq.train.paths import named_leaves
 
@@ -84,8 +84,6 @@ class Config:
     max_lag: int = 60
     """Steps up to which it is correlated with itself."""
     train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         for name in ("seeds", "width", "test", "units"):
