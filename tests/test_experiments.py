@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import long_range
+from experiments import long_range, timescales
+from jaxseq.train import Curriculum
 from jaxseq.train.optimizer import STATE_SPACE
 
 ROOT = Path(__file__).parents[1]
@@ -413,3 +415,94 @@ def test_motion_from_a_sensor(run, tmp_path):
     assert "ahead of all" in result["parts"] and all(np.isfinite(x) for x in result["measured"].values())
     refused = run(*command[:-1], str(tmp_path / "t"), "--data.path", str(recording))
     assert refused.returncode == 2 and "overlap the first to train on" in refused.stderr
+
+
+@pytest.mark.slow
+def test_rich_and_lazy_networks(run, tmp_path):
+    """Networks of two ranks and aligned ones, with all measures; a killed run goes on to the same result."""
+    command = ("experiments.rich_lazy", "--preset", "debug", "--out", str(tmp_path / "r"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    ranks = {name: row["effective rank"] for name, row in result["table"].items()}
+    assert ranks.keys() == {f"{kind}, {seed}" for kind in ("rank 1", "rank 6", "aligned") for seed in (0, 1)}
+    assert all(abs(ranks[f"{kind}, 0"] - 1) < 1e-3 for kind in ("rank 1", "aligned")) and ranks["rank 6, 0"] > 3
+    assert all(0 < row["kernel alignment"] <= 1 + 1e-6 for row in result["table"].values())
+    assert (tmp_path / "r" / "plots" / "rich_lazy.png").stat().st_size > 1000
+    (tmp_path / "r" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / "aligned")
+    assert run(*command).returncode == 0
+    again = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert again["parameters_digest"] == result["parameters_digest"] and again["table"] == result["table"]
+    refused = run(*command[:-1], str(tmp_path / "s"), "--task", "digits")
+    assert refused.returncode == 2 and "digits, and they alone, take a path" in refused.stderr
+
+
+@pytest.mark.slow
+def test_timescales_of_networks_at_school(run, tmp_path):
+    """Both curricula at toy size; one that is finished is not taught again."""
+    command = ("experiments.timescales", "--preset", "debug", "--tasks", "match", "--out", str(tmp_path / "r"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert set(result["parts"]) == {
+        "match, multi: N = 6", "match, multi: keeps N = 2", "match, single: N = 5", "match, single: forgets N = 2"
+    }  # fmt: skip
+    assert not result["holds"] and (tmp_path / "r" / "plots" / "timescales.png").stat().st_size > 1000
+    (tmp_path / "r" / "result.json").unlink()
+    kept = (tmp_path / "r" / "match-single.json").stat().st_mtime_ns
+    (tmp_path / "r" / "match-multi.json").unlink()
+    assert run(*command).returncode == 0
+    assert (tmp_path / "r" / "match-single.json").stat().st_mtime_ns == kept
+    again = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert again["parameters_digest"] == result["parameters_digest"]
+    refused = run(*command[:3], "--tasks", "sums", "--out", str(tmp_path / "s"))
+    assert refused.returncode == 2 and "none is called 'sums'; choose parity, match" in refused.stderr
+
+
+def test_networks_at_school_advance_one_by_one():
+    """A network that answers right goes on, one that does not stays; what is not asked does not learn."""
+    config = replace(timescales.PRESETS["debug"], width=12, train=timescales.TrainConfig(steps=3, batch_size=8))
+    school = timescales.schooling(config, "match", Curriculum(2, 3, 1, threshold=0.51))
+    first = jax.jit(jax.vmap(school.start))(jax.random.split(jax.random.key(0), 2))
+    after, accuracy, loss = school.run(first, jax.random.split(jax.random.key(1), 2), 13)
+    assert accuracy.shape == (2, 2) and np.isfinite(loss).all()
+    assert (np.asarray(after.level) == np.where(accuracy[:, 0] > 0.51, 3, 2)).all()
+    head = lambda learner: np.asarray(learner.params["params"]["heads"]["kernel"]).reshape(2, 12, 2, 2)
+    moved = np.abs(head(after) - head(first)).max(axis=(0, 1, 3))
+    assert moved[0] > 0 and moved[1] == 0
+    row = timescales.timescales(config, jax.tree.map(lambda x: x[0], first.params))
+    assert 1 < row["tau"] < 2 and row["radius"] > 0
+
+
+@pytest.mark.slow
+def test_certificates_and_control_of_an_iclrnn(run, tmp_path):
+    """Of three kinds on two tasks: the convex one stays so, others are not."""
+    command = ("experiments.iclrnn", "--preset", "debug", "--out", str(tmp_path / "r"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert len(result["rows"]) == 2 * 3 * 2 * 2
+    for row in result["rows"]:
+        convex = row["kind"] == "iclrnn"
+        assert not convex or (min(row["gap before"], row["gap"]) > -1e-9 and row["least weight"] >= 0)
+        assert (row["kind"] != "lstm") or row["gap"] < -1e-4
+        assert ("energy" in row) == (row["task"] == "reactor")
+    energy = {name: found["energy"] for name, found in result["baseline"].items()}
+    assert 0 < energy["planned with the plant"] < energy["no control"]
+    assert result["parts"]["ICLRNN is convex"] and result["parts"]["its kernels are bounded"]
+    assert (tmp_path / "r" / "plots" / "iclrnn.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_neuron_adds(run, tmp_path):
+    """Neurons and an LSTM of as many parameters on patterns of spikes."""
+    command = ("experiments.elm_neuron", "--preset", "debug", "--out", str(tmp_path / "r"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert set(result["measured"]) == {"version 1", "version 2"} and set(result["baseline"]) == {"short", "lstm"}
+    sizes = result["parameters"]
+    assert abs(sizes["lstm"] / sizes["version 2"] - 1) < 0.1
+    assert all(len(each) == 2 for each in result["accuracies"].values())
+    assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000

@@ -1,0 +1,328 @@
+"""How networks come to remember longer, by slower units or by their recurrence, and what their curriculum does to it.
+
+Claim   With a readout for each N, of all up to it at once (multi-head), leaky networks learn parity of the last N bits
+        and matches over N up to N = 6 and keep what they knew; with one N after the other (single-head) they reach 5
+        and forget: the readout of N = 2 falls to 0.7. With gpu multi-head takes half of the epochs to N = 20, single-
+        head has the slower units there, and multi-head activity decays more slowly at 20 than at 5.
+Source  Emergent mechanisms for long timescales (arXiv 2309.12927), whose results are plots; thresholds are of a
+        reproduction in little, those of forgetting not tried before.
+Expect  Not yet measured.
+Run     python -m experiments.timescales [--preset cpu|gpu] [--tasks parity,match]
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from jaxseq.analysis import autocorrelation_timescale
+from jaxseq.layers.initialisers import symmetric_uniform
+from jaxseq.mixers.leaky_rnn import LeakyRNNState, leaky_cell
+from jaxseq.ops import nonlinear_recurrence
+from jaxseq.tasks import match_bits, matches_last, parity_bits, parity_of_last
+from jaxseq.train import Curriculum, Run, digest, main
+from jaxseq.train.files import atomically, read_json, write_json
+from jaxseq.train.paths import named_leaves
+
+TASKS: dict[str, tuple[Callable, Callable]] = {
+    "parity": (parity_bits, parity_of_last),
+    "match": (match_bits, matches_last),
+}
+#: How many N are trained at once.
+CURRICULA = {"multi": None, "single": 1}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Gradient descent with Nesterov's momentum of 0.1, until every N is mastered."""
+
+    epochs: int = 40
+    """Epochs at most."""
+    steps: int = 250
+    """Steps of an epoch."""
+    batch_size: int = 64
+    """Sequences of a step."""
+    learning_rate: float = 0.05
+    """Learning rate."""
+    clip_norm: float = 2.0
+    """Norm that gradients are clipped to."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"train.{name}={value} must be above 0.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tasks, curricula, networks, and what is measured of them."""
+
+    seed: int = 0
+    """Seed of networks and data."""
+    seeds: int = 3
+    """Networks of each task and curriculum."""
+    tasks: str = "parity,match"
+    """Tasks by name, with commas between them."""
+    last: int = 6
+    """The largest N; a sequence has N + 2 to 4 N + 1 bits."""
+    width: int = 100
+    """Units of a network."""
+    test: int = 1000
+    """Sequences that accuracies are of."""
+    units: int = 20
+    """Units whose activity is measured."""
+    activity: int = 4000
+    """Steps that it is measured for, driven by random bits."""
+    max_lag: int = 60
+    """Steps up to which it is correlated with itself."""
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self):
+        for name in ("seeds", "width", "test", "units"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.last < 2:
+            raise ValueError(f"last={self.last}; N starts at 2.")
+        if unknown := set(self.names()) - set(TASKS):
+            raise ValueError(f"tasks={self.tasks}: none is called {min(unknown)!r}; choose {', '.join(TASKS)}.")
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",")]
+
+
+PRESETS = {
+    "cpu": Config(),
+    # The authors' networks and training, to the N at which they part.
+    "gpu": Config(
+        last=20, width=500, activity=100_000, max_lag=200,
+        train=TrainConfig(epochs=300, steps=600, batch_size=256),
+    ),
+    # Seconds: to see that everything works.
+    "debug": Config(
+        seeds=2, last=3, width=8, test=20, units=3, activity=200, max_lag=10,
+        train=TrainConfig(epochs=2, steps=2, batch_size=4),
+    ),
+}  # fmt: skip
+
+#: The N that each curriculum reaches; accuracy at N = 2 once 5 is reached, at most and at least.
+REACHES = {"multi": 6, "single": 5}
+FORGETS, KEEPS = 0.7, 0.95
+
+
+class Network(nn.Module):
+    """Bits `B T`, from `start` on, → logits `B L 2`, a readout for each of L questions where the sequence ends.
+
+    A `LeakyRNN` of one input: the mixer has as many inputs as units.
+    """
+
+    width: int
+    questions: int
+
+    def setup(self):
+        start = symmetric_uniform(self.width**-0.5)
+        self.W = self.param("recurrent_kernel", start, (self.width, self.width))
+        self.tau = self.param("tau", lambda key: 1 + jax.random.uniform(key, (self.width,)))
+        self.input = nn.Dense(self.width, kernel_init=symmetric_uniform(1.0), bias_init=start)
+        self.heads = nn.Dense(2 * self.questions)
+
+    def __call__(self, bits, start):
+        h = self.states(bits, (jnp.arange(bits.shape[1])[None] >= start[:, None]).astype(jnp.int32))[:, -1]
+        return self.heads(h).reshape(len(h), self.questions, 2)
+
+    def states(self, bits, segment_ids=None):
+        cell = partial(leaky_cell, self.W, self.tau, "inside")
+        start = LeakyRNNState(jnp.zeros((len(bits), self.width)))
+        return nonlinear_recurrence(cell, self.input(bits[:, :, None]), start, segment_ids=segment_ids)[0].hidden
+
+
+class Learner(NamedTuple):
+    params: Any
+    optimizer: Any
+    level: jax.Array
+
+
+class Epoch(NamedTuple):
+    """How a learner starts, and an epoch of it: `(learner, key, length) -> (learner, accuracies, loss)`."""
+
+    start: Callable
+    run: Callable
+
+
+def schooling(config: Config, task: str, curriculum: Curriculum) -> Epoch:
+    draw_bits, label = TASKS[task]
+    network = Network(config.width, len(curriculum.levels))
+    train = config.train
+    descent = optax.sgd(train.learning_rate, momentum=0.1, nesterov=True)
+    optimizer = optax.chain(optax.clip_by_global_norm(train.clip_norm), descent)
+
+    def start(key):
+        params = network.init(key, jnp.zeros((1, 1)), jnp.zeros(1, jnp.int32))
+        return Learner(params, optimizer.init(params), jnp.int32(curriculum.first))
+
+    def asked(params, key, level, count, length):
+        """Losses and accuracies by N, of sequences that end together: what comes before one is another's."""
+        k_length, k_bits = jax.random.split(key)
+        top = jnp.minimum(level, curriculum.last)
+        lengths = jax.random.randint(k_length, (count,), top + 2, 4 * top + 2)
+        bits = draw_bits(k_bits, num_examples=count, length=length)
+        labels = jnp.stack([label(bits, n) for n in curriculum.levels], axis=1)
+        logits: Any = network.apply(params, bits, length - lengths)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return nats.mean(axis=0), (logits.argmax(axis=-1) == labels).mean(axis=0)
+
+    def epoch(learner, key, length):
+        def loss(params, key):
+            nats, _ = asked(params, key, learner.level, train.batch_size, length)
+            return jnp.sum(jnp.where(curriculum.trained(learner.level), nats, 0))
+
+        def step(carry, key):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params, key)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        keys = jax.random.split(key, train.steps + 1)
+        (params, state), losses = jax.lax.scan(step, learner[:2], keys[1:])
+        _, accuracy = asked(params, keys[0], learner.level, config.test, length)
+        level = curriculum.after(learner.level, accuracy)
+        return Learner(params, state, level), accuracy, losses.mean()
+
+    return Epoch(start, jax.jit(jax.vmap(epoch, (0, 0, None)), static_argnums=2))
+
+
+def measure(run: Run[Config]) -> None:
+    config, rows = run.config, []
+    for task in config.names():
+        for name in CURRICULA:
+            path = run.folder / f"{task}-{name}.json"
+            if not path.exists():
+                write_json(path, schooled(run, task, name))
+            rows += read_json(path)["rows"]
+    verdict(run, rows)
+
+
+def schooled(run: Run[Config], task: str, name: str) -> dict[str, Any]:
+    """Networks of all seeds, taught till they master all; a row for every N that one masters, and its parameters."""
+    config, train = run.config, run.config.train
+    curriculum = Curriculum(2, config.last, CURRICULA[name])
+    school = schooling(config, task, curriculum)
+    key = jax.random.key(config.seed)
+    learners = jax.jit(jax.vmap(school.start))(jax.random.split(key, config.seeds))
+    rows: list[dict[str, Any]] = []
+    for epoch in range(1, train.epochs + 1):
+        before = np.asarray(learners.level)
+        if before.min() > config.last:
+            break
+        keys = jax.random.split(jax.random.fold_in(key, epoch), config.seeds)
+        longest = 4 * min(config.last, int(before.max())) + 1
+        # In eights, as each length is compiled.
+        length = max(config.last, min(-(-longest // 8) * 8, 4 * config.last + 1))
+        learners, accuracy, loss = school.run(learners, keys, length)
+        for seed in np.flatnonzero(np.asarray(learners.level) > before):
+            params = jax.tree.map(lambda x, n=seed: x[n], learners.params)
+            row = {"task": task, "curriculum": name, "seed": int(seed), "N": int(before[seed]), "epoch": epoch}
+            right = np.asarray(accuracy[seed], float).round(4).tolist()
+            row |= {"first": right[0], "accuracies": right} | timescales(config, params)
+            rows.append(row)
+            print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        metrics = {"loss": float(loss.mean()), "accuracy": float(accuracy[:, 0].mean())}
+        metrics["level"] = float(np.mean(learners.level))
+        run.record(epoch * train.steps, f"train/{task}-{name}", metrics)
+    run.checkpoints.mkdir(exist_ok=True)
+    with atomically(run.checkpoints / f"{task}-{name}.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, **named_leaves(learners.params))
+    return {"rows": rows}
+
+
+def timescales(config: Config, params) -> dict[str, float]:
+    """τ of the units, of their activity (the median) and of its mean, and the spectral radius of W."""
+    W = np.asarray(params["params"]["recurrent_kernel"], np.float64)
+    radius = np.abs(np.linalg.eigvals(W - np.diag(np.diag(W)))).max()
+    bits = match_bits(jax.random.key(config.seed), num_examples=1, length=config.activity + 100)
+    states = jax.jit(partial(Network(config.width, 1).apply, method="states"))
+    activity = np.asarray(states(params, bits))[0, 100:].T
+
+    def remembered(rows):
+        try:
+            return autocorrelation_timescale(rows, config.max_lag).tau
+        except RuntimeError:  # no fit is found
+            return float("nan")
+
+    network = float(np.nanmedian([remembered(row) for row in activity[: config.units]]))
+    tau = float(np.maximum(params["params"]["tau"], 1).mean())
+    return {"tau": tau, "network": network, "population": remembered(activity.mean(axis=0)), "radius": float(radius)}
+
+
+def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
+    config = run.config
+    parts, measured = {}, {}
+    for task in config.names():
+        at = {name: partial(mean_at, rows, task, name) for name in CURRICULA}
+        for name, goal in REACHES.items():
+            mine = [row for row in rows if (row["task"], row["curriculum"]) == (task, name)]
+            reached = min(max([row["N"] for row in mine if row["seed"] == seed] + [1]) for seed in range(config.seeds))
+            parts[f"{task}, {name}: N = {goal}"] = reached >= goal
+            measured[f"{task}, {name}: N reached"] = reached
+            for key in ("tau", "network", "epoch"):
+                measured |= {f"{task}, {name}: {key} at {N}": at[name](N, key) for N in (2, 5, config.last)}
+            kept = [row["first"] for row in mine if row["N"] == 5]
+            measured[f"{task}, {name}: accuracy at 2 once at 5"] = float(np.mean(kept)) if kept else float("nan")
+            right = max(kept, default=1) <= FORGETS if name == "single" else min(kept, default=0) >= KEEPS
+            parts[f"{task}, {name}: {'forgets' if name == 'single' else 'keeps'} N = 2"] = right
+        if config.last >= 20:
+            parts |= {
+                f"{task}: half of the epochs": at["multi"](20, "epoch") <= 0.5 * at["single"](20, "epoch"),
+                f"{task}: single-head units are slower": at["single"](20, "tau") > at["multi"](20, "tau"),
+                f"{task}: multi-head activity slows down": at["multi"](20, "network") > at["multi"](5, "network"),
+            }
+    draw(rows, run.folder / "plots" / "timescales.png")
+    saved = {path.name: dict(np.load(path)) for path in sorted(run.checkpoints.glob("*.npz"))}
+    run.finish(
+        claim="multi-head curricula master all N and keep them, single-head ones forget",
+        measured=measured,
+        baseline={"accuracy by chance": 0.5},
+        threshold={"N": REACHES, "single-head, at most": FORGETS, "multi-head, at least": KEEPS},
+        holds=all(parts.values()),
+        parts=parts,
+        rows=rows,
+        parameters_digest=digest(saved),
+    )
+
+
+def mean_at(rows: list[dict[str, Any]], task: str, name: str, N: int, key: str) -> float:
+    """Over the seeds that mastered N; NaN where none did."""
+    found = [r[key] for r in rows if (r["task"], r["curriculum"], r["N"]) == (task, name, N) and r[key] is not None]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """By N: epochs it took, time constants of units, timescales of activity, and what is left of N = 2."""
+    figure = Figure(figsize=(13, 3.6), dpi=150, layout="constrained")
+    panels = {
+        "epoch": "epochs to master N", "tau": "mean τ of the units", "network": "τ of the network's activity",
+        "first": "accuracy at N = 2",
+    }  # fmt: skip
+    for axes, (key, label) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+        for n, (task, name) in enumerate(dict.fromkeys((r["task"], r["curriculum"]) for r in rows)):
+            of = [r for r in rows if (r["task"], r["curriculum"]) == (task, name) and r[key] is not None]
+            at = sorted({r["N"] for r in of})
+            axes.plot([r["N"] for r in of], [r[key] for r in of], ".", color=f"C{n}", alpha=0.6)
+            axes.plot(at, [mean_at(rows, task, name, N, key) for N in at], color=f"C{n}", label=f"{task}, {name}-head")
+        axes.set(xlabel="N", ylabel=label)
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False, fontsize="x-small")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main("timescales", PRESETS, measure)

@@ -1,0 +1,41 @@
+"""Models of one shape, trained at once and each as if alone: their parameters are stacked along a first axis."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def ensemble_loss(loss: Callable, *own: Any) -> Callable:
+    """The loss of stacked models from that of one, `loss(params, batch, key, *own) -> (scalar, metrics)`, for `fit`.
+
+    All are given the batch, and each a key of its own, which a loss may draw its batch from, and its row of what `own`
+    stacks. The scalar is the sum, so that gradients are each model's own; metrics, and what `fit` calls the loss, are
+    means over the models.
+    """
+
+    def summed(params, batch, key):
+        count = len(jax.tree.leaves(params)[0])
+        values, metrics = jax.vmap(loss, (0, None, 0) + (0,) * len(own))(
+            params, batch, jax.random.split(key, count), *own
+        )
+        return values.sum(), {"loss": values.mean()} | jax.tree.map(jnp.mean, metrics)
+
+    return summed
+
+
+def each(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` on each of stacked models by itself: norms that it clips to, and projections, are of one model."""
+    return optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
+
+
+def stacked(models: Sequence[Any]) -> Any:
+    """The parameters of models, one after the other along a first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+
+
+def members(params: Any) -> list[Any]:
+    """The parameters of each of stacked models."""
+    return [jax.tree.map(lambda x, n=n: x[n], params) for n in range(len(jax.tree.leaves(params)[0]))]
