@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from .. import ops
@@ -39,6 +38,11 @@ class ChimeraState(NamedTuple):
 
     over_time: Float[Array, "E B V N"]
     over_variates: Float[Array, "E B V N"]
+
+
+def _joined(first, *rest):
+    """Channels of both directions side by side."""
+    return jnp.concatenate([first, *rest], axis=-1) if rest and first is not None else first
 
 
 class Chimera(nn.Module):
@@ -102,15 +106,29 @@ class Chimera(nn.Module):
         if state is None:
             state = self.init_state(x.shape[0], variates=x.shape[2], dtype=accumulator(x.dtype))
         names = ("forwards", "backwards")[: 1 + self.bidirectional]
-        runs = [self._run(name, x, jax.tree.map(lambda s, e=e: s[e], state), segment_ids, bool(e))
-                for e, name in enumerate(names)]  # fmt: skip
-        after = jax.tree.map(lambda *s: jnp.stack(s).astype(state.over_time.dtype), *(final for _, final in runs))
-        return sum(y for y, _ in runs), ChimeraState(*after)
+        # Both directions are one grid of twice the channels, the variates of the second in reverse.
+        turned = lambda x, e, axis=2: jnp.flip(x, axis) if e else x
+        ways = [self._way(name, turned(x, e)) for e, name in enumerate(names)]
+        operands = [_joined(*parts) for parts in zip(*(operands for operands, _ in ways), strict=True)]
+        before = tuple(_joined(*(turned(part, e, 1) for e, part in enumerate(parts))) for parts in state)
+        a1, a2, a3, a4, u1, u2 = operands
+        if self.coupling == "time":
+            h1, last = ops.linear_recurrence(a1, u1, initial_state=before[0], segment_ids=segment_ids)
+            states, after = (h1,), (last, before[1])
+        else:
+            states = ops.grid_recurrence(
+                a1, a2, a3, a4, u1, u2, initial_state=before, segment_ids=segment_ids, impl=self.impl
+            )
+            after = tuple(h[:, -1] for h in states)
+        each = lambda h: jnp.split(h, len(ways), axis=-1)
+        y = sum(turned(read(*h), e) for e, ((_, read), *h) in enumerate(zip(ways, *map(each, states), strict=True)))
+        kept = [jnp.stack([turned(h, e, 1) for e, h in enumerate(each(h))]) for h in after]
+        return y.astype(x.dtype), ChimeraState(*(h.astype(state.over_time.dtype) for h in kept))
 
-    def _run(self, name: str, x, state, segment_ids, reverse_variates: bool):
-        """One direction over the variates."""
-        wide, (batch, length, variates, D), N = accumulator(x.dtype), x.shape, self.state_size
-        u, cells = x.astype(wide)[..., None], (batch, length, variates)
+    def _way(self, name: str, x):
+        """Of one direction over the variates: a1 … a4, u1, u2 `B T V D*N`, and what reads the states."""
+        wide, (D, N) = accumulator(x.dtype), (self.d_model, self.state_size)
+        u, cells = x.astype(wide)[..., None], x.shape[:-1]
 
         def parameter(name_, init, shape):
             return self.param(f"{name}_{name_}", init, shape, self.param_dtype).astype(wide)[None, None, None]
@@ -138,18 +156,17 @@ class Chimera(nn.Module):
             return left * self.rho * jnp.tanh(parameter(f"coupling_{axis}", nn.initializers.normal(1.0), (D, N)))
 
         flat = lambda a: None if a is None else jnp.broadcast_to(a, (*cells, D, N)).reshape(*cells, D * N)
-        read = lambda axis, h: jnp.sum(vector(f"c_{axis}") * h.reshape(*cells, D, N), axis=-1)
         a1, left1, u1 = coefficients("time", self.dt)
-        if self.coupling == "time":
-            h1, last = ops.linear_recurrence(flat(a1), flat(u1), initial_state=state.over_time, segment_ids=segment_ids)
-            return read("time", h1).astype(x.dtype), ChimeraState(last, state.over_variates)
-        a4, left4, u2 = coefficients("variates", self.dt_variates)
-        h1, h2 = ops.grid_recurrence(
-            flat(a1), flat(coupled("time", left1)), flat(coupled("variates", left4)), flat(a4), flat(u1), flat(u2),
-            initial_state=tuple(state), segment_ids=segment_ids, reverse_variates=reverse_variates, impl=self.impl,
-        )  # fmt: skip
-        y = read("time", h1) + read("variates", h2)
-        return y.astype(x.dtype), ChimeraState(h1[:, -1], h2[:, -1])
+        axes, operands = ("time",), [a1, None, None, None, u1, None]
+        if self.coupling != "time":
+            a4, left4, u2 = coefficients("variates", self.dt_variates)
+            axes, operands = ("time", "variates"), [a1, coupled("time", left1), coupled("variates", left4), a4, u1, u2]
+        c = {axis: vector(f"c_{axis}") for axis in axes}
+
+        def read(*states):
+            return sum(jnp.sum(c[axis] * h.reshape(*cells, D, N), -1) for axis, h in zip(axes, states, strict=True))
+
+        return [flat(a) for a in operands], read
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, variates: int, dtype=jnp.float32) -> ChimeraState:

@@ -18,3 +18,4 @@ from .recall import noisy_recall as noisy_recall
 from .reset_recall import reset_recall as reset_recall
 from .switching_spikes import SwitchingSpikes as SwitchingSpikes
 from .switching_spikes import switching_spikes as switching_spikes
+from .variate_chain import variate_chain as variate_chain
