@@ -1,6 +1,5 @@
 """Series with one label each, in the files of the UCR and UEA archives."""
 
-import gzip
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .labelled import Labelled
-from .table import MISSING, filled_forward
+from .table import MISSING, filled_forward, plain_text
 
 ENDINGS = (".ts", ".txt", ".tsv")
 
@@ -89,7 +88,7 @@ def _order(label: str) -> tuple:
 
 
 def _read(path: Path, missing: str) -> list[_Series]:
-    text = _text(path)
+    text = plain_text(path)
     found = _of_headers(path, text) if path.name.removesuffix(".gz").endswith(".ts") else _of_rows(path, text)
     if not found:
         raise ValueError(f"{path} holds no series.")
@@ -108,19 +107,6 @@ def _read(path: Path, missing: str) -> list[_Series]:
             )
         filled.append(series._replace(values=filled_forward(series.values)))
     return filled
-
-
-def _text(path: Path) -> str:
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}).") from None
-    if b"\0" in content:
-        raise ValueError(f"{path} is no text.")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")  # names of authors in the remarks
 
 
 def _of_headers(path: Path, text: str) -> list[_Series]:
