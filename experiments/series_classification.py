@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from jaxseq import S4D, Attention, Classifier, Mamba
 from jaxseq.data import Labelled, SeriesSet, labelled_series, spoken_digits
 from jaxseq.layers import GatedMLP
-from jaxseq.mixers import LSTM, Chimera
+from jaxseq.mixers import LSTM
 from jaxseq.models import ChimeraClassifier
+from jaxseq.models.chimera import SEASON, TREND
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 
 
@@ -78,7 +79,7 @@ class Config:
     """Heads of the transformer."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(
-        steps=150, batch_size=20, learning_rate=5e-3, warmup_steps=15, final_learning_rate_ratio=0.0, weight_decay=0.01
+        steps=120, batch_size=20, learning_rate=5e-3, warmup_steps=10, final_learning_rate_ratio=0.0, weight_decay=0.01
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -95,14 +96,14 @@ class Config:
 
 
 def chimera(coupling: str, c: Config, classes: int, variates: int) -> nn.Module:
-    """A slow and a fast state space of each layer; one variate alone has one direction."""
+    """One variate alone has one direction."""
     fields = dict(state_size=c.states, coupling=coupling, bidirectional=variates > 1 and coupling != "time")
-    slow, fast = (partial(Chimera, dt=dt, **fields) for dt in ((1e-3, 0.05), (0.1, 1.0)))
-    return ChimeraClassifier(classes, c.cell_width, c.depth, trend=slow, season=fast)
+    trend, season = (partial(head, **fields) for head in (TREND, SEASON))
+    return ChimeraClassifier(classes, c.cell_width, c.depth, trend, season)
 
 
 def layered(slot: Callable[[Config], Any], c: Config, classes: int, variates: int, mlp: Any = GatedMLP) -> nn.Module:
-    return Classifier(classes, c.width, (slot(c),) * c.depth, mlp)
+    return Classifier(classes, c.width, (slot(c),) * c.depth, mlp, remat=False)
 
 
 MODELS: dict[str, Callable[[Config, int, int], nn.Module]] = {

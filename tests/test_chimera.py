@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import assert_close
+from scipy.signal import convolve
 
 from jaxseq import ops
 from jaxseq.mixers import Chimera
@@ -79,28 +80,33 @@ def test_gradients_pass_the_state(coupling):
     assert_close(parts, whole, "mixer")
 
 
-def test_without_variates_it_is_a_selective_scan_of_each():
-    """With b̄ = Δ b: Mamba's recurrence."""
+@pytest.mark.parametrize("coupling", ["time", "none"])
+def test_without_coupling_it_is_a_selective_scan_of_each_axis(coupling):
+    """With b̄ = Δ b: Mamba's recurrence over the steps of each variate, and beside it over the variates of each step."""
     x = drawn()
-    module = Chimera(4, state_size=3, coupling="time", discretisation="euler", bidirectional=False)
+    module = Chimera(4, state_size=3, coupling=coupling, discretisation="euler", bidirectional=False)
     params = initialised(module, x)
     p = {name.removeprefix("forwards_"): value for name, value in params["params"].items()}
-    variates = x.swapaxes(1, 2).reshape(6, 7, 4)
-    dt = jax.nn.softplus(variates @ p["dt_time_proj"]["kernel"] + p["dt_time_bias"][None, None])
-    B, C = (variates @ p[f"{name}_time_proj"]["kernel"] for name in "bc")
-    y, _ = ops.selective_scan(variates, dt, -jnp.exp(p["A_time"]), B, C)
-    assert_close(module.apply(params, x), y.reshape(2, 3, 7, 4).swapaxes(1, 2), "mixer")
+
+    def scanned(axis, rows):
+        dt = jax.nn.softplus(rows @ p[f"dt_{axis}_proj"]["kernel"] + p[f"dt_{axis}_bias"][None, None])
+        B, C = (rows @ p[f"{name}_{axis}_proj"]["kernel"] for name in "bc")
+        return ops.selective_scan(rows, dt, -jnp.exp(p[f"A_{axis}"]), B, C)[0]
+
+    scanned = jax.jit(scanned, static_argnums=0)
+    expected = scanned("time", x.swapaxes(1, 2).reshape(6, 7, 4)).reshape(2, 3, 7, 4).swapaxes(1, 2)
+    if coupling == "none":
+        expected += scanned("variates", x.reshape(14, 3, 4)).reshape(2, 7, 3, 4)
+    assert_close(jax.jit(module.apply)(params, x), expected, "mixer")
 
 
 def test_constant_coefficients_are_a_convolution():
-    """Shifted in time and along the variates, an impulse has a shifted response."""
-    module = Chimera(4, state_size=3, input_dependent=False, bidirectional=False)
-    params = initialised(module, drawn())
-    impulse = lambda t, v: jnp.zeros((1, 9, 6, 4)).at[0, t, v].set(1.0)
-    first, later = (module.apply(params, impulse(*at)) for at in ((1, 1), (4, 3)))
-    np.testing.assert_allclose(later[:, 4:, 3:], first[:, 1:6, 1:4], atol=1e-6)
-    np.testing.assert_array_equal(later[:, :4], 0)
-    np.testing.assert_array_equal(later[:, :, :3], 0)
+    """Of both axes, with the response to an impulse: the data-independent S4 of two dimensions."""
+    module, x = Chimera(4, state_size=3, input_dependent=False, bidirectional=False), drawn((1, 9, 6, 4))
+    params, run = initialised(module, x), jax.jit(module.apply)
+    kernel = run(params, jnp.zeros_like(x).at[0, 0, 0].set(1.0))[0]
+    each = [convolve(x[0, ..., d], kernel[..., d])[:9, :6] for d in range(4)]
+    assert_close(run(params, x)[0], np.stack(each, axis=-1), "mixer")
 
 
 def test_both_directions_have_no_order():
@@ -109,7 +115,8 @@ def test_both_directions_have_no_order():
     params = initialised(module, x)
     other = {"forwards": "backwards", "backwards": "forwards"}
     swapped = {name.replace(way, other[way]): p for name, p in params["params"].items() for way in other if way in name}
-    assert_close(module.apply({"params": swapped}, x[:, :, ::-1]), module.apply(params, x)[:, :, ::-1], "mixer")
+    run = jax.jit(module.apply)
+    assert_close(run({"params": swapped}, x[:, :, ::-1]), run(params, x)[:, :, ::-1], "mixer")
 
 
 @pytest.mark.parametrize("name", EACH)
