@@ -125,8 +125,7 @@ NAIVE: dict[str, Callable[[Config], Callable]] = {
 attention = lambda c: partial(SelfAttention, num_heads=c.heads, dropout=c.dropout)
 mlp = lambda c: partial(MLP, hidden=c.width, dropout=c.dropout)
 tokens = lambda c, slot: dict(d_model=c.width, mixers=(slot,) * c.depth, dropout=c.dropout)
-#: Chimera's own: a long and a short memory of time.
-heads = lambda c: {name: partial(head, state_size=c.states) for name, head in (("trend", TREND), ("season", SEASON))}
+axes = lambda c, head: partial(head, state_size=c.states)
 MODELS: dict[str, Callable[[Config], Any]] = {
     "dlinear": lambda c: LinearForecaster(c.horizon),
     "rlinear": lambda c: LinearForecaster(c.horizon, window=None, normalise=True),
@@ -137,7 +136,7 @@ MODELS: dict[str, Callable[[Config], Any]] = {
     "s4d": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(S4D, state_size=64)), mlp=GatedMLP),
     "mamba": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(Mamba, num_layers=c.depth))),
     "itransformer": lambda c: ITransformer(c.horizon, **tokens(c, attention(c)), mlp=mlp(c)),
-    "chimera": lambda c: ChimeraForecaster(c.horizon, c.cell_width, c.depth, **heads(c)),
+    "chimera": lambda c: ChimeraForecaster(c.horizon, c.cell_width, c.depth, axes(c, TREND), axes(c, SEASON)),
 }
 #: Of one variate at a time, and the same for all.
 ALONE = ("dlinear", "rlinear", "patches")

@@ -69,17 +69,17 @@ class Config:
     """Models by name, with commas between them; all where none is given."""
     width: int = 32
     """Width of the models of time steps."""
-    cell_width: int = 8
+    cell_width: int = 4
     """Channels of a cell, a number of one variate, in Chimera."""
     depth: int = 2
     """Layers."""
-    states: int = 8
-    """States a channel; S4D has four times as many."""
+    states: int = 4
+    """States a channel; S4D has eight times as many."""
     heads: int = 4
     """Heads of the transformer."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(
-        steps=120, batch_size=20, learning_rate=5e-3, warmup_steps=10, final_learning_rate_ratio=0.0, weight_decay=0.01
+        steps=80, batch_size=20, learning_rate=5e-3, warmup_steps=10, final_learning_rate_ratio=0.0, weight_decay=0.01
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -109,7 +109,7 @@ def layered(slot: Callable[[Config], Any], c: Config, classes: int, variates: in
 MODELS: dict[str, Callable[[Config, int, int], nn.Module]] = {
     "chimera": partial(chimera, "both"),
     "chimera-time": partial(chimera, "time"),
-    "s4d": partial(layered, lambda c: partial(S4D, state_size=4 * c.states)),
+    "s4d": partial(layered, lambda c: partial(S4D, state_size=8 * c.states)),
     "mamba": partial(layered, lambda c: partial(Mamba, num_layers=c.depth), mlp=None),
     "lstm": partial(layered, lambda c: LSTM, mlp=None),
     "transformer": partial(layered, lambda c: partial(Attention, num_heads=c.heads)),

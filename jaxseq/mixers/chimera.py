@@ -1,5 +1,6 @@
 """Chimera: a state space model over time and variates at once."""
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -121,9 +122,9 @@ class Chimera(nn.Module):
             )
             after = tuple(h[:, -1] for h in states)
         each = lambda h: jnp.split(h, len(ways), axis=-1)
-        y = sum(turned(read(*h), e) for e, ((_, read), *h) in enumerate(zip(ways, *map(each, states), strict=True)))
+        parts = [turned(read(*h), e) for e, ((_, read), *h) in enumerate(zip(ways, *map(each, states), strict=True))]
         kept = [jnp.stack([turned(h, e, 1) for e, h in enumerate(each(h))]) for h in after]
-        return y.astype(x.dtype), ChimeraState(*(h.astype(state.over_time.dtype) for h in kept))
+        return reduce(jnp.add, parts).astype(x.dtype), ChimeraState(*(h.astype(state.over_time.dtype) for h in kept))
 
     def _way(self, name: str, x):
         """Of one direction over the variates: a1 … a4, u1, u2 `B T V D*N`, and what reads the states."""
@@ -157,14 +158,16 @@ class Chimera(nn.Module):
 
         flat = lambda a: None if a is None else jnp.broadcast_to(a, (*cells, D, N)).reshape(*cells, D * N)
         a1, left1, u1 = coefficients("time", self.dt)
-        axes, operands = ("time",), [a1, None, None, None, u1, None]
+        axes, operands = ["time"], [a1, None, None, None, u1, None]
         if self.coupling != "time":
             a4, left4, u2 = coefficients("variates", self.dt_variates)
-            axes, operands = ("time", "variates"), [a1, coupled("time", left1), coupled("variates", left4), a4, u1, u2]
-        c = {axis: vector(f"c_{axis}") for axis in axes}
+            axes, operands = [*axes, "variates"], [a1, coupled("time", left1), coupled("variates", left4), a4, u1, u2]
+        vectors = [vector(f"c_{axis}") for axis in axes]
 
         def read(*states):
-            return sum(jnp.sum(c[axis] * h.reshape(*cells, D, N), -1) for axis, h in zip(axes, states, strict=True))
+            return reduce(
+                jnp.add, [jnp.sum(c * h.reshape(*cells, D, N), -1) for c, h in zip(vectors, states, strict=True)]
+            )
 
         return [flat(a) for a in operands], read
 
