@@ -119,7 +119,11 @@ LEAST = {"BasicMotions": 0.9}
 
 PRESETS = {
     "cpu": Config(),
-    "ecg": Config(data=DataConfig(name="ECG5000"), train=replace(Config().train, batch_size=25)),
+    # Of one variate, whose cells are all there is.
+    "ecg": Config(
+        cell_width=16, data=DataConfig(name="ECG5000"),
+        train=replace(Config().train, steps=200, batch_size=25, learning_rate=1e-2),
+    ),
     # With the npz of the recordings: 2,048 steps of a quarter of the samples.
     "speech": Config(
         models="chimera,s4d,mamba", seeds=1, depth=4, width=64, data=DataConfig(name="spoken_digits"),

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxseq.analysis import Case, exponent, side_by_side
+from jaxseq.analysis import exponent
+from jaxseq.analysis.timing import in_turns
 from jaxseq.mixers import Chimera
 from jaxseq.tasks import variate_chain
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main
@@ -202,24 +203,27 @@ def measure(run: Run[Config]) -> None:
 
 
 def timed(config: Config) -> dict[str, dict[int, float]]:
-    """Milliseconds of a training step of the layer, for each T and for each V."""
+    """Milliseconds of a training step of the layer, for each T and for each V, all sizes in turn."""
     module = build(config, "coupled").mixer(d_model=config.width)
+    sizes = {"T": config.timed_lengths, "V": config.timed_variates}
+    params = jax.jit(module.init)(jax.random.key(config.seed), jnp.zeros((1, 1, 1, config.width)))
 
-    def training_ms(length: int, variates: int) -> float:
+    @jax.jit
+    def step(params, x):
+        return jax.value_and_grad(lambda *a: jnp.sum(module.apply(*a) ** 2), (0, 1))(params, x)
+
+    def program(axis: str, size: int):
+        length, variates = (size if axis == name else sizes[name][0] for name in sizes)
         shape = (config.timed_batch, length, variates, config.width)
-        params = jax.jit(module.init)(jax.random.key(config.seed), jnp.zeros(shape))
-        # The gradient of the parameters too, as in training.
-        draw = lambda key: (params, jax.random.normal(key, shape))
-        case = Case("chimera", length, draw, {"layer": module.apply})
-        return side_by_side(case, seed=config.seed, repeats=config.repeats)[0].training_ms
+        compiled: Any = step.lower(params, jnp.zeros(shape)).compile()
+        call: Any = lambda *arguments: compiled(*arguments)
+        call.prepare = lambda key: (params, jax.block_until_ready(jax.random.normal(key, shape)))
+        return call
 
-    first_length, first_variates = config.timed_lengths[0], config.timed_variates[0]
-    times = {}
-    if len(config.timed_lengths) > 1:
-        times["T"] = {length: training_ms(length, first_variates) for length in config.timed_lengths}
-    if len(config.timed_variates) > 1:
-        times["V"] = {variates: training_ms(first_length, variates) for variates in config.timed_variates}
-    return times
+    programs = {(axis, n): program(axis, n) for axis, each in sizes.items() if len(each) > 1 for n in each}
+    draw = lambda turn: (jax.random.fold_in(jax.random.key(config.seed), turn),)
+    ms = in_turns(programs, draw, seed=config.seed, repeats=config.repeats, seconds=0.1)
+    return {axis: {n: ms[axis, n] for n in each} for axis, each in sizes.items() if len(each) > 1}
 
 
 def plot(path: Path, mean: dict[str, dict[str, float]], times: dict[str, dict[int, float]]) -> None:
