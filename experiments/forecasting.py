@@ -30,6 +30,7 @@ from jaxseq.layers import GatedMLP
 from jaxseq.layers.mlp import MLP
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.models import (
+    ChimeraForecaster,
     ITransformer,
     LinearForecaster,
     PatchForecaster,
@@ -38,6 +39,7 @@ from jaxseq.models import (
     seasonal_naive,
     window_mean,
 )
+from jaxseq.models.chimera import SEASON, TREND
 from jaxseq.tasks import lagged_copies
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main
 from jaxseq.train.files import atomically
@@ -87,6 +89,10 @@ class Config:
     """Their layers."""
     heads: int = 8
     """Their heads, where they attend."""
+    cell_width: int = 4
+    """Channels of a cell, a number of one variate, in Chimera."""
+    states: int = 4
+    """Chimera's states a channel."""
     dropout: float = 0.1
     """Share of channels and weights dropped in training."""
     halve_every_epoch: bool = True
@@ -97,7 +103,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "lookback", "horizon", "period", "width", "depth", "heads"):
+        for name in ("seeds", "lookback", "horizon", "period", "width", "depth", "heads", "cell_width", "states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.period > self.lookback:
@@ -119,6 +125,7 @@ NAIVE: dict[str, Callable[[Config], Callable]] = {
 attention = lambda c: partial(SelfAttention, num_heads=c.heads, dropout=c.dropout)
 mlp = lambda c: partial(MLP, hidden=c.width, dropout=c.dropout)
 tokens = lambda c, slot: dict(d_model=c.width, mixers=(slot,) * c.depth, dropout=c.dropout)
+axes = lambda c, head: partial(head, state_size=c.states)
 MODELS: dict[str, Callable[[Config], Any]] = {
     "dlinear": lambda c: LinearForecaster(c.horizon),
     "rlinear": lambda c: LinearForecaster(c.horizon, window=None, normalise=True),
@@ -129,6 +136,7 @@ MODELS: dict[str, Callable[[Config], Any]] = {
     "s4d": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(S4D, state_size=64)), mlp=GatedMLP),
     "mamba": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(Mamba, num_layers=c.depth))),
     "itransformer": lambda c: ITransformer(c.horizon, **tokens(c, attention(c)), mlp=mlp(c)),
+    "chimera": lambda c: ChimeraForecaster(c.horizon, c.cell_width, c.depth, axes(c, TREND), axes(c, SEASON)),
 }
 #: Of one variate at a time, and the same for all.
 ALONE = ("dlinear", "rlinear", "patches")
@@ -140,8 +148,17 @@ PRESETS = {
         horizon=96, width=256, data=DataConfig(borders="ett", marks=True),
         train=TrainConfig(steps=1056, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
+    # The exchange rates of eight countries, and weekly counts of the ill: --data.csv names the table.
+    "exchange": Config(
+        horizon=96, period=5,
+        train=TrainConfig(steps=1600, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
+    ),
+    "illness": Config(
+        lookback=104, horizon=24, period=52, halve_every_epoch=False,
+        train=TrainConfig(steps=400, batch_size=32, learning_rate=5e-4, weight_decay=0.0),
+    ),
     "gpu": Config(
-        horizon=96, width=256, seeds=3, data=DataConfig(borders="ett", marks=True),
+        horizon=96, width=256, cell_width=64, states=16, seeds=3, data=DataConfig(borders="ett", marks=True),
         train=TrainConfig(steps=2640, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
     # Seconds: to see that everything works.

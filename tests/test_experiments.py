@@ -506,3 +506,43 @@ def test_a_neuron_adds(run, tmp_path):
     assert abs(sizes["lstm"] / sizes["version 2"] - 1) < 0.1
     assert all(len(each) == 2 for each in result["accuracies"].values())
     assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("part", ["rules and a model", pytest.param("chimera", marks=pytest.mark.slow)])
+def test_series_are_classified(run, part, tmp_path):
+    """Of two channels and unequal lengths; what a kill left is found again; a bad file in one line."""
+    out, rng = tmp_path / "r", np.random.default_rng(0)
+    row = lambda label: ":".join(
+        ",".join(f"{x:.3f}" for x in rng.standard_normal(9 + label) / 4 + label) for _ in range(2)
+    )
+    for split in ("TRAIN", "TEST"):
+        cases = [f"{row(n % 2)}:{('low', 'high')[n % 2]}" for n in range(12)]
+        header = "@timeStamps false\n@classLabel true low high\n@data\n"
+        (tmp_path / f"toy_{split}.ts").write_text(header + "\n".join(cases))
+    command = ("experiments.series_classification", "--preset", "debug", "--data.path", str(tmp_path))
+    command = (*command, "--data.name", "toy", "--models", "lstm" if part != "chimera" else "chimera,chimera-time")
+    done = run(*command, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert set(result["baseline"]) == {"majority", "nearest series", "ridge regression"}
+    assert result["baseline"]["majority"] == 0.5 and result["baseline"]["ridge regression"] > 0.9
+    assert (out / "plots" / "accuracy.png").stat().st_size > 1000
+    assert set(result["threshold"]) == ({"the better rule"} if part == "chimera" else set())
+
+    (out / "result.json").unlink()
+    assert run(*command, "--out", str(out)).returncode == 0
+    assert json.loads((out / "result.json").read_text())["parameters_digest"] == result["parameters_digest"]
+    (tmp_path / "toy_TRAIN.ts").write_text("no series")
+    refused = run(*command, "--out", str(tmp_path / "s"))
+    assert refused.returncode == 2 and "comes before @data" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_chain_of_variates(run, tmp_path):
+    done = run("experiments.variate_chain", "--preset", "debug", "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert set(result["errors"]) == {"coupled", "uncoupled", "time alone", "both directions"}
+    assert set(result["milliseconds"]) == {"T", "V"} and len(result["parts"]) == 10
+    assert all(set(row) == {"chain", "chain in reverse", "two steps"} for row in result["errors"].values())
+    assert (tmp_path / "r" / "plots" / "chain.png").stat().st_size > 1000

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxseq.tasks import reset_recall
+from jaxseq.tasks import reset_recall, variate_chain
 
 
 def test_reset_recall_asks_for_what_can_be_known():
@@ -29,8 +29,22 @@ def test_reset_recall_asks_for_what_can_be_known():
     assert np.array_equal(draw(jax.random.key(0))[0], inputs) and (draw(jax.random.key(1))[0] != inputs).any()
 
 
+@pytest.mark.parametrize("delay", [1, 3])
+def test_a_chain_is_known_from_the_variate_before(delay):
+    x = np.asarray(variate_chain(jax.random.key(0), num_examples=200, length=40, num_variates=5, delay=delay))
+    assert x.shape == (200, 40, 5)
+    before, after = x[:, :-delay, :-1], x[:, delay:, 1:]
+    np.testing.assert_allclose(np.mean((after - 0.95 * before) ** 2, axis=(0, 1)), 0.09, rtol=0.1)
+    np.testing.assert_allclose(x.var(axis=(0, 1)), [1, 0.9925, 0.986, 0.98, 0.974], rtol=0.05)
+    itself = [abs(np.corrcoef(x[:, :-n].ravel(), x[:, n:].ravel())[0, 1]) for n in (1, delay)]
+    assert max(itself) < 0.03
+    assert np.ptp(x[:, 0].var(axis=0)) < 0.5  # from the first step on
+
+
 def test_bad_numbers_are_named():
     with pytest.raises(ValueError, match="num_keys=0; reset_recall takes 1 or more"):
         reset_recall(jax.random.key(0), num_examples=1, num_keys=0)
     with pytest.raises(ValueError, match="reset=2; reset_recall takes a probability"):
         reset_recall(jax.random.key(0), num_examples=1, reset=2)
+    with pytest.raises(ValueError, match="delay=0; variate_chain takes 1 or more"):
+        variate_chain(jax.random.key(0), num_examples=1, delay=0)

@@ -9,6 +9,8 @@ from .labelled import Labelled as Labelled
 from .labelled import listops_table as listops_table
 from .labelled import mnist as mnist
 from .labelled import spoken_digits as spoken_digits
+from .labelled_series import SeriesSet as SeriesSet
+from .labelled_series import labelled_series as labelled_series
 from .series import ETT_HOURLY as ETT_HOURLY
 from .series import Borders as Borders
 from .series import Series as Series

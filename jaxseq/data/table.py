@@ -4,6 +4,7 @@ import csv
 import gzip
 import math
 import os
+import zlib
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -73,18 +74,27 @@ def filled_forward(values: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, np.where(last < 0, there.argmax(axis=0)[None], last), axis=0)
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Rows with their line numbers, all of one length."""
+def plain_text(path: Path) -> str:
+    """The text of a file, which may be gzipped.
+
+    Raises:
+      ValueError: it is damaged, or no text.
+    """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}).") from None
     if b"\0" in content:
-        raise ValueError(f"{path} is no text; save it as a table separated by commas, in UTF-8.")
+        raise ValueError(f"{path} is no text; save it as text, in UTF-8.")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = content.decode("latin-1")  # degrees and squares in the headers of weather stations
+        return content.decode("latin-1")  # degrees, squares and names
+
+
+def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Rows with their line numbers, all of one length."""
+    text = plain_text(path)
     reader = csv.reader(text.splitlines())
     rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     if not rows:

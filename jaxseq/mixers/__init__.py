@@ -7,6 +7,7 @@ from .attention import SlidingWindowAttention as SlidingWindowAttention
 from .base_conv import BaseConv as BaseConv
 from .based import Based as Based
 from .big_bird import BigBird as BigBird
+from .chimera import Chimera as Chimera
 from .comba import Comba as Comba
 from .delta_net import DeltaNet as DeltaNet
 from .dss import DSS as DSS

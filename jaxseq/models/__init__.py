@@ -1,6 +1,8 @@
 """Models of any mixers, on one residual block."""
 
 from .block import Stack as Stack
+from .chimera import ChimeraClassifier as ChimeraClassifier
+from .chimera import ChimeraForecaster as ChimeraForecaster
 from .classifier import Classifier as Classifier
 from .forecasters import LinearForecaster as LinearForecaster
 from .forecasters import PatchForecaster as PatchForecaster

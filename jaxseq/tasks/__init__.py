@@ -26,3 +26,4 @@ from .spike_adding import spike_adding as spike_adding
 from .spike_adding import spike_templates as spike_templates
 from .switching_spikes import SwitchingSpikes as SwitchingSpikes
 from .switching_spikes import switching_spikes as switching_spikes
+from .variate_chain import variate_chain as variate_chain

@@ -1,0 +1,110 @@
+"""Chimera's blocks, and what forecasts and classifies with them."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ..layers.instance_norm import instance_normalised
+from ..layers.projection import fan_in_projection
+from ..mixers.chimera import Chimera
+from ..shapes import Array, Float, Int, accumulator, typed
+
+#: Long memories of time, and short ones.
+TREND, SEASON = partial(Chimera, dt=(1e-3, 0.05)), partial(Chimera, dt=(0.1, 1.0))
+
+
+class ChimeraBlock(nn.Module):
+    """A slow model, a fast one of what it leaves, and a gate (arXiv 2406.04320, section 3.3).
+
+        τ = trend(z)        s = season(z − τ)        x ← x + ((τ + s) ⊙ silu(z W_g)) W_o        z = RMSNorm(x)
+
+    `trend` and `season` are callables that take `d_model`.
+    """
+
+    d_model: int
+    trend: Any = TREND
+    season: Any = SEASON
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B T V D"]) -> Float[Array, "B T V D"]:
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        z = nn.RMSNorm(name="norm", **dtypes)(x)
+        slow = self.trend(d_model=self.d_model, name="trend", **dtypes)(z)
+        fast = self.season(d_model=self.d_model, name="season", **dtypes)(z - slow)
+        dense = partial(fan_in_projection, self.d_model, module=self, fan_in=self.d_model)
+        gated = (slow + fast) * nn.silu(dense(name="gate_proj")(z))
+        return x + dense(name="out_proj")(gated).astype(x.dtype)
+
+
+class ChimeraGrid(nn.Module):
+    """Every number of a window `B T V` as a cell of D channels, through blocks: `B T V D`."""
+
+    d_model: int = 16
+    depth: int = 2
+    trend: Any = TREND
+    season: Any = SEASON
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B T V"]) -> Float[Array, "B T V D"]:
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1.")
+        h = fan_in_projection(self.d_model, "encoder", self, 1)(x[..., None])
+        h = h.astype(accumulator(h.dtype))  # what layers add to
+        names = ("d_model", "trend", "season", "dtype", "param_dtype")
+        for layer in range(self.depth):
+            h = ChimeraBlock(**{name: getattr(self, name) for name in names}, name=f"block_{layer}")(h)
+        return nn.RMSNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(h)
+
+
+class ChimeraForecaster(nn.Module):
+    """Forecasts of all variates: one linear map of all cells of a variate, of windows of scale 1, scaled back."""
+
+    horizon: int
+    d_model: int = 16
+    depth: int = 2
+    trend: Any = TREND
+    season: Any = SEASON
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
+        if self.horizon < 1:
+            raise ValueError(f"horizon={self.horizon} must be at least 1.")
+        x, restored = instance_normalised(x)
+        names = ("d_model", "depth", "trend", "season", "dtype", "param_dtype")
+        h = ChimeraGrid(**{name: getattr(self, name) for name in names}, name="grid")(x)
+        h = h.swapaxes(1, 2).reshape(*x.shape[::2], -1)
+        return restored(fan_in_projection(self.horizon, "head", self, h.shape[-1])(h).swapaxes(1, 2))
+
+
+class ChimeraClassifier(nn.Module):
+    """Logits from the mean over time of every variate's cells; with `lengths` of the first so many of each window."""
+
+    num_classes: int
+    d_model: int = 16
+    depth: int = 2
+    trend: Any = TREND
+    season: Any = SEASON
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "B T V"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B _"]:
+        names = ("d_model", "depth", "trend", "season", "dtype", "param_dtype")
+        h = ChimeraGrid(**{name: getattr(self, name) for name in names}, name="grid")(x)
+        lengths = jnp.full(x.shape[:1], x.shape[1]) if lengths is None else lengths
+        counted = (jnp.arange(x.shape[1])[None] < lengths[:, None]).astype(h.dtype)
+        pooled = jnp.einsum("btvd,bt->bvd", h, counted / jnp.maximum(counted.sum(1, keepdims=True), 1))
+        pooled = pooled.reshape(len(x), -1)
+        return fan_in_projection(self.num_classes, "head", self, pooled.shape[-1])(pooled)
