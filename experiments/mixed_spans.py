@@ -1,16 +1,17 @@
 """Full attention in a quarter of the layers, blocks in the others: what it costs, and what it loses on real text.
 
-Claim   With full attention in the last of every four layers, blocks and the block before in the others, bits per byte
+Claim   A model with full attention, trained on short windows, goes on with long ones in every schedule of spans. With
+        full attention in the last of every four layers, blocks and the block before in the others, its bits per byte
         of held-out text are within 2 % of full attention's in all layers, at 0.45 of its multiply-adds and time and
         0.35 of its cache. Blocks in all layers are behind it on bytes that stand more than two blocks into the window.
 Source  MASFormer (arXiv 2310.12442), which has 4 of 24 layers full at 8,192 tokens; the margins are ours, for sizes
         that are ours. Where full layers belong it ablates; here `bottom`, `middle` and `top` are of the same cost.
-Expect  See experiments/README.md. Eight minutes on 2 quiet CPU cores.
+Expect  Not yet measured. Four minutes on 2 quiet CPU cores.
 Run     python -m experiments.mixed_spans [--preset cpu|gpu|debug] [--data.path FILE_OR_FOLDER]
         The text is the Python standard library unless a path is given.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxseq import Attention, LanguageModel
-from jaxseq.analysis import Case, bootstrap, side_by_side, token_nats
+from jaxseq.analysis import Case, TokenNats, bootstrap, side_by_side
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, with_begin
 from jaxseq.models.block import Slot
 from jaxseq.models.mixed_spans import (
@@ -31,9 +32,10 @@ from jaxseq.models.mixed_spans import (
     every,
     middle,
     mixed_spans,
+    rearranged,
     top,
     visible_pairs,
-)  # fmt: skip
+)
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 from jaxseq.train.files import atomically, read_json, write_json
 
@@ -62,6 +64,12 @@ class Config:
     """Rows of their table."""
     margin: float = 0.02
     """Bits per byte, relative, that the mixture may lose."""
+    short_context: int = 128
+    """Bytes of the windows that the model with full attention begins with."""
+    long_steps: int = 40
+    """Steps on the long windows, of each schedule; `train` is about those before, on as many bytes."""
+    long_learning_rate: float = 5e-3
+    """Their peak learning rate."""
     test_windows: int = 96
     """Windows of the test files that are scored, evenly spread."""
     timing_length: int = 2048
@@ -70,20 +78,31 @@ class Config:
     """Compute in bfloat16."""
     data: TextConfig = TextConfig(context=512)
     train: TrainConfig = TrainConfig(
-        steps=250, batch_size=8, optimizer="muon", learning_rate=1e-2, warmup_steps=25, final_learning_rate_ratio=0.1,
+        steps=120, batch_size=32, optimizer="muon", learning_rate=1e-2, warmup_steps=12, final_learning_rate_ratio=0.1,
         log_every=20,
     )  # fmt: skip
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("width", "depth", "full_layers", "heads", "span", "test_windows", "timing_length"):
+        for name in ("width", "depth", "full_layers", "heads", "span", "long_steps", "test_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.depth % self.full_layers:
             raise ValueError(f"full_layers={self.full_layers} does not divide depth={self.depth}.")
         if self.data.context <= 2 * self.span:
             raise ValueError(f"data.context={self.data.context} must be more than two spans of {self.span}.")
+        if self.train.batch_size * self.short_context % self.data.context:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} windows of short_context={self.short_context} are no whole "
+                f"number of windows of data.context={self.data.context}."
+            )
+
+    def longer(self) -> TrainConfig:
+        """The training on long windows."""
+        batch, warmup = self.train.batch_size * self.short_context // self.data.context, self.long_steps // 10
+        changed = {"batch_size": batch, "warmup_steps": warmup, "learning_rate": self.long_learning_rate}
+        return replace(self.train, steps=self.long_steps, **changed)
 
     def schedules(self) -> dict[str, tuple[int, ...]]:
         """The full layers of each model; `spread` is the mixture that the claim is about."""
@@ -99,13 +118,15 @@ PRESETS = {
     # The sizes of the paper's layers, with 3 of 12 of them full.
     "gpu": Config(
         width=768, depth=12, full_layers=3, heads=12, span=1024, ngrams=(), margin=0.015, test_windows=64,
-        timing_length=8192, bfloat16=True, data=TextConfig(context=8192),
-        train=TrainConfig(steps=4000, batch_size=8, optimizer="muon", learning_rate=2e-3, warmup_steps=200),
+        timing_length=8192, bfloat16=True, data=TextConfig(context=8192), short_context=2048, long_steps=1000,
+        long_learning_rate=1e-3,
+        train=TrainConfig(steps=4000, batch_size=32, optimizer="muon", learning_rate=2e-3, warmup_steps=200),
     ),
     # Seconds: to see that everything works.
     "debug": Config(
         width=8, depth=2, span=4, ngrams=(2,), ngram_buckets=64, test_windows=8, timing_length=64,
-        data=TextConfig(context=32), train=TrainConfig(steps=3, batch_size=4, log_every=1),
+        data=TextConfig(context=32), short_context=16, long_steps=2,
+        train=TrainConfig(steps=3, batch_size=4, log_every=1),
     ),
 }  # fmt: skip
 #: Shares of what full attention in all layers takes.
@@ -127,42 +148,40 @@ def build(config: Config, layers: tuple[int, ...]) -> LanguageModel:
 
 
 def measure(run: Run[Config]) -> None:
-    config, context = run.config, run.config.data.context
+    config, context, longer = run.config, run.config.data.context, run.config.longer()
     text = config.data.corpus()
-    windows = TextWindows(text.train, context, config.train.batch_size, config.seed, packed=config.data.packed)
+    batches = lambda length, train: TextWindows(text.train, length, train.batch_size, config.seed).batch
     test = evaluation_windows(text.test, context)
     test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
-    run.require_same(bytes=len(windows.text), windows=len(test))
+    run.require_same(bytes=sum(len(document.content) for document in text.train), windows=len(test))
+
+    def fitted(part: str, model: LanguageModel, init, train: TrainConfig, length: int):
+        def loss(params, batch, key):
+            return cross_entropy(model.apply(params, batch["inputs"]), batch["targets"], bytes_per_token=1.0)
+
+        tokens = train.batch_size * length
+        return run.fit(loss, init, batches(length, train), tokens_per_step=tokens, part=part, train=train)
+
+    full = build(config, config.schedules()["full"])
+    init = lambda key: full.init(key, jnp.zeros((1, 1), jnp.int32))
+    begun = fitted("short", full, init, config.train, config.short_context).params
     nats, facts = {}, {}
     for name, layers in config.schedules().items():
-        path = run.folder / "nats" / f"{name}-{config.train.steps}.npy"
+        path, model = run.folder / "nats" / f"{name}.npy", build(config, layers)
         if not path.exists():
-            scores, about = trained(run, name, build(config, layers), windows, test)
+            start = lambda key, model=model: rearranged(begun, model.mixers)
+            done = fitted(name, model, start, longer, context)
+            score = TokenNats(lambda params, inputs, key, model=model: model.apply(params, inputs), longer.batch_size)
+            scores, steps = score(done.params, with_begin(test), test), done.step - done.first_step
+            speed = steps * longer.batch_size * context / done.training_seconds if steps else float("nan")
             path.parent.mkdir(exist_ok=True)
+            about = {"digest": digest(done.params), "training bytes per second": speed}
             write_json(path.with_suffix(".json"), about)
             with atomically(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, scores)
+            run.record(longer.steps, f"test/{name}", {"loss": float(scores.mean())})
         nats[name], facts[name] = np.load(path), read_json(path.with_suffix(".json"))
     verdict(run, nats, facts, timed(config))
-
-
-def trained(run: Run[Config], name: str, model: LanguageModel, windows: TextWindows, test: np.ndarray):
-    """Nats of every test byte, and facts about the training."""
-    config = run.config
-    tokens = config.train.batch_size * config.data.context
-
-    def loss(params, batch, key):
-        logits = model.apply(params, batch["inputs"], batch.get("segment_ids"))
-        return cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
-
-    init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
-    done = run.fit(loss, init, windows.batch, tokens_per_step=tokens, part=name)
-    logits = lambda params, inputs, key: model.apply(params, inputs)
-    scores = token_nats(logits, done.params, with_begin(test), test, batch_size=config.train.batch_size)
-    steps = done.step - done.first_step
-    speed = steps * tokens / done.training_seconds if steps else float("nan")
-    run.record(config.train.steps, f"test/{name}", {"loss": float(scores.mean())})
-    return scores, {"digest": digest(done.params), "training bytes per second": speed}
 
 
 def timed(config: Config) -> dict[str, dict[str, float]]:

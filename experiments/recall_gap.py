@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxseq import GLA, Attention, LanguageModel
-from jaxseq.analysis import gap_closed, recall_hits, share_of_gap, sliced_perplexity, token_nats
+from jaxseq.analysis import TokenNats, gap_closed, recall_hits, share_of_gap, sliced_perplexity
 from jaxseq.data import TextConfig, byte_pairs, encoded, token_batches, whole_windows
 from jaxseq.mixers import BaseConv, Mamba2, SelectiveAttention
 from jaxseq.models.block import Slot
@@ -129,7 +129,7 @@ def build(config: Config, name: str, **fields) -> LanguageModel:
 
 def nats(model: LanguageModel, params, contexts: np.ndarray) -> np.ndarray:
     """−log p of every token but the first, `N T-1`."""
-    return token_nats(lambda params, rows, key: model.apply(params, rows), params, contexts[:, :-1], contexts[:, 1:])
+    return TokenNats(lambda params, rows, key: model.apply(params, rows))(params, contexts[:, :-1], contexts[:, 1:])
 
 
 def threshold(model: LanguageModel, params, rows: np.ndarray, share: float) -> float:
