@@ -108,9 +108,11 @@ class Config:
         """The full layers of each model; `spread` is the mixture that the claim is about."""
         count = self.full_layers
         ways = {"spread": every(self.depth // count), "bottom": bottom(count), "middle": middle(count)}
-        layers = {name: way(self.depth) for name, way in (ways | {"top": top(count)}).items()}
-        distinct = {name: of for name, of in layers.items() if name != "top" or of != layers["spread"]}
-        return {"full": tuple(range(self.depth)), "local": ()} | distinct
+        chosen = {"full": tuple(range(self.depth)), "local": ()}
+        for name, way in (ways | {"top": top(count)}).items():
+            if way(self.depth) not in chosen.values():  # with one full layer the last of all is the top one too
+                chosen[name] = way(self.depth)
+        return chosen
 
 
 PRESETS = {
