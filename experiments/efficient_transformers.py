@@ -107,6 +107,8 @@ class Config:
             raise ValueError(f"budget={self.budget} must be a multiple of 8: blocks and buckets are an eighth of it.")
         if not 0 < self.hidden < 1:
             raise ValueError(f"hidden={self.hidden} must be a share of the bytes, above 0 and below 1.")
+        if self.data.packed:
+            raise ValueError("data.packed=True: mixers of a low rank do not keep documents apart.")
         if unknown := set(self.names()) - set(KINDS):
             raise ValueError(f"mixers={self.mixers}: none is called {min(unknown)!r}; choose {', '.join(KINDS)}.")
 
@@ -173,7 +175,7 @@ def measure(run: Run[Config]) -> None:
     times = timed(run)
     text, recall = text_task(config), recall_task(config)
     run.require_same(bytes=text["bytes"])
-    path = run.folder / "table.json"
+    path = run.folder / f"table-{config.train.steps}.json"
     table: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
     for name in config.names():
         if name not in table:

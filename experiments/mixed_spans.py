@@ -85,7 +85,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("width", "depth", "full_layers", "heads", "span", "long_steps", "test_windows"):
+        counts = ("width", "depth", "full_layers", "heads", "span", "short_context", "long_steps", "test_windows")
+        for name in (*counts, "timing_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.depth % self.full_layers:
@@ -152,27 +153,29 @@ def build(config: Config, layers: tuple[int, ...]) -> LanguageModel:
 def measure(run: Run[Config]) -> None:
     config, context, longer = run.config, run.config.data.context, run.config.longer()
     text = config.data.corpus()
-    batches = lambda length, train: TextWindows(text.train, length, train.batch_size, config.seed).batch
+    windows = partial(TextWindows, text.train, seed=config.seed, packed=config.data.packed)
     test = evaluation_windows(text.test, context)
     test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
     run.require_same(bytes=sum(len(document.content) for document in text.train), windows=len(test))
 
     def fitted(part: str, model: LanguageModel, init, train: TrainConfig, length: int):
         def loss(params, batch, key):
-            return cross_entropy(model.apply(params, batch["inputs"]), batch["targets"], bytes_per_token=1.0)
+            logits = model.apply(params, batch["inputs"], batch.get("segment_ids"))
+            return cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
 
-        tokens = train.batch_size * length
-        return run.fit(loss, init, batches(length, train), tokens_per_step=tokens, part=part, train=train)
+        draw, tokens = windows(length=length, batch_size=train.batch_size).batch, train.batch_size * length
+        return run.fit(loss, init, draw, tokens_per_step=tokens, part=part, train=train)
 
     full = build(config, config.schedules()["full"])
     init = lambda key: full.init(key, jnp.zeros((1, 1), jnp.int32))
     begun = fitted("short", full, init, config.train, config.short_context).params
     nats, facts = {}, {}
     for name, layers in config.schedules().items():
-        path, model = run.folder / "nats" / f"{name}.npy", build(config, layers)
+        part, model = f"{name}-{config.train.steps}", build(config, layers)
+        path = run.folder / "nats" / f"{part}.npy"
         if not path.exists():
             start = lambda key, model=model: rearranged(begun, model.mixers)
-            done = fitted(name, model, start, longer, context)
+            done = fitted(part, model, start, longer, context)
             score = TokenNats(lambda params, inputs, key, model=model: model.apply(params, inputs), longer.batch_size)
             scores, steps = score(done.params, with_begin(test), test), done.step - done.first_step
             speed = steps * longer.batch_size * context / done.training_seconds if steps else float("nan")
@@ -181,7 +184,7 @@ def measure(run: Run[Config]) -> None:
             write_json(path.with_suffix(".json"), about)
             with atomically(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, scores)
-            run.record(longer.steps, f"test/{name}", {"loss": float(scores.mean())})
+            run.record(longer.steps, f"test/{part}", {"loss": float(scores.mean())})
         nats[name], facts[name] = np.load(path), read_json(path.with_suffix(".json"))
     verdict(run, nats, facts, timed(config))
 

@@ -125,7 +125,7 @@ def measure(run: Run[Config]) -> None:
     run.require_same(bytes=len(windows.text), windows=len(test))
     dense, sampled = (build(config, subsample) for subsample in (False, True))
     (first, last), ways = config.phases(), readers(config, dense, sampled)
-    path = run.folder / "table.json"
+    path = run.folder / f"table-{config.train.steps}.json"
     table = read_json(path) if path.exists() else {}
     params = {}
 
@@ -150,7 +150,7 @@ def measure(run: Run[Config]) -> None:
         start = lambda key, seed=seed: dense.init(jax.random.fold_in(key, seed), jnp.zeros((1, 1), jnp.int32))
         trained(f"dense-{seed}", dense, start)
         before = trained(f"subsets-{seed}", sampled, lambda key, s=start: rearranged(s(key), sampled.mixers), first)
-        trained(f"tuned-{seed}", dense, lambda key, b=before: rearranged(b, dense.mixers), last)
+        trained(f"tuned-{seed}-{last.steps}", dense, lambda key, b=before: rearranged(b, dense.mixers), last)
     run.plot()
     verdict(run, table, cost(config), digest(params))
 

@@ -437,12 +437,12 @@ def test_training_on_subsets_and_reading_ensembles(run, texts, tmp_path):
     done = run(*command, "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert set(result["table"]) == {"dense-0", "subsets-0", "tuned-0"}
+    assert set(result["table"]) == {"dense-0", "subsets-0", "tuned-0-1"}
     assert all(set(row) == {"dense", "one", "2", "3"} for row in result["table"].values())
     assert result["measured"]["saved, scores"] == 4
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     first = {row["split"]: row["step"] for row in rows if row["split"].startswith("train/")}
-    assert first == {"train/dense-0": 4, "train/subsets-0": 3, "train/tuned-0": 1}  # as many steps in all
+    assert first == {"train/dense-0": 4, "train/subsets-0": 3, "train/tuned-0-1": 1}  # as many steps in all
     assert (tmp_path / "r" / "plots" / "ensembles.png").stat().st_size > 1000
     refused = run(*command, "--ratio", "5", "--out", str(tmp_path / "s"))
     assert refused.returncode == 2 and "ratio=5 does not divide data.context=32" in refused.stderr
