@@ -216,7 +216,7 @@ def timed(run: Run[Config]) -> dict[str, dict[str, dict[str, float]]]:
     return times
 
 
-def growth(times, name: str) -> dict[str, float]:
+def growth(times, name: str) -> dict[str, float | None]:
     """Exponents in T, and the first length at which a mixer trains faster than dense attention."""
     lengths = [int(n) for n in times]
     fit = lambda figure: exponent(lengths, [rows[name][figure] for rows in times.values()])
@@ -247,7 +247,7 @@ def text_task(config: Config) -> dict[str, Any]:
 
 def recall_task(config: Config) -> dict[str, Any]:
     task = config.recall
-    sizes = {"length": task.length, "num_pairs": task.pairs, "vocab_size": task.vocabulary}
+    sizes: dict[str, Any] = {"length": task.length, "num_pairs": task.pairs, "vocab_size": task.vocabulary}
     draw = jax.jit(partial(mqar, **sizes, power=1.0, random_non_queries=False), static_argnames="num_examples")
     named = lambda key, n: dict(zip(("inputs", "labels"), map(np.asarray, draw(key, num_examples=n)), strict=True))
     train_key, test_key = jax.random.split(jax.random.key(config.seed))
@@ -278,8 +278,9 @@ def quality(run: Run[Config], name: str, kind: str, task: dict[str, Any], train:
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
         }
     else:
-        guess = jax.jit(lambda params, x: model.apply(params, x).argmax(-1))
-        found = {"recall": float((np.asarray(guess(params, inputs)) == labels)[asked].mean())}
+        answer = lambda params, row: jnp.argmax(jnp.asarray(model.apply(params, row[None]))[0], axis=-1)
+        answers = jax.jit(lambda params, rows: jax.lax.map(partial(answer, params), rows, batch_size=16))
+        found = {"recall": float((np.asarray(answers(params, inputs)) == labels)[asked].mean())}
     run.record(train.steps, f"test/{part}", {key: float(value) for key, value in found.items()})
     return found | {f"digest, {kind}": digest(params)}
 

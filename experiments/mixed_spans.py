@@ -14,7 +14,7 @@ Run     python -m experiments.mixed_spans [--preset cpu|gpu|debug] [--data.path 
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +102,8 @@ class Config:
     def longer(self) -> TrainConfig:
         """The training on long windows."""
         batch, warmup = self.train.batch_size * self.short_context // self.data.context, self.long_steps // 10
-        changed = {"batch_size": batch, "warmup_steps": warmup, "learning_rate": self.long_learning_rate}
-        return replace(self.train, steps=self.long_steps, **changed)
+        changed = replace(self.train, steps=self.long_steps, batch_size=batch, warmup_steps=warmup)
+        return replace(changed, learning_rate=self.long_learning_rate)
 
     def schedules(self) -> dict[str, tuple[int, ...]]:
         """The full layers of each model; `spread` is the mixture that the claim is about."""
@@ -137,7 +137,7 @@ MOST_COST, MOST_TIME, MOST_CACHE = 0.45, 0.45, 0.35
 
 
 def layer(config: Config, local: bool, span: int) -> Slot:
-    fields = {"block_own": {"block_size": span}, "block_prev": {"block_size": span, "look_back": 1}}
+    fields: dict[str, Any] = {"block_own": {"block_size": span}, "block_prev": {"block_size": span, "look_back": 1}}
     fields |= {"window": {"window": span + 1}}
     return partial(Attention, num_heads=config.heads, **(fields[config.local] if local else {}))
 
@@ -146,7 +146,7 @@ def build(config: Config, layers: tuple[int, ...]) -> LanguageModel:
     slots = mixed_spans(
         layer(config, False, config.span), layer(config, True, config.span), layers, num_layers=config.depth
     )
-    ngrams = {"ngrams": config.ngrams, "ngram_buckets": config.ngram_buckets}
+    ngrams: dict[str, Any] = {"ngrams": config.ngrams, "ngram_buckets": config.ngram_buckets}
     return LanguageModel(VOCABULARY, config.width, slots, **ngrams, dtype=jnp.bfloat16 if config.bfloat16 else None)
 
 
@@ -174,8 +174,7 @@ def measure(run: Run[Config]) -> None:
         part, model = f"{name}-{config.train.steps}", build(config, layers)
         path = run.folder / "nats" / f"{part}.npy"
         if not path.exists():
-            start = lambda key, model=model: rearranged(begun, model.mixers)
-            done = fitted(part, model, start, longer, context)
+            done = fitted(part, model, partial(_from, begun, model), longer, context)
             score = TokenNats(lambda params, inputs, key, model=model: model.apply(params, inputs), longer.batch_size)
             scores, steps = score(done.params, with_begin(test), test), done.step - done.first_step
             speed = steps * longer.batch_size * context / done.training_seconds if steps else float("nan")
@@ -187,6 +186,11 @@ def measure(run: Run[Config]) -> None:
             run.record(longer.steps, f"test/{part}", {"loss": float(scores.mean())})
         nats[name], facts[name] = np.load(path), read_json(path.with_suffix(".json"))
     verdict(run, nats, facts, timed(config))
+
+
+def _from(params, model: LanguageModel, key):
+    """Parameters of another schedule, as the model holds them."""
+    return rearranged(params, model.mixers)
 
 
 def timed(config: Config) -> dict[str, dict[str, float]]:
@@ -206,9 +210,10 @@ def timed(config: Config) -> dict[str, dict[str, float]]:
 
 def shares(config: Config, layers: int, times: dict[str, dict[str, float]]) -> dict[str, float]:
     """What so many full layers cost beside full attention in all, at the context trained on; times at their own."""
-    n, depth, local = config.data.context, config.depth, {"local": config.local, "span": config.span}
+    n, depth = config.data.context, config.depth
+    local: dict[str, Any] = {"local": config.local, "span": config.span}
     share = lambda full, other: (layers * full + (depth - layers) * other) / (depth * full)
-    count = {"num_layers": depth, "num_full": layers}
+    count: dict[str, Any] = {"num_layers": depth, "num_full": layers}
     return {
         "multiply-adds": share(visible_pairs(n), visible_pairs(n, **local)),
         "the formula's": attention_cost(n, **count, **local),

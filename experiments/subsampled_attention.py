@@ -11,10 +11,11 @@ Run     python -m experiments.subsampled_attention [--preset cpu|gpu|debug] [--d
         The text is the Python standard library unless a path is given.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ class Config:
         """The subsampled steps and the dense ones after them, which keep the learning rate that those end with."""
         tuning = max(1, round(self.tuning * self.train.steps))
         last = self.train.learning_rate * self.train.final_learning_rate_ratio
-        dense = {"learning_rate": last, "warmup_steps": 0, "final_learning_rate_ratio": 1.0}
+        dense: dict[str, Any] = {"learning_rate": last, "warmup_steps": 0, "final_learning_rate_ratio": 1.0}
         return replace(self.train, steps=self.train.steps - tuning), replace(self.train, steps=tuning, **dense)
 
 
@@ -191,7 +192,7 @@ def cost(config: Config) -> dict[str, dict]:
         queries_too = config.mode in ("window", "local")
         return subsampled_attention(q, k, v, sets, queries_too=queries_too, impl="parallel")
 
-    forms = {"dense": partial(softmax_attention, impl="parallel"), "subsets": sampled}
+    forms: dict[str, Callable] = {"dense": partial(softmax_attention, impl="parallel"), "subsets": sampled}
     rows = side_by_side(Case("attention", length, draw, forms), seed=config.seed, repeats=7, seconds=0.2)
     return {row.form: row._asdict() for row in rows}
 
@@ -203,9 +204,9 @@ def verdict(run: Run[Config], table, times, parameters_digest: str) -> None:
     of = {kind: [row for part, row in table.items() if part.startswith(f"{kind}-")] for kind in kinds}
     mean = {kind: {way: float(np.mean([row[way] for row in rows])) for way in rows[0]} for kind, rows in of.items()}
     reference = mean["dense"]["dense"]
-    length, by = config.timing_length, {"ratio": config.ratio, "mode": config.mode}
+    length = config.timing_length
     saved = {
-        "scores": num_scores(length, ratio=1) / num_scores(length, **by),
+        "scores": num_scores(length, ratio=1) / num_scores(length, ratio=config.ratio, mode=config.mode),
         "training time": times["dense"]["training_ms"] / times["subsets"]["training_ms"],
         "forward time": times["dense"]["forward_ms"] / times["subsets"]["forward_ms"],
         "training MiB": times["dense"]["training_mib"] / times["subsets"]["training_mib"],

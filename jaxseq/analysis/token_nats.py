@@ -17,7 +17,7 @@ class TokenNats:
       ValueError: batch_size < 1.
     """
 
-    def __init__(self, logits: Callable[[Any, jax.Array, jax.Array], jax.Array], batch_size: int = 16):
+    def __init__(self, logits: Callable[..., Any], batch_size: int = 16):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; TokenNats takes 1 or more.")
 
