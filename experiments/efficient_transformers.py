@@ -5,7 +5,7 @@ Claim   Time and temporary memory of the linear ones grow with the length at mos
         attention by kernels, kernels are the fastest, and a low rank is the lightest.
 Source  A practical survey on faster and lighter transformers (arXiv 2103.14636), and its closing comparison from the
         Long Range Arena. All mixers see the whole sequence: recurrent ones read it both ways.
-Expect  Not yet measured. Ten minutes on 2 quiet CPU cores.
+Expect  Not yet measured.
 Run     python -m experiments.efficient_transformers [--preset cpu|gpu|debug] [--mixers attention,bigbird,performer]
         The text is the Python standard library unless --data.path is given.
 """
