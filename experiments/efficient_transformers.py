@@ -41,7 +41,6 @@ from jaxseq.mixers import (
     Synthesizer,
 )  # fmt: skip
 from jaxseq.models import Tagger
-from jaxseq.models.block import Slot
 from jaxseq.tasks import mqar
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 from jaxseq.train.files import read_json, write_json
@@ -116,12 +115,12 @@ class Config:
         return [name.strip() for name in self.mixers.split(",")] if self.mixers else list(KINDS)
 
 
-def both_ways(mixer: Callable, **fields) -> Slot:
+def both_ways(mixer: Callable, **fields) -> Callable:
     return partial(Bidirectional, mixer=partial(mixer, **fields))
 
 
 #: Family and slot of a mixer, for a config and a length.
-KINDS: dict[str, tuple[str, Callable[[Config, int], Slot]]] = {
+KINDS: dict[str, tuple[str, Callable[[Config, int], Callable]]] = {
     "attention": ("dense", lambda c, n: partial(SelfAttention, num_heads=c.heads)),
     "longformer": ("sparse", lambda c, n: partial(Longformer, num_heads=c.heads, window=c.budget // 2, causal=False)),
     "bigbird": ("sparse", lambda c, n: partial(BigBird, num_heads=c.heads, block_size=c.budget // 8, causal=False)),
@@ -200,11 +199,10 @@ def timed(run: Run[Config]) -> dict[str, dict[str, dict[str, float]]]:
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     for length in (n for n in config.lengths if str(n) not in times):
         draw = lambda key, length=length: (jax.random.normal(key, (1, length, config.width), dtype),)
-        modules = {name: KINDS[name][1](config, length)(config.width) for name in config.names()}  # type: ignore[misc]
-        own = {
-            name: (jax.jit(module.init)(jax.random.key(0), *draw(jax.random.key(0))),)
-            for name, module in modules.items()
-        }
+        build: Callable = lambda name, length=length: KINDS[name][1](config, length)(config.width, dtype=dtype)
+        modules = {name: build(name) for name in config.names()}
+        key = jax.random.key(config.seed)
+        own = {name: (jax.jit(module.init)(key, *draw(key)),) for name, module in modules.items()}
         forms = {name: module.apply for name, module in modules.items()}
         case = Case("mixer", length, draw, forms, own)
         rows = side_by_side(case, seed=config.seed, repeats=config.repeats, seconds=config.seconds)

@@ -1,6 +1,7 @@
 """The scripts at toy size, as a user runs them."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import long_range
+from experiments import efficient_transformers, long_range
 from jaxseq.train.optimizer import STATE_SPACE
 
 ROOT = Path(__file__).parents[1]
@@ -467,3 +468,17 @@ def test_efficient_transformers_in_one_table(run, texts, tmp_path):
     assert json.loads((tmp_path / "r" / "result.json").read_text())["times"] == result["times"]
     refused = run(*command[:-1], "transformer")
     assert refused.returncode == 2 and "none is called 'transformer'; choose attention, longformer" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_efficient_transformers_of_the_presets_sizes(preset):
+    """Every mixer can be built and read, on the text, on the task, and where it is timed."""
+    config = efficient_transformers.PRESETS[preset]
+    lengths = {config.data.context: 257, config.recall.length: config.recall.vocabulary, max(config.lengths): 257}
+    for name, (length, vocabulary) in itertools.product(efficient_transformers.KINDS, lengths.items()):
+        model = efficient_transformers.build(config, name, length, vocabulary)
+        tokens = jnp.zeros((1, length), jnp.int32)
+        with jax.numpy_dtype_promotion("standard"):  # flax's own norms promote
+            logits = jax.eval_shape(lambda key, m=model, x=tokens: m.init_with_output(key, x)[0], jax.random.key(0))
+        assert logits.shape == (1, length, vocabulary), name
