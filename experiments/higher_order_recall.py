@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from jaxseq.analysis.timing import exponent, in_turns
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import KroneckerAttention
-from jaxseq.models import Stack
+from jaxseq.models import Tagger
 from jaxseq.ops import kronecker_attention, kronecker_polynomial
 from jaxseq.tasks import match_sums
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
@@ -86,19 +85,10 @@ LEAST, MOST = 0.95, 0.8
 GAINS = {1.0: 50.0, 3.0: 3.0}
 
 
-class Tagger(nn.Module):
-    """Numbers `B T` → logits `B T 2`: one layer and its MLP, without positions."""
-
-    config: Config
-    kind: str
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        x = nn.Embed(config.modulus, config.width, name="encoder")(x)
-        layer = partial(KINDS[self.kind], num_heads=config.heads)
-        x, _ = Stack(config.width, (layer,), remat=False, name="stack")(x)
-        return nn.Dense(2, name="head")(x)
+def build(config: Config, kind: str) -> Tagger:
+    """One layer and its MLP, without positions."""
+    layer = partial(KINDS[kind], num_heads=config.heads)
+    return Tagger(config.modulus, 2, config.width, (layer,), remat=False)
 
 
 def balanced_accuracy(logits, labels) -> float:
@@ -143,7 +133,7 @@ def measure(run: Run[Config]) -> None:
     print(f"{test['labels'].mean():.2f} of the numbers have partners; by hand {hand:.4f} of them are found", flush=True)
     table, params = {}, {}
     for kind in KINDS:
-        model = Tagger(config, kind)
+        model = build(config, kind)
 
         def loss(params, batch, key, model=model):
             return cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])

@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from jaxseq import GLA, Attention, LanguageModel
-from jaxseq.analysis import gap_closed, recall_hits, share_of_gap, sliced_perplexity
+from jaxseq.analysis import TokenNats, gap_closed, recall_hits, share_of_gap, sliced_perplexity
 from jaxseq.data import TextConfig, byte_pairs, encoded, token_batches, whole_windows
 from jaxseq.mixers import BaseConv, Mamba2, SelectiveAttention
 from jaxseq.models.block import Slot
@@ -127,18 +126,9 @@ def build(config: Config, name: str, **fields) -> LanguageModel:
     return LanguageModel(config.data.vocabulary, config.width, layers, mlp=None, tied=True)
 
 
-def nats(model: LanguageModel, params, contexts: np.ndarray, size: int = 16) -> Float[np.ndarray, "N T-1"]:
-    """−log p of every token but the first, a batch at a time."""
-
-    @jax.jit
-    def score(params, rows):
-        return jax.vmap(jax.vmap(lambda *token: cross_entropy(*token)[0]))(
-            model.apply(params, rows[:, :-1]), rows[:, 1:]
-        )
-
-    starts = range(0, len(contexts), size)
-    filled = np.resize(contexts, (len(starts) * size, contexts.shape[1]))  # so that the last batch is as large
-    return np.concatenate([score(params, filled[s : s + size]) for s in starts])[: len(contexts)].astype(np.float64)
+def nats(model: LanguageModel, params, contexts: np.ndarray) -> np.ndarray:
+    """−log p of every token but the first, `N T-1`."""
+    return TokenNats(lambda params, rows, key: model.apply(params, rows))(params, contexts[:, :-1], contexts[:, 1:])
 
 
 def threshold(model: LanguageModel, params, rows: np.ndarray, share: float) -> float:

@@ -12,8 +12,9 @@ from families import assert_close
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
 from jaxseq.layers import NgramEmbedding
+from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import DSS, H3, LRU, S4, S5, Mamba2
-from jaxseq.models import ModelConfig
+from jaxseq.models import ModelConfig, Tagger
 from jaxseq.models.block import Stack
 from jaxseq.train import TrainConfig, make_optimizer
 from jaxseq.train.paths import named_leaves
@@ -170,6 +171,18 @@ def test_a_classifier_reads_only_its_lengths(pool, features):
     assert logits.shape == (2, 5)
     assert_close(logits[:1], apply(params, x[:1, :4]), "mixer")
     assert_close(logits[1:], apply(params, x[1:]), "mixer")
+
+
+def test_a_tagger_answers_for_every_token_from_all_of_them():
+    """Where the mixers look ahead; with causal ones from those before."""
+    heads = {"num_heads": 2}
+    for mixer, sees_all in ((partial(SelfAttention, **heads), True), (partial(Attention, **heads), False)):
+        model = Tagger(VOCAB, 3, WIDTH, (mixer,) * 2)
+        params, apply = initialised(model, tokens), jax.jit(model.apply)
+        logits = apply(params, tokens)
+        assert logits.shape == (2, 9, 3)
+        other = apply(params, tokens.at[:, -1].set((tokens[:, -1] + 1) % VOCAB))
+        assert bool(jnp.any(other[:, :-1] != logits[:, :-1])) == sees_all
 
 
 class Ones(nn.Module):

@@ -24,6 +24,7 @@ from jaxseq.models.mixed_spans import (
     mixed_spans,
     rearranged,
     top,
+    visible_pairs,
 )
 
 LENGTHS = (1, 7, 12, 29)  # no block divides them all
@@ -267,6 +268,9 @@ def test_costs_are_counted_pairs(local, rule):
     counted = (seen.sum() - n / 2) / (n * n / 2)
     formula = attention_cost(n, num_layers=1, num_full=0, local=local, span=span)
     assert counted == pytest.approx(formula, abs=0 if local == "block_own" else 2 * (span / n) ** 2 + 1 / n)
+    for length in (n, n - 5, 5, 1):
+        assert visible_pairs(length, local=local, span=span) == seen[:length, :length].sum()
+        assert visible_pairs(length) == (j <= i)[:length, :length].sum()
     for bad, message in (({"local": "ring"}, "local='ring'"), ({"span": 0}, "span=0"), ({"num_full": 2}, "2 full")):
         with pytest.raises(ValueError, match=message):
             attention_cost(n, **{"num_layers": 1, "num_full": 0, "local": local, "span": span} | bad)

@@ -25,3 +25,4 @@ from .timing import exponent as exponent
 from .timing import in_turns as in_turns
 from .timing import side_by_side as side_by_side
 from .timing import timed as timed
+from .token_nats import TokenNats as TokenNats

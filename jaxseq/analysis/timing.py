@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,16 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """A function on one kind of input; the first form is what the others are compared with."""
+    """A function on one kind of input; the first form is what the others are compared with.
+
+    `own` are arguments of single forms, such as parameters, that come before what `draw` gives.
+    """
 
     op: str
     length: int
     draw: Callable[[jax.Array], tuple[jax.Array, ...]]
     forms: Mapping[str, Callable]
+    own: Mapping[str, tuple] = MappingProxyType({})
 
 
 class Timing(NamedTuple):
@@ -50,20 +55,21 @@ def side_by_side(
     def draw(turn):
         key = jax.random.fold_in(jax.random.key(seed), turn)
         inputs = case.draw(key)
-        output = jax.eval_shape(partial(_forward, case.forms[first], None), *inputs)
+        output = jax.eval_shape(partial(_forward, case.forms[first], None), *case.own.get(first, ()), *inputs)
         return jax.random.normal(jax.random.fold_in(key, 99), output.shape, output.dtype), *inputs
 
-    arguments = draw(0)
+    cotangent, *inputs = draw(0)
     programs: dict[tuple, Any] = {}
     compiling, mib = {}, {}
     for name, form in case.forms.items():
+        own = case.own.get(name, ())
         for stage in (_forward, _training):
             started = time.perf_counter()
-            program: Any = jax.jit(partial(stage, form)).lower(*arguments).compile()
+            program: Any = jax.jit(partial(stage, form)).lower(cotangent, *own, *inputs).compile()
             compiling[name, stage] = time.perf_counter() - started
             mib[name, stage] = program.memory_analysis().temp_size_in_bytes / 2**20
             if most_mib is None or mib[name, stage] <= most_mib:
-                programs[name, stage] = program
+                programs[name, stage] = partial(_with_own, program, own)
     times = in_turns(programs, draw, seed=seed, repeats=repeats, seconds=seconds)
     ms = {key: times.get(key, float("nan")) for key in mib}
 
@@ -102,6 +108,10 @@ def exponent(lengths, values) -> float:
         return float("nan")
     n, v = np.log(np.asarray(known, float).T)
     return float(np.polyfit(n, v, 1)[0])
+
+
+def _with_own(program, own, cotangent, *inputs):
+    return program(cotangent, *own, *inputs)
 
 
 def _forward(form, cotangent, *inputs):

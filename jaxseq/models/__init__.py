@@ -20,3 +20,4 @@ from .named import named_language_model as named_language_model
 from .switching_glm import SwitchingGLM as SwitchingGLM
 from .switching_glm import gumbel_softmax_log_density as gumbel_softmax_log_density
 from .switching_glm import one_hot_parameters as one_hot_parameters
+from .tagger import Tagger as Tagger

@@ -97,6 +97,29 @@ def attention_cost(length: int, *, num_layers: int, num_full: int, local: str, s
     return num_full / num_layers + (1 - num_full / num_layers) * share
 
 
+def visible_pairs(length: int, *, local: str | None = None, span: int = 1) -> int:
+    """Pairs of a query and a key that it sees in `length` tokens, exactly; `local` None is full causal attention.
+
+        n (n + 1) / 2        block_own: Σ_blocks s (s + 1) / 2, and block_prev: b more for each of s queries after the
+        first block        window: Σ_t min(t, w) + 1, from t = 0
+
+    A head of K channels takes 2 K multiply-adds a pair, for the score and for the value.
+
+    Raises:
+      ValueError: `local` is unknown, or a number is below 1.
+    """
+    _check(length, 1, 0, local or "block_own", span)
+    triangle = lambda n: n * (n + 1) // 2
+    if local is None:
+        return triangle(length)
+    if local == "window":
+        inside = min(length, span)
+        return triangle(inside) + (length - inside) * (span + 1)
+    blocks, rest = divmod(length, span)
+    own = blocks * triangle(span) + triangle(rest)
+    return own + (max(0, length - span) * span if local == "block_prev" else 0)
+
+
 def cached_tokens(length: int, *, num_layers: int, num_full: int, local: str, span: int) -> int:
     """Tokens that the caches of all layers hold: l n + (L − l) · s, where s = b, 2b or w is at most n.
 

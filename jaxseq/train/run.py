@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 
 from .checkpoint import Checkpoints
+from .config import TrainConfig
 from .files import finite, read_json, write_json
 from .fit import FitResult, fit
 from .metrics import MetricsWriter
@@ -53,16 +54,28 @@ class Run(Generic[Config]):
         """Time spent on this run by all its sessions, work that a kill undid included."""
         return self._earlier + time.monotonic() - self._started
 
-    def fit(self, loss, init, batches, *, tokens_per_step: int | None = None, part: str = "", **options) -> FitResult:
+    def fit(
+        self,
+        loss,
+        init,
+        batches,
+        *,
+        tokens_per_step: int | None = None,
+        part: str = "",
+        train: TrainConfig | None = None,
+        **options,
+    ) -> FitResult:
         """`fit` with this run's config, checkpoints, metrics and progress display; `options` go to `fit`.
 
-        `part` names one of several models of the run: each has its own checkpoints, and rows called `split/part`.
+        `part` names one of several models of the run: each has its own checkpoints, and rows called `split/part`. It
+        is trained as `train` says, as the run's config does where it is None.
         """
         config: Any = self.config
+        train = config.train if train is None else train
         self._tokens_per_step = tokens_per_step
         with (
             Checkpoints(self.checkpoints / part, config.checkpoint) as checkpoints,
-            Progress(config.train.steps, tokens_per_step=tokens_per_step) as progress,
+            Progress(train.steps, tokens_per_step=tokens_per_step) as progress,
             self._writer(checkpoints.latest_step or 0, part) as writer,
         ):
 
@@ -78,7 +91,7 @@ class Run(Generic[Config]):
             if checkpoints.latest_step and jax.process_index() == 0:
                 progress.note(f"{self.folder} goes on from step {checkpoints.latest_step}")
             options |= {"checkpoints": checkpoints, "report": report, "progress": show}
-            options |= {"config": config.train, "mesh": device_mesh(config.mesh), "seed": config.seed}
+            options |= {"config": train, "mesh": device_mesh(config.mesh), "seed": config.seed}
             return fit(loss, init, batches, **options)
 
     def require_same(self, **facts: Any) -> None:

@@ -1,0 +1,357 @@
+"""Which faster attention for which length: time, memory and quality of efficient attention and of recurrent mixers.
+
+Claim   Time and temporary memory of the linear ones grow with the length at most as T^1.15, forward and in training,
+        dense attention's time as T^1.5 or faster. As in the survey's conclusion, sparse attention predicts better than
+        attention by kernels, kernels are the fastest, and a low rank is the lightest.
+Source  A practical survey on faster and lighter transformers (arXiv 2103.14636), and its closing comparison from the
+        Long Range Arena. All mixers see the whole sequence: recurrent ones read it both ways.
+Expect  Not yet measured.
+Run     python -m experiments.efficient_transformers [--preset cpu|gpu|debug] [--mixers attention,bigbird,performer]
+        The text is the Python standard library unless --data.path is given.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxseq.analysis import Case, TokenNats, exponent, side_by_side
+from jaxseq.data import BEGIN, VOCABULARY, TextConfig, TextWindows, evaluation_windows
+from jaxseq.layers import Bidirectional
+from jaxseq.layers.self_attention import SelfAttention
+from jaxseq.mixers import (
+    GLA,
+    RGLRU,
+    BaseConv,
+    BigBird,
+    KroneckerAttention,
+    LinearAttention,
+    Linformer,
+    Longformer,
+    Mamba2,
+    Performer,
+    Reformer,
+    SlidingWindowAttention,
+    Synthesizer,
+)  # fmt: skip
+from jaxseq.models import Tagger
+from jaxseq.tasks import mqar
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
+from jaxseq.train.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """The long-range task: values of keys that stand anywhere before."""
+
+    length: int = 128
+    """Tokens of a sequence."""
+    pairs: int = 4
+    """Pairs of a key and a value."""
+    vocabulary: int = 256
+    """Keys and values, and the filler."""
+    test_sequences: int = 400
+    """Sequences that are scored."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Mixers, what they are timed on, and what they learn."""
+
+    seed: int = 0
+    """Seed of weights and data."""
+    mixers: str = ""
+    """Mixers by name, with commas between them; all where none is given."""
+    lengths: tuple[int, ...] = (256, 1024, 4096)
+    """Lengths at which a layer is timed."""
+    repeats: int = 5
+    """Rounds of the timing, each of which calls all mixers."""
+    seconds: float = 0.1
+    """Time that a mixer has in a round."""
+    width: int = 64
+    """Width of the model."""
+    heads: int = 4
+    """Heads of a mixer."""
+    depth: int = 1
+    """Pairs of layers: a short convolution, and the mixer."""
+    budget: int = 64
+    """Keys that a query sees of a window, of blocks or of buckets; rows of a low rank, and features."""
+    hidden: float = 0.15
+    """Share of the bytes that are hidden, and predicted from all others."""
+    test_windows: int = 64
+    """Windows of the test files that are scored, evenly spread."""
+    bfloat16: bool = False
+    """Compute in bfloat16."""
+    recall: RecallConfig = RecallConfig()
+    recall_steps: int = 200
+    """Steps of the long-range task, on as many tokens as a step on text."""
+    data: TextConfig = TextConfig(context=512)
+    train: TrainConfig = TrainConfig(
+        steps=100, batch_size=8, optimizer="muon", learning_rate=1e-2, warmup_steps=10, log_every=10
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig(every=0)
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        for name in ("repeats", "width", "heads", "depth", "test_windows", "recall_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.budget < 8 or self.budget % 8:
+            raise ValueError(f"budget={self.budget} must be a multiple of 8: blocks and buckets are an eighth of it.")
+        if not 0 < self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden} must be a share of the bytes, above 0 and below 1.")
+        if self.data.packed:
+            raise ValueError("data.packed=True: mixers of a low rank do not keep documents apart.")
+        if unknown := set(self.names()) - set(KINDS):
+            raise ValueError(f"mixers={self.mixers}: none is called {min(unknown)!r}; choose {', '.join(KINDS)}.")
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.mixers.split(",")] if self.mixers else list(KINDS)
+
+
+def both_ways(mixer: Callable, **fields) -> Callable:
+    return partial(Bidirectional, mixer=partial(mixer, **fields))
+
+
+#: Family and slot of a mixer, for a config and a length.
+KINDS: dict[str, tuple[str, Callable[[Config, int], Callable]]] = {
+    "attention": ("dense", lambda c, n: partial(SelfAttention, num_heads=c.heads)),
+    "longformer": ("sparse", lambda c, n: partial(Longformer, num_heads=c.heads, window=c.budget // 2, causal=False)),
+    "bigbird": ("sparse", lambda c, n: partial(BigBird, num_heads=c.heads, block_size=c.budget // 8, causal=False)),
+    "windows": ("sparse", lambda c, n: both_ways(SlidingWindowAttention, num_heads=c.heads, window=c.budget // 2)),
+    "reformer": ("hashed", lambda c, n: partial(Reformer, num_heads=c.heads, bucket_size=c.budget // 8)),
+    "linformer": ("low rank", lambda c, n: partial(Linformer, num_heads=c.heads, rank=c.budget, max_length=n)),
+    "synthesizer": ("learned", lambda c, n: partial(Synthesizer, num_heads=c.heads, kind="factorised", max_length=n)),
+    "performer": ("kernel", lambda c, n: partial(Performer, num_heads=c.heads, num_features=c.budget, causal=False)),
+    "linear attention": ("kernel", lambda c, n: both_ways(LinearAttention, num_heads=c.heads)),
+    "kronecker": ("triples", lambda c, n: partial(KroneckerAttention, num_heads=c.width // 8, degree=2, causal=False)),
+    "gla": ("recurrent", lambda c, n: both_ways(GLA, num_heads=c.heads)),
+    "mamba2": ("recurrent", lambda c, n: both_ways(Mamba2, num_heads=2 * c.heads, state_size=c.budget)),
+    "rglru": ("recurrent", lambda c, n: both_ways(RGLRU)),
+}
+COLORS = {
+    "dense": "black", "sparse": "#d1602f", "hashed": "#a0558c", "low rank": "#3f9b5f", "learned": "#999999",
+    "kernel": "#3b6fb6", "triples": "#c9a227", "recurrent": "#6bb3c9",
+}  # fmt: skip
+#: Those whose time is no more than T; hashing sorts.
+LINEAR = [name for name, (family, _) in KINDS.items() if family not in ("dense", "learned", "hashed")]
+#: What the survey compares.
+SURVEY = [name for name, (family, _) in KINDS.items() if family in ("sparse", "hashed", "low rank", "kernel")]
+MOST, LEAST = 1.15, 1.5
+FIGURES = ("forward_ms", "training_ms", "forward_mib", "training_mib")
+
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(
+        lengths=(1024, 4096, 16384, 65536), width=512, heads=8, depth=3, budget=256, test_windows=256, bfloat16=True,
+        recall=RecallConfig(length=1024, pairs=32, vocabulary=8192), recall_steps=4000, data=TextConfig(context=4096),
+        train=TrainConfig(steps=4000, batch_size=16, optimizer="muon", learning_rate=2e-3, warmup_steps=200),
+    ),
+    # Seconds: to see that everything works.
+    "debug": Config(
+        mixers="attention,bigbird,linformer,performer,gla", lengths=(16, 32), repeats=1, seconds=0.0, width=16,
+        heads=2, budget=8, test_windows=8, recall=RecallConfig(32, 2, 64, 8), recall_steps=2,
+        data=TextConfig(context=32), train=TrainConfig(steps=2, batch_size=4, log_every=1),
+    ),
+}  # fmt: skip
+
+
+def build(config: Config, name: str, length: int, vocabulary: int) -> Tagger:
+    """The model that reads `length` tokens; the convolution joins a token with the two before it."""
+    layers = (partial(BaseConv, kernel_size=3), KINDS[name][1](config, length)) * config.depth
+    dtype = jnp.bfloat16 if config.bfloat16 else None
+    return Tagger(vocabulary, vocabulary, config.width, layers, mlp=None, dtype=dtype)
+
+
+def measure(run: Run[Config]) -> None:
+    config = run.config
+    times = timed(run)
+    text, recall = text_task(config), recall_task(config)
+    run.require_same(bytes=text["bytes"])
+    path = run.folder / f"table-{config.train.steps}.json"
+    table: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    for name in config.names():
+        if name not in table:
+            row = quality(run, name, "text", text, config.train)
+            tokens = config.train.batch_size * config.data.context
+            other = replace(config.train, steps=config.recall_steps, batch_size=max(1, tokens // config.recall.length))
+            table[name] = row | quality(run, name, "recall", recall, other)
+            write_json(path, table)
+        table[name] |= growth(times, name)
+        print(f"{name:<18}{table[name]['text bits']:>8.3f} bits{table[name]['recall']:>8.3f} recalled", flush=True)
+    run.plot()
+    table = {name: table[name] for name in config.names()}
+    show(table)
+    plot(run.folder / "plots" / "efficient_transformers.png", table, times)
+    verdict(run, table, times)
+
+
+def timed(run: Run[Config]) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures of one layer by length and mixer, all mixers in turn."""
+    config, path = run.config, run.folder / "times.json"
+    times: dict[str, dict] = read_json(path) if path.exists() else {}
+    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
+    for length in (n for n in config.lengths if str(n) not in times):
+        draw = lambda key, length=length: (jax.random.normal(key, (1, length, config.width), dtype),)
+        build: Callable = lambda name, length=length: KINDS[name][1](config, length)(config.width, dtype=dtype)
+        modules = {name: build(name) for name in config.names()}
+        key = jax.random.key(config.seed)
+        own = {name: (jax.jit(module.init)(key, *draw(key)),) for name, module in modules.items()}
+        forms = {name: module.apply for name, module in modules.items()}
+        case = Case("mixer", length, draw, forms, own)
+        rows = side_by_side(case, seed=config.seed, repeats=config.repeats, seconds=config.seconds)
+        times[str(length)] = {row.form: {figure: getattr(row, figure) for figure in FIGURES} for row in rows}
+        write_json(path, times)
+        for row in rows:
+            numbers = (f"{getattr(row, figure):>10.2f}" for figure in FIGURES)
+            print(f"{length:>7} {row.form:<18}" + "".join(numbers), flush=True)
+    return times
+
+
+def growth(times, name: str) -> dict[str, float | None]:
+    """Exponents in T, and the first length at which a mixer trains faster than dense attention."""
+    lengths = [int(n) for n in times]
+    fit = lambda figure: exponent(lengths, [rows[name][figure] for rows in times.values()])
+    ahead = [n for n, rows in times.items() if "attention" in rows and faster(rows, name)]
+    return {f"T^, {figure}": fit(figure) for figure in FIGURES} | {"ahead from": int(ahead[0]) if ahead else None}
+
+
+def faster(rows, name: str) -> bool:
+    return rows[name]["training_ms"] < rows["attention"]["training_ms"]
+
+
+def text_task(config: Config) -> dict[str, Any]:
+    """Bytes of which some are hidden, by BEGIN in their place."""
+    text, context = config.data.corpus(), config.data.context
+    windows = TextWindows(text.train, context, config.train.batch_size, config.seed)
+    test = evaluation_windows(text.test, context)
+    test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
+
+    def hidden(targets, step: int):
+        mask = np.random.default_rng((config.seed, step)).random(targets.shape) < config.hidden
+        labels = np.where(mask, targets, -100).astype(np.int32)
+        return {"inputs": np.where(mask, BEGIN, targets).astype(np.int32), "labels": labels}
+
+    batches = lambda step: hidden(windows.batch(step)["targets"], step + 1)
+    sizes = {"vocabulary": VOCABULARY, "length": context, "bytes": len(windows.text)}
+    return {"batches": batches, "test": hidden(test, 0)} | sizes
+
+
+def recall_task(config: Config) -> dict[str, Any]:
+    task = config.recall
+    sizes: dict[str, Any] = {"length": task.length, "num_pairs": task.pairs, "vocab_size": task.vocabulary}
+    draw = jax.jit(partial(mqar, **sizes, power=1.0, random_non_queries=False), static_argnames="num_examples")
+    named = lambda key, n: dict(zip(("inputs", "labels"), map(np.asarray, draw(key, num_examples=n)), strict=True))
+    train_key, test_key = jax.random.split(jax.random.key(config.seed))
+    count = max(1, config.train.batch_size * config.data.context // task.length)
+    batches = lambda step: named(jax.random.fold_in(train_key, step), count)
+    return {"batches": batches, "test": named(test_key, task.test_sequences)} | {
+        "vocabulary": task.vocabulary, "length": task.length,
+    }  # fmt: skip
+
+
+def quality(run: Run[Config], name: str, kind: str, task: dict[str, Any], train: TrainConfig) -> dict[str, Any]:
+    """Train on a task; bits per hidden byte, or the share of values recalled."""
+    config, part = run.config, f"{name.replace(' ', '_')}-{kind}"
+    model = build(config, name, task["length"], task["vocabulary"])
+
+    def loss(params, batch, key):
+        return cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])
+
+    init = lambda key: model.init(key, jnp.zeros((1, task["length"]), jnp.int32))
+    params = run.fit(loss, init, task["batches"], part=part, train=train).params
+    inputs, labels = task["test"]["inputs"], task["test"]["labels"]
+    asked = labels >= 0
+    if kind == "text":
+        nats = TokenNats(lambda params, inputs, key: model.apply(params, inputs), train.batch_size)
+        scores = nats(params, inputs, np.maximum(labels, 0))[asked]
+        found = {
+            "text bits": float(scores.mean() / np.log(2)),
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        }
+    else:
+        answer = lambda params, row: jnp.argmax(jnp.asarray(model.apply(params, row[None]))[0], axis=-1)
+        answers = jax.jit(lambda params, rows: jax.lax.map(partial(answer, params), rows, batch_size=16))
+        found = {"recall": float((np.asarray(answers(params, inputs)) == labels)[asked].mean())}
+    run.record(train.steps, f"test/{part}", {key: float(value) for key, value in found.items()})
+    return found | {f"digest, {kind}": digest(params)}
+
+
+def verdict(run: Run[Config], table: dict[str, dict], times) -> None:
+    longest = times[str(max(map(int, times)))]
+    of = lambda family: [name for name in table if KINDS[name][0] == family]
+    compared = [name for name in table if name in SURVEY]
+    worst = lambda figures: max(
+        (table[name][f"T^, {figure}"] for name in table if name in LINEAR for figure in figures), default=float("nan")
+    )
+    best = lambda names, value: min(names, key=value, default=None)
+    bits = lambda name: table[name]["text bits"]
+    sparse, kernel = best(of("sparse"), bits), best(of("kernel"), bits)
+    fastest = best(compared, lambda name: longest[name]["training_ms"])
+    lightest = best(compared, lambda name: longest[name]["training_mib"])
+    time, memory = worst(FIGURES[:2]), worst(FIGURES[2:])
+    dense = table.get("attention", {}).get("T^, training_ms", float("nan"))
+    parts = {
+        "linear in time": time <= MOST,
+        "linear in memory": memory <= MOST,
+        "dense attention is not": dense >= LEAST,
+        "sparse predicts better than kernels": sparse is not None
+        and kernel is not None
+        and bits(sparse) <= bits(kernel),
+        "a kernel is the fastest": fastest in of("kernel"),
+        "a low rank is the lightest": lightest in of("low rank"),
+    }
+    run.finish(
+        claim="linear mixers grow as T^1.15 at most; sparse attention is the best, kernels the fastest, low rank the "
+        "lightest",
+        measured={"largest exponent, time": time, "largest exponent, memory": memory}
+        | {"bits, sparse": sparse and bits(sparse), "bits, kernel": kernel and bits(kernel)}
+        | {"fastest": fastest, "lightest": lightest},
+        baseline={"exponent of dense attention": dense, "bits": table.get("attention", {}).get("text bits")},
+        threshold={"exponents": MOST, "dense": LEAST},
+        holds=all(parts.values()),
+        parts=parts,
+        table=table,
+        times=times,
+    )
+
+
+def show(table: dict[str, dict]) -> None:
+    columns = [f"T^, {figure}" for figure in FIGURES] + ["ahead from", "text bits", "recall", "parameters"]
+    print(f"{'mixer':<18}" + "".join(f"{column:>18}" for column in columns))
+    for name, row in table.items():
+        form = lambda value: "-" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+        print(f"{name:<18}" + "".join(f"{form(row[column]):>18}" for column in columns), flush=True)
+
+
+def plot(path: Path, table: dict[str, dict], times) -> None:
+    """Time and memory of training against the length, and quality against time at the longest one."""
+    figure = Figure(figsize=(14, 4.5), dpi=150, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    lengths = sorted(map(int, times))
+    for place, (name, row) in enumerate(table.items()):
+        look = {"color": COLORS[KINDS[name][0]], "marker": "osv^Dx"[place % 6], "markersize": 4}
+        at = lambda key, name=name: [times[str(n)][name][key] for n in lengths]
+        left.plot(lengths, at("training_ms"), **look, label=f"{name}, T^{row['T^, training_ms']:.2f}")
+        middle.plot(lengths, at("training_mib"), **look, label=f"{name}, T^{row['T^, training_mib']:.2f}")
+        right.plot(
+            at("training_ms")[-1], row["text bits"], linestyle="", **look, label=f"{name}, recall {row['recall']:.2f}"
+        )
+    left.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
+    middle.set(xscale="log", yscale="log", xlabel="T", ylabel="MiB of temporaries")
+    right.set(xscale="log", xlabel=f"ms, forward and backward, T = {lengths[-1]:,}", ylabel="bits per hidden byte")
+    for axes in (left, middle, right):
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.legend(frameon=False, fontsize="x-small")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main("efficient_transformers", PRESETS, measure)

@@ -1,0 +1,42 @@
+"""A label for every token."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ..layers.gated_mlp import GatedMLP
+from ..layers.self_attention import SelfAttention
+from ..shapes import Array, Float, Int, typed
+from .block import Slot, Stack
+
+
+class Tagger(nn.Module):
+    """Embedding, residual blocks of any mixers, a linear head at every token: `B T` → logits `B T num_classes`.
+
+    Mixers may look at the whole sequence, as those of `LanguageModel` may not. The fields from `mlp` on are those of
+    `Stack`.
+    """
+
+    vocab_size: int
+    num_classes: int
+    d_model: int
+    mixers: tuple[Slot, ...] = (partial(SelfAttention, num_heads=4),) * 4
+    mlp: Slot = GatedMLP
+    remat: bool = True
+    remat_policy: Callable | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T _"]:
+        x = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, name="encoder")(tokens)
+        names = ("d_model", "mixers", "mlp", "remat", "remat_policy", "dtype", "param_dtype")
+        x, _ = Stack(**{name: getattr(self, name) for name in names}, name="stack")(x, None, segment_ids)
+        x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        return nn.Dense(self.num_classes, name="head")(x)
