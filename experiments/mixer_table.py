@@ -124,7 +124,7 @@ def measure(run: Run[Config]) -> None:
     table = {}
     print(f"{'mixer':<18}" + "".join(f"{name:>{len(form.format(0))}}" for name, form in COLUMNS.items()))
     for name in config.names():
-        table[name] = run.kept(name, lambda name=name: figures(run, name, windows, test, prompt))
+        table[name] = run.kept(name, partial(figures, run, name, windows, test, prompt))
         print(f"{name:<18}" + "".join(form.format(table[name][key]) for key, form in COLUMNS.items()), flush=True)
     draw(run, table)
     verdict(run, table)

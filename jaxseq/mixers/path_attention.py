@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.cached_attention import AttentionState, cached_attention, counted, empty_cache
+from ..layers.cached_attention import cached_attention, counted, empty_cache
 from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
@@ -17,7 +17,7 @@ from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
 class PaTHState(NamedTuple):
-    cache: AttentionState  # keys as the next token finds them
+    cache: Any  # an `AttentionState`, keys as the next token finds them
     conv: Float[Array, "B W-1 D"]
 
 

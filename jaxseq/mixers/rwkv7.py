@@ -1,5 +1,6 @@
 """RWKV-7, Goose."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ class RWKV7(Mixer):
         )
         decay_rank, a_rank, value_rank, gate_rank = self._ranks()
         lift = partial(low_rank, module=self, features=D, down_init=zeros, up_init=orthogonal(0.1))
-        from_start = lambda bias: dict(use_bias=True, bias_init=constant(bias))
+        from_start: Callable[..., Any] = lambda bias: dict(use_bias=True, bias_init=constant(bias))
         a = nn.sigmoid(lift("a", rank=a_rank, **from_start(self._first_a()))(x_a))
         w = lift("decay", rank=decay_rank, activation=nn.tanh, **from_start(self._first_decays()))(x_w)
         if first_value is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,10 +96,11 @@ def _chunk(S, tokens):
     bits, ids = S.shape[2], jnp.cumsum(starts, axis=1, dtype=jnp.int32)
     decays, chosen = decays_of(g.swapaxes(1, 2)[..., None]), partial(jax.nn.one_hot, dtype=S.dtype)
     by_time = lambda x: x[..., 0].swapaxes(1, 2)
+    pairwise: Any = decays.pairwise  # of a decay a head
     # Token j is in the run of the highest bit in which its place differs from that of the reader.
     level = 1 + _highest(places[:, :, None] ^ places[:, None], bits)
     seen = jnp.tril(jnp.ones(level.shape[1:], bool))[None] & (ids[:, :, None] == ids[:, None])
-    decayed = jnp.where(seen[:, None], decays.pairwise + jnp.eye(level.shape[-1], dtype=S.dtype)[None, None], 0)
+    decayed = jnp.where(seen[:, None], pairwise + jnp.eye(level.shape[-1], dtype=S.dtype)[None, None], 0)
     scores = jnp.einsum("bihk,bjhk->bhij", q, k) * decayed
     o = jnp.einsum("bhij,bijl,bihl,bjhv->bihv", scores, chosen(level, bits + 1), scales, v)
     # A run before the chunk, where places go on from the first one's, is what it is until a higher bit than its own

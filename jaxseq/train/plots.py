@@ -21,7 +21,7 @@ MANY = tuple(matplotlib.colormaps["tab20"](range(20)).tolist())
 LABELS = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy (fraction)"}
 
 
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.grid": True, "grid.color": "0.92", "grid.linewidth": 0.8, "axes.axisbelow": True}
 
 
