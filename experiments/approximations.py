@@ -14,12 +14,10 @@ Run     python -m experiments.approximations [--preset cpu|gpu|debug]
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq.layers import random_features
 from jaxseq.mixers import Linformer, Performer, Reformer
@@ -222,7 +220,7 @@ def measure(run: Run[Config]) -> None:
     parts = {name: shares[name] <= most for name, most in MOST.items()}
     parts |= {f"{name} at every larger budget": falls(errors[name]) for name in MOST}
     parts |= {"positive features": gain >= GAIN}
-    plot(run.folder / "plots" / "approximations.png", errors)
+    plot(run, errors)
     run.finish(
         claim="the error of each approximation of attention falls with its budget",
         measured={f"error at the most over the least, {name}": round(share, 4) for name, share in shares.items()}
@@ -253,20 +251,17 @@ def falls(points: dict[int, float]) -> bool:
     return all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
 
 
-def plot(path: Path, errors: dict[str, dict[int, float]]) -> None:
-    figure = Figure(figsize=(12, 4), dpi=150, layout="constrained")
-    titles = {"features": "size", "rounds": "reformer", "mixtures (rank)": "linformer"}
-    for axes, (budget, word) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for name, points in errors.items():
-            if word in name:
-                axes.plot(list(points), list(points.values()), "o-", label=name)
-        axes.set(xscale="log", yscale="log", xlabel=budget, ylabel="relative error of the output")
-        axes.set_xticks(*(2 * [sorted({n for name, points in errors.items() if word in name for n in points})]))
-        axes.xaxis.minorticks_off()
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+def plot(run: Run, errors: dict[str, dict[int, float]]) -> None:
+    with run.figure("approximations", figsize=(12, 4)) as figure:
+        titles = {"features": "size", "rounds": "reformer", "mixtures (rank)": "linformer"}
+        for axes, (budget, word) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+            for name, points in errors.items():
+                if word in name:
+                    axes.plot(list(points), list(points.values()), "o-", label=name)
+            axes.set(xscale="log", yscale="log", xlabel=budget, ylabel="relative error of the output")
+            axes.set_xticks(*(2 * [sorted({n for name, points in errors.items() if word in name for n in points})]))
+            axes.xaxis.minorticks_off()
+            axes.legend(frameon=False)
 
 
 if __name__ == "__main__":
