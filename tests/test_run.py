@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -346,6 +346,8 @@ def test_a_row_is_made_once_and_a_figure_is_whole(tmp_path):
     assert run.kept("a", row) == {"error": 0.5, "least": None}
     assert open_run(Config(), "line", tmp_path / "run").kept("a", row) == {"error": 0.5, "least": None}
     assert len(made) == 1
+    longer = Config(train=replace(TRAIN, steps=TRAIN.steps + 1))
+    assert open_run(longer, "line", tmp_path / "run").kept("a", row) and len(made) == 2  # of more steps: another row
 
     def broken():
         raise RuntimeError("no figures")

@@ -8,8 +8,8 @@ from jax import lax
 
 from ..shapes import Array, Float, Int, typed
 from ..sharded import check_whole
-from .ring_attention import Rules
 from .softmax_attention import parallel
+from .visibility import Rules, check_heads, check_segments
 
 
 @typed
@@ -44,15 +44,13 @@ def block_sparse_attention(
     """
     check_whole("block_sparse_attention", "give every device whole sequences")
     (batch, length, heads, width), (span, groups) = query.shape, key.shape[1:3]
-    if heads % groups:
-        raise ValueError(f"key has {groups} heads, which do not divide the {heads} of query.")
+    check_heads(key, heads)
     if block_size < 1 or keys.shape[0] != -(-length // block_size):
         raise ValueError(
             f"keys has {keys.shape[0]} lists and block_size={block_size}; {length} queries take one list a block of 1 "
             "or more."
         )
-    if segment_ids is not None and key_segment_ids is None and length != span:
-        raise ValueError(f"segment_ids of {length} queries say nothing of {span} keys; pass key_segment_ids too.")
+    check_segments(segment_ids, key_segment_ids, length, span)
     key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
     blocks = lambda x: jnp.pad(x, ((0, 0), (0, -length % block_size)) + ((0, 0),) * (x.ndim - 2)).reshape(
         batch, -1, block_size, *x.shape[2:]
@@ -75,7 +73,7 @@ def block_sparse_attention(
             pairs = there[n][None] & (True if visible is None else visible(queries[:, None], others[None]))
             return pairs[None] if ids is None else pairs[None] & (ids[0][:, :, None] == ids[1][:, None])
 
-        return parallel(q[:, n], listed(key), listed(value), (queries, keys[n]), ids, None, Rules(seen, lambda x: x))
+        return parallel(q[:, n], listed(key), listed(value), (queries, keys[n]), ids, None, Rules(seen))
 
     o = lax.map(block, jnp.arange(len(keys), dtype=keys.dtype), batch_size=max(1, chunk_size // block_size))
     return o.swapaxes(0, 1).reshape(batch, -1, heads, value.shape[-1])[:, :length].astype(value.dtype)

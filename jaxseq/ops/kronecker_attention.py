@@ -13,6 +13,7 @@ from ..scan import join_chunks, split_chunks
 from ..shapes import Array, Float, Int, accumulator, promoted, typed
 from ..sharded import check_whole
 from .linear_recurrence import linear_recurrence
+from .visibility import check_lengths, check_segments
 
 #: A logit that no pair has: finite, so that the difference of two is no NaN.
 NONE = -1e30
@@ -50,14 +51,12 @@ def kronecker_attention(
     """
     check_whole("kronecker_attention", "give every device whole sequences")
     (length, width), span = (query.shape[1], query.shape[3]), key_1.shape[1]
-    if not 1 <= length <= span:
-        raise ValueError(f"query has {length} positions and key_1 {span}; kronecker_attention takes 1 ≤ T ≤ S.")
+    check_lengths("kronecker_attention", length, span, "key_1")
     if ordered and not causal:
         raise ValueError("ordered=True with causal=False; kronecker_attention takes pairs i ≤ j up to each query.")
     if block_size < 1:
         raise ValueError(f"block_size={block_size}; kronecker_attention takes 1 or more.")
-    if segment_ids is not None and key_segment_ids is None and length != span:
-        raise ValueError(f"segment_ids of {length} queries say nothing of {span} keys; pass key_segment_ids too.")
+    check_segments(segment_ids, key_segment_ids, length, span)
     dtype = promoted(query.dtype, key_1.dtype, key_2.dtype)
     q = query.astype(dtype) * jnp.asarray(1 / width if scale is None else scale, dtype)
     ids = jnp.zeros((query.shape[0], length), jnp.int32) if segment_ids is None else segment_ids

@@ -13,12 +13,21 @@ from ..shapes import Array, Float, Int, accumulator, check_log_decay, typed
 from ..sharded import check_whole
 from .delta_rule import delta_rule
 from .dispatch import dispatch
-from .ring_attention import Fading, Rules
-from .softmax_attention import NOWHERE, averaged, running_sum, visible
+from .visibility import (
+    NOWHERE,
+    Fading,
+    Rules,
+    averaged,
+    check_heads,
+    check_lengths,
+    check_segments,
+    running_sum,
+    visible,
+)
 from .within_chunk import inverse
 
 # The forms take queries `B T G R K`, keys and values `B S G …`, reflections w `B T G K` and β `B T G 1` of the last T
-# tokens, all in at least float32, and what `softmax_attention.averaged` takes.
+# tokens, all in at least float32, and what `visibility.averaged` takes.
 
 
 def sequential(q, k, v, w, beta, **seen):
@@ -138,14 +147,11 @@ def path_attention(
     """
     check_whole("path_attention", "give every device whole sequences")
     (batch, length, heads, width), (_, span, groups, _) = query.shape, key.shape
-    if heads % groups:
-        raise ValueError(f"key has {groups} heads, which do not divide the {heads} of query.")
-    if not 1 <= length <= span:
-        raise ValueError(f"query has {length} positions and key {span}; path_attention takes 1 ≤ T ≤ S.")
+    check_heads(key, heads)
+    check_lengths("path_attention", length, span)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}; path_attention takes 1 or more.")
-    if segment_ids is not None and key_segment_ids is None and length != span:
-        raise ValueError(f"segment_ids of {length} queries say nothing of {span} keys; pass key_segment_ids too.")
+    check_segments(segment_ids, key_segment_ids, length, span)
     check_log_decay(log_decay, "path_attention")
     wide = accumulator(value.dtype)
     q = query.astype(wide) * jnp.asarray(width**-0.5 if scale is None else scale, wide)
@@ -160,7 +166,7 @@ def path_attention(
         positions=(jnp.arange(span - length, span, dtype=jnp.int32), jnp.arange(span, dtype=jnp.int32)),
         segments=None if segment_ids is None else (segment_ids, key_segments),
         fading=fading,
-        rules=Rules(partial(visible, True, None, 0), lambda x: x),
+        rules=Rules(partial(visible, True, None, 0)),
     )
     forms = {
         "sequential": partial(sequential, **seen),

@@ -5,52 +5,20 @@ run of tokens for two half runs, number i from the front and number i from the b
 of pairs to compute for the keys of every other device, and no block that causality masks away whole is computed.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..monoid import Expansion, Softmax, softmax
+from ..monoid import Softmax, softmax
 from ..scan import join_chunks, split_chunks
-from ..shapes import Array, accumulator
+from ..shapes import accumulator
 from ..sharded import AXIS, devices
+from .visibility import Rules, faded
 
 # Inside the ring halves lead: queries `2 B T/2 G R K`, keys and values `2 B T/2 G …`, both segments `2 B T/2` or None,
 # and both sides of the fading, `2 B T/2 G R`, or None.
-
-
-class Rules(NamedTuple):
-    """What a query may see, how its logits are capped, and how soon a span ends, as in `softmax_attention`."""
-
-    visible: Callable
-    capped: Callable
-    ramp: float = 1.0
-
-
-class Fading(NamedTuple):
-    """Why keys fade from a query, `B T G R` of every token: by log decays between the two, and beyond a span."""
-
-    total: Expansion | None  # sums of log decays so far
-    span: Array | None  # of queries alone
-
-
-def faded(logits, fading, lag, ramp: float, queries: int = 1):
-    """Logits `B T G R S`, or those with queries along another axis, less what keys at a lag `T S` have faded."""
-    if fading is None:
-        return logits
-    (totals, span), (others, _) = fading
-    added = lambda x: jnp.moveaxis(x, 1, queries).astype(logits.dtype)
-    if totals is not None:
-        gap = jax.tree.map(lambda q, k: q[..., None] - jnp.moveaxis(k, 1, -1)[:, None], totals, others)
-        logits = logits + added(gap.high + gap.low)
-    if span is not None:
-        left = 1 + (span[..., None] - lag.astype(span.dtype)[None, :, None, None]) / ramp
-        slope = (left > 0) & (left < 1)
-        logits = logits + added(jnp.where(left > 0, jnp.log(jnp.where(slope, left, 1)), -jnp.inf))
-    return logits
 
 
 def ring_attention(q, k, v, segments, fading, rules: Rules, causal: bool, chunk_size: int):

@@ -6,16 +6,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..monoid import Expansion, Softmax, expansion, softmax
-from ..scan import parallel as scan
+from ..monoid import Softmax, softmax
 from ..shapes import Array, Float, Int, accumulator, check_log_decay, typed
-from ..sharded import first_position, halo, is_split, sharded
+from ..sharded import first_position, halo, is_split
 from .dispatch import dispatch
 from .flash_attention import Sight, flash_attention
-from .ring_attention import Fading, Rules, faded, ring_attention
-
-#: The position of a key that is not there: nothing sees it.
-NOWHERE = -(2**30)
+from .ring_attention import ring_attention
+from .visibility import (
+    NOWHERE,
+    Fading,
+    Rules,
+    averaged,
+    check_heads,
+    check_lengths,
+    check_segments,
+    faded,
+    running_sum,
+    visible,
+)
 
 # The forms take queries `B T G R K` (R query heads share each of G key heads), keys and values `B S G …`, the
 # positions of queries `T` and keys `S`, segments `B T`, `B S` or None, and the fading of queries and of keys, or None.
@@ -52,15 +60,6 @@ def parallel(q, k, v, positions, segments, fading, rules):
     return averaged(logits, v, positions, segments, fading, rules)
 
 
-def averaged(logits, v, positions, segments, fading, rules):
-    """Values of what each query may see, by the softmax of its logits `B G R T S`."""
-    logits = faded(logits, fading, positions[0][:, None] - positions[1][None], rules.ramp, queries=3)
-    mask = rules.visible(*positions, segments)[:, None, None]
-    # A query that sees nothing has a zero row, and no NaN in its gradient.
-    weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1), 0)
-    return jnp.einsum("bgrts,bsgv->btgrv", weights.astype(v.dtype), v, preferred_element_type=logits.dtype)
-
-
 def chunked(q, k, v, positions, segments, fading, rules, chunk_size, reach):
     """A block of queries at a time, recomputed in the backward pass: C·S logits a head, C·(C + reach) in a window."""
     length, past = q.shape[1], k.shape[1] - q.shape[1]
@@ -95,20 +94,6 @@ def chunked(q, k, v, positions, segments, fading, rules, chunk_size, reach):
 def in_kernel(sight: Sight, q, k, v, positions, segments, fading):
     o = flash_attention(sight, q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, segments)
     return o.reshape(*q.shape[:-1], v.shape[-1])
-
-
-def visible(causal, window, look_back, query_positions, key_positions, segments):
-    """Which keys `S` each query `T` may see, `1|B T S`."""
-    lag = query_positions[:, None] - key_positions[None, :]
-    seen = key_positions[None, :] > NOWHERE
-    seen &= (lag >= 0) | (not causal)
-    if window is not None:
-        seen &= jnp.abs(lag) < window
-    seen = seen[None]
-    if segments is not None:
-        own, other = segments[0][:, :, None], segments[1][:, None, :]
-        seen = seen & (own == other if look_back == 0 else (own - look_back <= other) & (other <= own))
-    return seen
 
 
 @typed
@@ -152,18 +137,15 @@ def softmax_attention(
       NotImplementedError: `impl` is none of the forms, or S > T with time split over devices.
     """
     (batch, length, heads, width), (_, size, groups, _) = query.shape, key.shape
-    if heads % groups:
-        raise ValueError(f"key has {groups} heads, which do not divide the {heads} of query.")
-    if not 1 <= length <= size:
-        raise ValueError(f"query has {length} positions and key {size}; softmax_attention takes 1 ≤ T ≤ S.")
+    check_heads(key, heads)
+    check_lengths("softmax_attention", length, size)
     if window is not None and window < 1:
         raise ValueError(f"window={window}; softmax_attention takes 1 or more, or None.")
     if look_back < 0:
         raise ValueError(f"look_back={look_back}; softmax_attention takes 0 or more.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}; softmax_attention takes 1 or more.")
-    if segment_ids is not None and key_segment_ids is None and length != size:
-        raise ValueError(f"segment_ids of {length} queries say nothing of {size} keys; pass key_segment_ids too.")
+    check_segments(segment_ids, key_segment_ids, length, size)
     check_log_decay(log_decay, "softmax_attention")
     for name, given in (("log_decay", log_decay), ("span", span)):
         if given is not None and not causal:
@@ -216,13 +198,6 @@ def softmax_attention(
         forms["pallas"] = partial(in_kernel, sight)
     best = "parallel" if length * size <= chunk_size * 4 * chunk_size and reach is None else "chunked"
     return finish(dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments, fading))
-
-
-def running_sum(x, across: bool) -> Expansion:
-    """Sums over the tokens so far, of all devices or of this one."""
-    start = Expansion(jnp.zeros_like(x[:, 0]), jnp.zeros_like(x[:, 0]))
-    run = sharded if is_split() and across else scan
-    return run(expansion, Expansion(x, jnp.zeros_like(x)), start)[0]
 
 
 def _with_halo(x, past, reach):

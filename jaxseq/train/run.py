@@ -166,7 +166,7 @@ class Run(Generic[Config]):
 def open_run(config: Config, experiment: str, out: str | Path) -> Run[Config]:
     """The run in folder `out`: a new one, or the one already there when experiment and config are the same.
 
-    More `train.steps` continue a run, a finished one too (its result stays, as `result-STEPS.json`). `mesh` and
+    More `train.steps` continue a run, a finished one too (its result and table stay, as `result-STEPS.json`). `mesh` and
     `checkpoint` may change. A folder that is refused is left as it is.
 
     Raises:
@@ -209,14 +209,15 @@ def summary(result: dict[str, Any]) -> str:
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Make the folder this run's, or raise and leave it as it is."""
-    path, result = folder / "config.json", folder / "result.json"
+    path = folder / "config.json"
     if path.exists():
         old, new = _flat(read_json(path)), _flat(json.loads(json.dumps(finite(config), default=str)))
         grown = new.get("train.steps", 0) > old.get("train.steps", 0)
         if _begun(folder):
             _check_same(folder, old, new | ({"train.steps": old["train.steps"]} if grown else {}))
-        if grown and result.exists():
-            os.replace(result, folder / f"result-{old['train.steps']}.json")
+        for name in ("result", "table") if grown else ():
+            if (folder / f"{name}.json").exists():
+                os.replace(folder / f"{name}.json", folder / f"{name}-{old['train.steps']}.json")
     elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
