@@ -166,8 +166,8 @@ class Run(Generic[Config]):
 def open_run(config: Config, experiment: str, out: str | Path) -> Run[Config]:
     """The run in folder `out`: a new one, or the one already there when experiment and config are the same.
 
-    More `train.steps` continue a run, a finished one too (its result and table stay, as `result-STEPS.json`). `mesh` and
-    `checkpoint` may change. A folder that is refused is left as it is.
+    More `train.steps` continue a run, a finished one too (its result and table stay, as `result-STEPS.json`). `mesh`
+    and `checkpoint` may change. A folder that is refused is left as it is.
 
     Raises:
       ValueError: the folder is no run, or a run of another experiment or config, or its config.json is broken.
