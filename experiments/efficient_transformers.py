@@ -13,13 +13,11 @@ Run     python -m experiments.efficient_transformers [--preset cpu|gpu|debug] [-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq.analysis import Case, TokenNats, exponent, side_by_side
 from jaxseq.data import BEGIN, VOCABULARY, TextConfig, TextWindows, evaluation_windows
@@ -43,7 +41,6 @@ from jaxseq.mixers import (
 from jaxseq.models import Tagger
 from jaxseq.tasks import mqar
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
-from jaxseq.train.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -174,43 +171,39 @@ def measure(run: Run[Config]) -> None:
     times = timed(run)
     text, recall = text_task(config), recall_task(config)
     run.require_same(bytes=text["bytes"])
-    path = run.folder / f"table-{config.train.steps}.json"
-    table: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    tokens = config.train.batch_size * config.data.context
+    other = replace(config.train, steps=config.recall_steps, batch_size=max(1, tokens // config.recall.length))
+    both = lambda name: quality(run, name, "text", text, config.train) | quality(run, name, "recall", recall, other)
+    table: dict[str, dict[str, Any]] = {}
     for name in config.names():
-        if name not in table:
-            row = quality(run, name, "text", text, config.train)
-            tokens = config.train.batch_size * config.data.context
-            other = replace(config.train, steps=config.recall_steps, batch_size=max(1, tokens // config.recall.length))
-            table[name] = row | quality(run, name, "recall", recall, other)
-            write_json(path, table)
-        table[name] |= growth(times, name)
+        table[name] = run.kept(name, partial(both, name)) | growth(times, name)
         print(f"{name:<18}{table[name]['text bits']:>8.3f} bits{table[name]['recall']:>8.3f} recalled", flush=True)
     run.plot()
-    table = {name: table[name] for name in config.names()}
     show(table)
-    plot(run.folder / "plots" / "efficient_transformers.png", table, times)
+    plot(run, table, times)
     verdict(run, table, times)
 
 
 def timed(run: Run[Config]) -> dict[str, dict[str, dict[str, float]]]:
     """Figures of one layer by length and mixer, all mixers in turn."""
-    config, path = run.config, run.folder / "times.json"
-    times: dict[str, dict] = read_json(path) if path.exists() else {}
+    config = run.config
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    for length in (n for n in config.lengths if str(n) not in times):
-        draw = lambda key, length=length: (jax.random.normal(key, (1, length, config.width), dtype),)
-        build: Callable = lambda name, length=length: KINDS[name][1](config, length)(config.width, dtype=dtype)
+
+    def at(length: int) -> dict[str, dict[str, float]]:
+        draw = lambda key: (jax.random.normal(key, (1, length, config.width), dtype),)
+        build: Callable = lambda name: KINDS[name][1](config, length)(config.width, dtype=dtype)
         modules = {name: build(name) for name in config.names()}
         key = jax.random.key(config.seed)
         own = {name: (jax.jit(module.init)(key, *draw(key)),) for name, module in modules.items()}
         forms = {name: module.apply for name, module in modules.items()}
         case = Case("mixer", length, draw, forms, own)
         rows = side_by_side(case, seed=config.seed, repeats=config.repeats, seconds=config.seconds)
-        times[str(length)] = {row.form: {figure: getattr(row, figure) for figure in FIGURES} for row in rows}
-        write_json(path, times)
-        for row in rows:
-            numbers = (f"{getattr(row, figure):>10.2f}" for figure in FIGURES)
-            print(f"{length:>7} {row.form:<18}" + "".join(numbers), flush=True)
+        return {row.form: {figure: getattr(row, figure) for figure in FIGURES} for row in rows}
+
+    times = {str(length): run.kept(f"{length} tokens", partial(at, length)) for length in config.lengths}
+    for length, rows in times.items():
+        for name, row in rows.items():
+            print(f"{length:>7} {name:<18}" + "".join(f"{row[figure]:>10.2f}" for figure in FIGURES), flush=True)
     return times
 
 
@@ -330,27 +323,28 @@ def show(table: dict[str, dict]) -> None:
         print(f"{name:<18}" + "".join(f"{form(row[column]):>18}" for column in columns), flush=True)
 
 
-def plot(path: Path, table: dict[str, dict], times) -> None:
+def plot(run: Run, table: dict[str, dict], times) -> None:
     """Time and memory of training against the length, and quality against time at the longest one."""
-    figure = Figure(figsize=(14, 4.5), dpi=150, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    lengths = sorted(map(int, times))
-    for place, (name, row) in enumerate(table.items()):
-        look = {"color": COLORS[KINDS[name][0]], "marker": "osv^Dx"[place % 6], "markersize": 4}
-        at = lambda key, name=name: [times[str(n)][name][key] for n in lengths]
-        left.plot(lengths, at("training_ms"), **look, label=f"{name}, T^{row['T^, training_ms']:.2f}")
-        middle.plot(lengths, at("training_mib"), **look, label=f"{name}, T^{row['T^, training_mib']:.2f}")
-        right.plot(
-            at("training_ms")[-1], row["text bits"], linestyle="", **look, label=f"{name}, recall {row['recall']:.2f}"
-        )
-    left.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
-    middle.set(xscale="log", yscale="log", xlabel="T", ylabel="MiB of temporaries")
-    right.set(xscale="log", xlabel=f"ms, forward and backward, T = {lengths[-1]:,}", ylabel="bits per hidden byte")
-    for axes in (left, middle, right):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("efficient_transformers", figsize=(14, 4.5)) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        lengths = sorted(map(int, times))
+        for place, (name, row) in enumerate(table.items()):
+            look = {"color": COLORS[KINDS[name][0]], "marker": "osv^Dx"[place % 6], "markersize": 4}
+            at = lambda key, name=name: [times[str(n)][name][key] for n in lengths]
+            left.plot(lengths, at("training_ms"), **look, label=f"{name}, T^{row['T^, training_ms']:.2f}")
+            middle.plot(lengths, at("training_mib"), **look, label=f"{name}, T^{row['T^, training_mib']:.2f}")
+            right.plot(
+                at("training_ms")[-1],
+                row["text bits"],
+                linestyle="",
+                **look,
+                label=f"{name}, recall {row['recall']:.2f}",
+            )
+        left.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
+        middle.set(xscale="log", yscale="log", xlabel="T", ylabel="MiB of temporaries")
+        right.set(xscale="log", xlabel=f"ms, forward and backward, T = {lengths[-1]:,}", ylabel="bits per hidden byte")
+        for axes in (left, middle, right):
+            axes.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

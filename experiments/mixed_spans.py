@@ -14,13 +14,11 @@ Run     python -m experiments.mixed_spans [--preset cpu|gpu|debug] [--data.path 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq import Attention, LanguageModel
 from jaxseq.analysis import Case, TokenNats, bootstrap, side_by_side
@@ -249,7 +247,7 @@ def verdict(run: Run[Config], nats: dict[str, np.ndarray], facts, times) -> None
         "time": max(spread["forward_ms"], spread["training_ms"]) <= MOST_TIME,
         "cache": spread["cache"] <= MOST_CACHE,
     }
-    plot(run.folder / "plots" / "positions.png", nats, config.span)
+    plot(run, nats, config.span)
     run.plot()
     run.finish(
         claim=f"full attention in {config.full_layers} of {config.depth} layers loses {config.margin:.1%} at most",
@@ -275,20 +273,17 @@ def show(table: dict[str, dict[str, float]]) -> None:
         print(f"{name:<10}" + "".join(cells), flush=True)
 
 
-def plot(path: Path, nats: dict[str, np.ndarray], span: int) -> None:
+def plot(run: Run, nats: dict[str, np.ndarray], span: int) -> None:
     """Bits more than full attention takes, by how far into the window a byte stands."""
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    length = nats["full"].shape[1] // span * span
-    for name, each in nats.items():
-        more = (each - nats["full"])[:, :length].reshape(len(each), -1, span).mean((0, 2)) / np.log(2)
-        axes.plot(span * (np.arange(length // span) + 0.5), more, "o-", markersize=3, label=name)
-    axes.axvline(2 * span, color="black", linestyle=":")
-    axes.set(xlabel="position in the window (dotted: two spans)", ylabel="bits per byte more than full attention")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("positions", figsize=(7, 4)) as figure:
+        axes = figure.subplots()
+        length = nats["full"].shape[1] // span * span
+        for name, each in nats.items():
+            more = (each - nats["full"])[:, :length].reshape(len(each), -1, span).mean((0, 2)) / np.log(2)
+            axes.plot(span * (np.arange(length // span) + 0.5), more, "o-", markersize=3, label=name)
+        axes.axvline(2 * span, color="black", linestyle=":")
+        axes.set(xlabel="position in the window (dotted: two spans)", ylabel="bits per byte more than full attention")
+        axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ Run     python -m experiments.subsampled_attention [--preset cpu|gpu|debug] [--s
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq import LanguageModel
 from jaxseq.analysis import Case, TokenNats, self_ensemble, side_by_side
@@ -32,7 +30,6 @@ from jaxseq.models.mixed_spans import rearranged
 from jaxseq.ops import softmax_attention, subsampled_attention, subsets
 from jaxseq.ops.subsampled_attention import num_scores
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
-from jaxseq.train.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,7 @@ def measure(run: Run[Config]) -> None:
     run.require_same(bytes=len(windows.text), windows=len(test))
     dense, sampled = (build(config, subsample) for subsample in (False, True))
     (first, last), ways = config.phases(), readers(config, dense, sampled)
-    path = run.folder / f"table-{config.train.steps}.json"
-    table = read_json(path) if path.exists() else {}
-    params = {}
+    table, params = {}, {}
 
     def trained(part: str, model: LanguageModel, init, train: TrainConfig | None = None):
         def loss(params, batch, key):
@@ -141,10 +136,8 @@ def measure(run: Run[Config]) -> None:
         tokens = config.train.batch_size * context
         draw = lambda step: windows.batch(begin + step)
         params[part] = run.fit(loss, init, draw, part=part, train=train, tokens_per_step=tokens).params
-        if part not in table:
-            table[part] = readings(ways, params[part], test)
-            write_json(path, table)
-            run.record(config.train.steps, f"test/{part}", {"loss": table[part]["dense"] * float(np.log(2))})
+        table[part] = run.kept(part, lambda: readings(ways, params[part], test))
+        run.record(config.train.steps, f"test/{part}", {"loss": table[part]["dense"] * float(np.log(2))})
         print(f"{part:<12}" + "  ".join(f"{name} {bits:.4f}" for name, bits in table[part].items()), flush=True)
         return params[part]
 
@@ -223,7 +216,7 @@ def verdict(run: Run[Config], table, times, parameters_digest: str) -> None:
         "faster": saved["training time"] >= SPEED,
         "smaller": saved["training MiB"] >= SAVED * saved["scores"],
     }
-    plot(run.folder / "plots" / "ensembles.png", mean, config.ensembles)
+    plot(run, mean, config.ensembles)
     run.finish(
         claim=f"training on 1/{config.ratio} of the sources loses nothing at equal steps, and its ensemble gains",
         measured={"dense": mean["tuned"]["dense"], many: mean["tuned"][many], "one draw": mean["tuned"]["one"]}
@@ -239,20 +232,17 @@ def verdict(run: Run[Config], table, times, parameters_digest: str) -> None:
     )
 
 
-def plot(path: Path, mean: dict[str, dict[str, float]], ensembles: tuple[int, ...]) -> None:
+def plot(run: Run, mean: dict[str, dict[str, float]], ensembles: tuple[int, ...]) -> None:
     """Bits per byte by the draws that are averaged; dashed: read densely."""
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    names = {"dense": "trained densely", "subsets": "on subsets", "tuned": "on subsets, then densely"}
-    for (kind, label), color in zip(names.items(), ("#444444", "#3b6fb6", "#d1602f"), strict=True):
-        row = mean[kind]
-        axes.plot([1, *ensembles], [row["one"], *(row[str(n)] for n in ensembles)], "o-", color=color, label=label)
-        axes.axhline(row["dense"], color=color, linestyle="--", linewidth=1)
-    axes.set(xscale="log", xlabel="draws averaged (dashed: all sources)", ylabel="test bits per byte")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("ensembles", figsize=(6, 4)) as figure:
+        axes = figure.subplots()
+        names = {"dense": "trained densely", "subsets": "on subsets", "tuned": "on subsets, then densely"}
+        for (kind, label), color in zip(names.items(), ("#444444", "#3b6fb6", "#d1602f"), strict=True):
+            row = mean[kind]
+            axes.plot([1, *ensembles], [row["one"], *(row[str(n)] for n in ensembles)], "o-", color=color, label=label)
+            axes.axhline(row["dense"], color=color, linestyle="--", linewidth=1)
+        axes.set(xscale="log", xlabel="draws averaged (dashed: all sources)", ylabel="test bits per byte")
+        axes.legend(frameon=False)
 
 
 if __name__ == "__main__":
