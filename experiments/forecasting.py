@@ -5,8 +5,9 @@ Claim   Attention over variates forecasts what a model of one variate at a time 
         below every naive rule; on ETTh1, with --preset ett, within 3 % of the paper's 0.386.
 Source  iTransformer (arXiv 2310.06625), section 4.1 and table 10; DLinear (2205.13504), PatchTST (2211.14730).
 Expect  On ETTh1 0.39 against 0.46 of the linear maps, in a minute on 2 CPU cores for these and the rules; on copies
-        0.99 against 1.02, which is not half: the claim does not hold.
-Run     python -m experiments.forecasting [--preset cpu|ett|gpu] [--data.csv TABLE.csv --horizon 96 --models rlinear]
+        0.99 against 1.02, which is not half: the claim does not hold. Of Chimera, exchange and illness nothing is
+        measured yet.
+Run     python -m experiments.forecasting [--preset cpu|ett|exchange|illness|gpu] [--data.csv TABLE.csv --horizon 96]
         A table has a row a time step and a column a variate; a column `date` is of times. What the best model on the
         validation part forecasts after the last row is written to forecast.csv.
 """
