@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from jaxseq import S4D, Attention, Mamba
 from jaxseq.data import ETT_HOURLY, Series, Table, Windows, forecasting_series, read_table
@@ -246,12 +245,7 @@ def measure(run: Run[Config]) -> None:
     best = min(mean("validation"), key=mean("validation").__getitem__)
     write_forecast(run.folder / "forecast.csv", table, series, forecaster(config, best), params[best])
     shown = [name for name in dict.fromkeys((best, "itransformer", "last value")) if name in scores]
-    plot(
-        run.folder / "plots" / "forecast.png",
-        series,
-        {n: (forecaster(config, n), params[n]) for n in shown},
-        mean("mse"),
-    )
+    plot(run, series, {n: (forecaster(config, n), params[n]) for n in shown}, mean("mse"))
     limits = asked(config, mean("mse"))
     run.finish(
         claim=f"the inverted transformer's MSE is at most: {', '.join(limits) or 'nothing to compare'}",
@@ -297,25 +291,23 @@ def write_forecast(path: Path, table: Table, series: Series, forecast: Callable,
         rows.writerows((time, *(f"{x:.6g}" for x in row)) for time, row in zip(times, values, strict=True))
 
 
-def plot(path: Path, series: Series, models: dict[str, tuple[Callable, Any]], mse: dict[str, float]) -> None:
+def plot(run: Run, series: Series, models: dict[str, tuple[Callable, Any]], mse: dict[str, float]) -> None:
     """Errors of all, and the last window of the test with its input, of the last column."""
-    figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
-    bars, lines = figure.subplots(1, 2, width_ratios=(1, 1.6))
-    names = sorted(mse, key=mse.__getitem__, reverse=True)
-    bars.barh(names, [mse[name] for name in names], color="#3b6fb6")
-    bars.set(xlabel="test MSE, in variances of the training part")
-    window = series.test.at(np.asarray([series.test.number - 1]))
-    batch = jax.tree.map(jnp.asarray, window)
-    unscaled = lambda x: np.asarray(x)[0, :, -1] * series.deviation[-1] + series.mean[-1]
-    seen, ahead = np.arange(-series.test.lookback, 0), np.arange(series.test.horizon)
-    lines.plot(seen, unscaled(window["inputs"]), color="0.4", label="input")
-    lines.plot(ahead, unscaled(window["targets"]), color="black", label="truth")
-    for name, (forecast, params) in models.items():
-        lines.plot(ahead, unscaled(forecast(params, batch, None)), linewidth=1.2, label=name)
-    lines.set(xlabel="steps", ylabel=series.names[-1])
-    lines.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("forecast", figsize=(11, 4)) as figure:
+        bars, lines = figure.subplots(1, 2, width_ratios=(1, 1.6))
+        names = sorted(mse, key=mse.__getitem__, reverse=True)
+        bars.barh(names, [mse[name] for name in names], color="#3b6fb6")
+        bars.set(xlabel="test MSE, in variances of the training part")
+        window = series.test.at(np.asarray([series.test.number - 1]))
+        batch = jax.tree.map(jnp.asarray, window)
+        unscaled = lambda x: np.asarray(x)[0, :, -1] * series.deviation[-1] + series.mean[-1]
+        seen, ahead = np.arange(-series.test.lookback, 0), np.arange(series.test.horizon)
+        lines.plot(seen, unscaled(window["inputs"]), color="0.4", label="input")
+        lines.plot(ahead, unscaled(window["targets"]), color="black", label="truth")
+        for name, (forecast, params) in models.items():
+            lines.plot(ahead, unscaled(forecast(params, batch, None)), linewidth=1.2, label=name)
+        lines.set(xlabel="steps", ylabel=series.names[-1])
+        lines.legend(frameon=False)
 
 
 if __name__ == "__main__":

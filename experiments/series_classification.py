@@ -23,7 +23,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq import S4D, Attention, Classifier, Mamba
 from jaxseq.data import Labelled, SeriesSet, labelled_series, spoken_digits
@@ -220,7 +219,7 @@ def measure(run: Run[Config]) -> None:
             run.record(config.train.steps, f"test/{part}", score | {"loss": 1 - score["accuracy"]})
             print(f"{part:<20}{score['accuracy']:>8.4f}{score['macro F1']:>8.4f}", flush=True)
     run.plot()
-    plot(run.folder / "plots" / "accuracy.png", config.data.name, found)
+    plot(run, config.data.name, found)
     mean = {name: float(np.mean([s["accuracy"] for s in each])) for name, each in found.items()}
     limits = asked(config.data.name, mean)
     run.finish(
@@ -247,19 +246,15 @@ def asked(name: str, mean: dict[str, float]) -> dict[str, float]:
     return target | {"the better rule": max(mean[rule] for rule in RULES)}
 
 
-def plot(path: Path, name: str, found: dict[str, list[dict[str, float]]]) -> None:
+def plot(run: Run, name: str, found: dict[str, list[dict[str, float]]]) -> None:
     """Means as bars, seeds as points."""
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for place, (model, each) in enumerate(reversed(found.items())):
-        values = [score["accuracy"] for score in each]
-        axes.barh(model, np.mean(values), color="#3b6fb6" if model in MODELS else "0.6")
-        axes.plot(values, [place] * len(values), "k.", markersize=4)
-    axes.set(xlabel=f"test accuracy, {name}", xlim=(0, 1.02))
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("accuracy", figsize=(8, 4)) as figure:
+        axes = figure.subplots()
+        for place, (model, each) in enumerate(reversed(found.items())):
+            values = [score["accuracy"] for score in each]
+            axes.barh(model, np.mean(values), color="#3b6fb6" if model in MODELS else "0.6")
+            axes.plot(values, [place] * len(values), "k.", markersize=4)
+        axes.set(xlabel=f"test accuracy, {name}", xlim=(0, 1.02))
 
 
 if __name__ == "__main__":

@@ -18,14 +18,12 @@ Run     python -m experiments.variate_chain [--preset cpu|gpu]
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxseq.analysis import exponent
 from jaxseq.analysis.timing import in_turns
@@ -194,7 +192,7 @@ def measure(run: Run[Config]) -> None:
     }
     parts |= {f"near-linear in {axis}": bool(slope <= SLOPE) for axis, slope in slopes.items()}
     run.plot()
-    plot(run.folder / "plots" / "chain.png", mean, times)
+    plot(run, mean, times)
     run.finish(
         claim="one layer with couplings forecasts the chain, none without; near-linear in T and V",
         measured={f"{name}, {kind}": mean[name][kind] for name, kind in asked if asked[name, kind] == MOST} | slopes,
@@ -232,27 +230,24 @@ def timed(config: Config) -> dict[str, dict[int, float]]:
     return {axis: {n: ms[axis, n] for n in each} for axis, each in sizes.items() if len(each) > 1}
 
 
-def plot(path: Path, mean: dict[str, dict[str, float]], times: dict[str, dict[int, float]]) -> None:
+def plot(run: Run, mean: dict[str, dict[str, float]], times: dict[str, dict[int, float]]) -> None:
     """Errors of each model on each chain, and milliseconds by T and by V."""
-    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-    bars, lines = figure.subplots(1, 2, width_ratios=(1.4, 1))
-    height = 0.8 / len(CHAINS)
-    for place, kind in enumerate(CHAINS):
-        at = np.arange(len(mean)) + place * height
-        bars.barh(at, [row[kind] for row in mean.values()], height, label=kind)
-    bars.set_yticks(np.arange(len(mean)) + height * (len(CHAINS) - 1) / 2, list(mean))
-    bars.invert_yaxis()
-    bars.axvline(0.09, color="black", linestyle=":", linewidth=1, label="noise")
-    bars.set(xlabel="mean squared error of the next step")
-    bars.legend(frameon=False, fontsize="x-small")
-    for axis, ms in times.items():
-        lines.plot(list(ms), list(ms.values()), "o-", label=f"by {axis}")
-    lines.set(xscale="log", yscale="log", xlabel="T or V", ylabel="ms a training step of the layer")
-    lines.grid(color="0.92", linewidth=0.8)
-    if times:
-        lines.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("chain", figsize=(10, 4)) as figure:
+        bars, lines = figure.subplots(1, 2, width_ratios=(1.4, 1))
+        height = 0.8 / len(CHAINS)
+        for place, kind in enumerate(CHAINS):
+            at = np.arange(len(mean)) + place * height
+            bars.barh(at, [row[kind] for row in mean.values()], height, label=kind)
+        bars.set_yticks(np.arange(len(mean)) + height * (len(CHAINS) - 1) / 2, list(mean))
+        bars.invert_yaxis()
+        bars.axvline(0.09, color="black", linestyle=":", linewidth=1, label="noise")
+        bars.set(xlabel="mean squared error of the next step")
+        bars.legend(frameon=False, fontsize="x-small")
+        for axis, ms in times.items():
+            lines.plot(list(ms), list(ms.values()), "o-", label=f"by {axis}")
+        lines.set(xscale="log", yscale="log", xlabel="T or V", ylabel="ms a training step of the layer")
+        if times:
+            lines.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":
