@@ -5,7 +5,9 @@ Claim   Memories of up to 100 steps tell the sum of two of five patterns, 25 ste
         more than an LSTM. With gpu, of 700 channels and 200 steps, 0.9. On the pixels of digits the claim is the lead
         over the LSTM.
 Source  The ELM neuron (arXiv 2306.16922), SHD-Adding; patterns are ours, and so are the thresholds.
-Expect  Not yet measured.
+Expect  0.827 (version 1) and 0.829 (version 2) against 0.445 (memories of 3 steps) and 0.659 (LSTM), 4,910 and 4,849
+        parameters, all still rising after 1,000 steps. Six minutes on 2 busy CPU cores. gpu and pixels are not yet
+        measured.
 Run     python -m experiments.elm_neuron [--preset cpu|gpu]
         python -m experiments.elm_neuron --preset pixels --data.path FOLDER   (the four idx files of MNIST)
 """
@@ -188,11 +190,13 @@ def measure(run: Run[Config]) -> None:
             inputs, labels = of.draw(key, config.train.batch_size)
             return cross_entropy(model.apply(params, inputs), labels)
 
-        score = lambda params, model=model: cross_entropy(model.apply(params, of.test[0]), of.test[1])[1]
-        scores = jax.jit(partial(jax.lax.map, score))
+        # The test is no constant of the program, which would be folded while it is compiled.
+        scores = jax.jit(
+            lambda params, x, y, model=model: jax.lax.map(lambda p: cross_entropy(model.apply(p, x), y)[1], params)
+        )
 
         def evaluate(params, scores=scores):
-            rows = members(scores(params))
+            rows = members(scores(params, *of.test))
             return {f"test/{seed}": {name: float(x) for name, x in row.items()} for seed, row in enumerate(rows)}
 
         optimizer = each(optax.adam(config.train.learning_rate))
