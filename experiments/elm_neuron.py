@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from jaxseq.data import mnist
 from jaxseq.mixers import ELM, LSTM
@@ -223,7 +222,7 @@ def verdict(run: Run[Config], sizes: dict[str, int], parameters_digest: str) -> 
         if config.least:
             parts[f"{neuron}: accuracy"] = mean[neuron] >= config.least
         parts |= {f"{neuron}: over {kind}": mean[neuron] - mean[kind] >= gap for kind, gap in MARGINS.items()}
-    draw(curves, run.folder / "plots" / "accuracy.png")
+    draw(run, curves)
     run.finish(
         claim="a neuron with slow memories is ahead of one with fast ones, and of an LSTM of as many parameters",
         measured={neuron: mean[neuron] for neuron in NEURONS},
@@ -237,19 +236,15 @@ def verdict(run: Run[Config], sizes: dict[str, int], parameters_digest: str) -> 
     )
 
 
-def draw(curves: dict[str, dict[str, list]], path: Path) -> None:
+def draw(run: Run, curves: dict[str, dict[str, list]]) -> None:
     """Test accuracy on the way, a line a seed."""
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for n, (kind, of) in enumerate(curves.items()):
-        for seed, curve in of.items():
-            axes.plot(*zip(*curve, strict=True), color=f"C{n}", linewidth=1, label=kind if seed == "0" else None)
-    axes.set(xlabel="training step", ylabel="accuracy (fraction)")
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("accuracy", figsize=(6, 4)) as figure:
+        axes = figure.subplots()
+        for n, (kind, of) in enumerate(curves.items()):
+            for seed, curve in of.items():
+                axes.plot(*zip(*curve, strict=True), color=f"C{n}", linewidth=1, label=kind if seed == "0" else None)
+        axes.set(xlabel="training step", ylabel="accuracy (fraction)")
+        axes.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Run     python -m experiments.iclrnn [--preset cpu|gpu] [--tasks peaks,reactor]
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from jaxseq.mixers import ICLRNN, LSTM
 from jaxseq.tasks import decaying_peaks, reactor, reactor_energy, reactor_path
@@ -344,7 +342,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
         for name in ("error", "lipschitz", "energy", "spread") if name in of(kind, task)[0]
     }  # fmt: skip
     measured |= {f"least convexity gap, {kind}": min(row["gap"] for row in of(kind)) for kind in KINDS}
-    draw(rows, baseline, run.folder / "plots" / "iclrnn.png")
+    draw(run, rows, baseline)
     run.finish(
         claim="an ICLRNN is convex and Lipschitz, and noise on its targets harms it less than an LSTM",
         measured=measured,
@@ -357,30 +355,26 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
     )
 
 
-def draw(rows: list[dict[str, Any]], baseline: dict[str, Any], path: Path) -> None:
+def draw(run: Run, rows: list[dict[str, Any]], baseline: dict[str, Any]) -> None:
     """Against the noise to train on: errors and steepness by task, and the energy of the plant under control."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     panels = [(task, name) for task in tasks for name in ("error", "lipschitz")]
     panels += [("reactor", "energy")] * ("reactor" in tasks)
-    figure = Figure(figsize=(3.6 * len(panels), 3.6), dpi=150, layout="constrained")
-    for axes, (task, name) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for n, kind in enumerate(KINDS):
-            of = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
-            noises = sorted({row["noise"] for row in of})
-            axes.plot([row["noise"] for row in of], [row[name] for row in of], ".", color=f"C{n}")
-            means = [np.mean([row[name] for row in of if row["noise"] == noise]) for noise in noises]
-            axes.plot(noises, means, color=f"C{n}", label=kind)
-        for style, (label, found) in zip(("--", ":"), baseline.items() if name == "energy" else (), strict=False):
-            axes.axhline(found["energy"], color="0.4", linestyle=style, linewidth=1, label=label)
-        label = {"error": "mean squared error", "lipschitz": "output over input, largest", "energy": "mean energy"}[
-            name
-        ]
-        axes.set(yscale="log", xlabel="noise on the targets", ylabel=f"{task}: {label}")
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("iclrnn", figsize=(3.6 * len(panels), 3.6)) as figure:
+        for axes, (task, name) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for n, kind in enumerate(KINDS):
+                of = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
+                noises = sorted({row["noise"] for row in of})
+                axes.plot([row["noise"] for row in of], [row[name] for row in of], ".", color=f"C{n}")
+                means = [np.mean([row[name] for row in of if row["noise"] == noise]) for noise in noises]
+                axes.plot(noises, means, color=f"C{n}", label=kind)
+            for style, (label, found) in zip(("--", ":"), baseline.items() if name == "energy" else (), strict=False):
+                axes.axhline(found["energy"], color="0.4", linestyle=style, linewidth=1, label=label)
+            label = {"error": "mean squared error", "lipschitz": "output over input, largest", "energy": "mean energy"}[
+                name
+            ]
+            axes.set(yscale="log", xlabel="noise on the targets", ylabel=f"{task}: {label}")
+            axes.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from jaxseq.analysis import effective_rank, gram_alignment, representation_alignment
@@ -268,7 +267,7 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
         parts |= {f"rank and {measure}": correlation[measure] >= config.least_correlation for measure in MEASURES[:2]}
     if config.least_aligned is not None:
         parts["aligned weights are lazy"] = gain >= config.least_aligned
-    draw(table, rows, run.folder / "plots" / "rich_lazy.png")
+    draw(run, table, rows)
     run.finish(
         claim="networks that began with recurrent weights of low rank learn richly, those of full rank lazily",
         measured={f"kernel alignment, {kind}": row["kernel alignment"] for kind, row in mean.items()}
@@ -285,29 +284,27 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
     )
 
 
-def draw(table, rows, path: Path) -> None:
+def draw(run: Run, table, rows) -> None:
     """Alignments against effective rank, and on the way."""
-    figure = Figure(figsize=(13, 4), dpi=150, layout="constrained")
-    *scatter, way = figure.subplots(1, 3)
-    for axes, measure in zip(scatter, MEASURES[:2], strict=True):
-        for label, marker in (("rank", "o"), ("aligned", "^")):
-            of = [row for name, row in table.items() if name.startswith(label)]
-            axes.plot(
-                [row["effective rank"] for row in of], [row[measure] for row in of], marker, label=label, alpha=0.7
+    with run.figure("rich_lazy", figsize=(13, 4)) as figure:
+        *scatter, way = figure.subplots(1, 3)
+        for axes, measure in zip(scatter, MEASURES[:2], strict=True):
+            for label, marker in (("rank", "o"), ("aligned", "^")):
+                of = [row for name, row in table.items() if name.startswith(label)]
+                axes.plot(
+                    [row["effective rank"] for row in of], [row[measure] for row in of], marker, label=label, alpha=0.7
+                )
+            axes.set(xscale="log", xlabel="effective rank of the initial recurrent weights", ylabel=measure)
+        for kind in dict.fromkeys(name.split(",")[0] for name in rows):
+            of = [rows_of for name, rows_of in rows.items() if name.split(",")[0] == kind]
+            way.plot(
+                [row["step"] for row in of[0]],
+                np.mean([[row[MEASURES[0]] for row in r] for r in of], axis=0),
+                label=kind,
             )
-        axes.set(xscale="log", xlabel="effective rank of the initial recurrent weights", ylabel=measure)
-    for kind in dict.fromkeys(name.split(",")[0] for name in rows):
-        of = [rows_of for name, rows_of in rows.items() if name.split(",")[0] == kind]
-        way.plot(
-            [row["step"] for row in of[0]], np.mean([[row[MEASURES[0]] for row in r] for r in of], axis=0), label=kind
-        )
-    way.set(xlabel="training step", ylabel=f"{MEASURES[0]}, mean")
-    for axes in (*scatter, way):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+        way.set(xlabel="training step", ylabel=f"{MEASURES[0]}, mean")
+        for axes in (*scatter, way):
+            axes.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

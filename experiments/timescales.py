@@ -16,7 +16,6 @@ Run     python -m experiments.timescales [--preset cpu|gpu] [--tasks parity,matc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 from jaxseq.analysis import autocorrelation_timescale
 from jaxseq.layers.initialisers import symmetric_uniform
@@ -286,7 +284,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
                 f"{task}: single-head units are slower": at["single"](20, "tau") > at["multi"](20, "tau"),
                 f"{task}: multi-head activity slows down": at["multi"](20, "network") > at["multi"](5, "network"),
             }
-    draw(rows, run.folder / "plots" / "timescales.png")
+    draw(run, rows)
     saved = {path.name: dict(np.load(path)) for path in sorted(run.checkpoints.glob("*.npz"))}
     run.finish(
         claim="multi-head curricula master all N and keep them, single-head ones forget",
@@ -306,25 +304,23 @@ def mean_at(rows: list[dict[str, Any]], task: str, name: str, N: int, key: str) 
     return float(np.mean(found)) if found else float("nan")
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(run: Run, rows: list[dict[str, Any]]) -> None:
     """By N: epochs it took, time constants of units, timescales of activity, and what is left of N = 2."""
-    figure = Figure(figsize=(13, 3.6), dpi=150, layout="constrained")
-    panels = {
-        "epoch": "epochs to master N", "tau": "mean τ of the units", "network": "τ of the network's activity",
-        "first": "accuracy at N = 2",
-    }  # fmt: skip
-    for axes, (key, label) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-        for n, (task, name) in enumerate(dict.fromkeys((r["task"], r["curriculum"]) for r in rows)):
-            of = [r for r in rows if (r["task"], r["curriculum"]) == (task, name) and r[key] is not None]
-            at = sorted({r["N"] for r in of})
-            axes.plot([r["N"] for r in of], [r[key] for r in of], ".", color=f"C{n}", alpha=0.6)
-            axes.plot(at, [mean_at(rows, task, name, N, key) for N in at], color=f"C{n}", label=f"{task}, {name}-head")
-        axes.set(xlabel="N", ylabel=label)
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False, fontsize="x-small")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    with run.figure("timescales", figsize=(13, 3.6)) as figure:
+        panels = {
+            "epoch": "epochs to master N", "tau": "mean τ of the units", "network": "τ of the network's activity",
+            "first": "accuracy at N = 2",
+        }  # fmt: skip
+        for axes, (key, label) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+            for n, (task, name) in enumerate(dict.fromkeys((r["task"], r["curriculum"]) for r in rows)):
+                of = [r for r in rows if (r["task"], r["curriculum"]) == (task, name) and r[key] is not None]
+                at = sorted({r["N"] for r in of})
+                axes.plot([r["N"] for r in of], [r[key] for r in of], ".", color=f"C{n}", alpha=0.6)
+                axes.plot(
+                    at, [mean_at(rows, task, name, N, key) for N in at], color=f"C{n}", label=f"{task}, {name}-head"
+                )
+            axes.set(xlabel="N", ylabel=label)
+            axes.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":
