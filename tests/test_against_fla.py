@@ -1,6 +1,7 @@
 """Independent truth: outputs recorded from flash-linear-attention, its ops and its layers (fla.md).
 
-Not reproduced: fla_ttt_linear, whose state takes a gradient step a mini-batch and is no scan of any monoid here.
+Not reproduced: fla_ttt_linear, whose state takes a gradient step a mini-batch and is no scan of any monoid here. A
+packed call has one state in and one out, so the recorded states of each packed sequence are met by a call each.
 """
 
 from collections.abc import Callable

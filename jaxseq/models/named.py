@@ -45,7 +45,11 @@ class ModelConfig:
         self.slots()
 
     def slots(self) -> tuple[Slot, ...]:
-        """One slot a layer. The names are those of the classes in `jaxseq.mixers`, in lower case."""
+        """One slot a layer. The names are those of the classes in `jaxseq.mixers`, in lower case.
+
+        All layers of a name are one slot, so that depth is a scan: what starts by its place in the authors' models
+        (`layer_fraction` of RWKV and Lightning, `lower_bound` of HGRN) is as in their first layer.
+        """
         known = _known()
         names = [name.strip().lower() for name in self.mixers.split(",")]
         for name in names:
