@@ -34,10 +34,10 @@ from jaxseq.train import (
     TrainConfig,
     cross_entropy,
     digest,
-    each,
     ensemble_loss,
     main,
     members,
+    per_member,
     read_metrics,
 )
 
@@ -198,7 +198,7 @@ def measure(run: Run[Config]) -> None:
             rows = members(scores(params, *of.test))
             return {f"test/{seed}": {name: float(x) for name, x in row.items()} for seed, row in enumerate(rows)}
 
-        optimizer = each(optax.adam(config.train.learning_rate))
+        optimizer = per_member(optax.adam(config.train.learning_rate))
         params_of[kind] = run.fit(
             ensemble_loss(loss), init, lambda step: {}, part=kind.replace(" ", "_"), optimizer=optimizer,
             evaluate=evaluate,

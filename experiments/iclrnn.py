@@ -33,10 +33,10 @@ from jaxseq.train import (
     Run,
     TrainConfig,
     digest,
-    each,
     ensemble_loss,
     main,
     members,
+    per_member,
     projected,
 )
 
@@ -209,7 +209,7 @@ def trained(run: Run[Config], task: str, kind: str, drawn: Data):
         order = np.random.default_rng((config.seed, epoch)).permutation(count)
         return {"rows": order[place * size : (place + 1) * size].astype(np.int32)}
 
-    optimizer = each(projected(optax.adam(config.train.learning_rate), project))
+    optimizer = per_member(projected(optax.adam(config.train.learning_rate), project))
     fitted = run.fit(ensemble_loss(loss, noisy), init, batches, part=f"{task}-{kind}", optimizer=optimizer)
     return jax.jit(init)(jax.random.key(config.seed)), fitted.params
 

@@ -162,7 +162,7 @@ GOOD = ("s4d-lin", "s4d-inv", "s4d-legs")
 COMPARED = (*GOOD, "s4d-real", "s4d-random", "s4")
 
 #: The lead that the claim asks of the mean of GOOD, task by task, of S4D-LegS over S4, which starts alike, and of
-#: S4D-Lin an accuracy. Of Random the sheet has no more than scores 4 points apart on pooled digits, of ListOps no
+#: S4D-Lin an accuracy. Of Random there are no more than scores 4 points apart on pooled digits, of ListOps no
 #: ablation.
 LEADS = {
     "mnist": {"s4d-real": 0.08, "s4d-random": 0.04, "s4": -0.01},
@@ -181,7 +181,7 @@ class Own(NamedTuple):
     train: dict[str, Any] = {}
 
 
-#: No sheet trains these on the tasks; at the rates of S4 they would be poor baselines.
+#: Nobody trains these on the tasks; at the rates of S4 they would be poor baselines.
 PEERS = dict.fromkeys(("mamba", "lstm", "transformer"), Own({}, dict(prenorm=True), dict(learning_rate=1e-3)))
 #: S5 and LRU of the long range arena, whose images stand for digits, and S5 of speech commands.
 PAPERS = {

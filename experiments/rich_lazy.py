@@ -37,10 +37,10 @@ from jaxseq.train import (
     TrainConfig,
     cross_entropy,
     digest,
-    each,
     ensemble_loss,
     main,
     members,
+    per_member,
     read_metrics,
     stacked,
 )
@@ -220,7 +220,7 @@ def trained(run: Run[Config], of: Task, part: str, init, names: list[str]):
             }
         return rows
 
-    optimizer = each(optax.sgd(config.train.learning_rate, momentum=0.9))
+    optimizer = per_member(optax.sgd(config.train.learning_rate, momentum=0.9))
     fitted = run.fit(ensemble_loss(loss), init, lambda step: {}, part=part, optimizer=optimizer, evaluate=evaluate)
     return before, fitted.params
 

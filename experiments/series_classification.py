@@ -131,7 +131,7 @@ PRESETS = {
         models="chimera,s4d,mamba", seeds=1, depth=4, width=64, data=DataConfig(name="spoken_digits"),
         train=TrainConfig(steps=3000, batch_size=32, learning_rate=4e-3, weight_decay=0.01, log_every=50),
     ),
-    # The depth and width that the sheet starts from; for any set.
+    # The depth and width that a first try starts from; for any set.
     "gpu": Config(
         seeds=5, cell_width=64, width=128, states=16,
         train=TrainConfig(steps=2000, batch_size=20, learning_rate=1e-3, weight_decay=0.01, log_every=50),

@@ -219,7 +219,7 @@ MODELS: dict[str, Callable[..., Fit]] = {
 
 
 def kept(path: Path, fit: Callable[[], Fit]) -> Fit:
-    """The fit of an earlier session, or a new one."""
+    """The fit of an earlier start, or a new one."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -10,8 +10,7 @@ Expect  0.092 with couplings, 0.947 of each variate by itself; in reverse order 
         But without couplings 0.190, so the claim does not hold: a chain of one step asks for no more than the variate
         beside at the same step, which two decays over the variates tell. Where it takes two steps a variate, 0.099
         with couplings and 0.974 without. Exponents of 0.89 in T and 0.64 in V, all sizes in turn (1.23 and 0.94 one
-        size after the other), on a machine so busy that one size took 184 and 290 ms. Eleven minutes on 2 busy CPU
-        cores.
+        size after the other); one size took 184 and 290 ms in two runs. Eleven minutes on 2 busy CPU cores.
 Run     python -m experiments.variate_chain [--preset cpu|gpu]
 """
 
@@ -112,7 +111,7 @@ ASKED = {
 
 PRESETS = {
     "cpu": Config(),
-    # The sizes that the sheet asks of an accelerator.
+    # Sizes for an accelerator.
     "gpu": Config(
         seeds=3, length=64, width=16, states=16, timed_batch=8,
         timed_lengths=(512, 1024, 2048, 4096, 8192), timed_variates=(32, 64, 128, 256),

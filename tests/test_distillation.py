@@ -124,6 +124,17 @@ def test_a_student_of_half_the_depth_learns_more_from_its_teacher():
     assert (taught < alone - 0.05).all() and (taught < best + 0.1).all(), (least, best, taught, alone)
 
 
+def test_what_the_teacher_holds_impossible_does_not_count():
+    """A padded vocabulary: the loss and its gradient are those without it."""
+    logits, teacher, targets = drawn()
+    padded = lambda x, value: jnp.concatenate([x, jnp.full_like(x[..., :2], value)], axis=-1)
+    slope = jax.value_and_grad(lambda z, t: distillation(z, t, targets, alpha=1.0)[0])
+    loss, gradient = slope(padded(logits, -1e9), padded(teacher, -jnp.inf))
+    expected, expected_gradient = slope(logits, teacher)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, padded(expected_gradient, 0.0), atol=1e-7)
+
+
 def test_wrong_arguments_are_named():
     arrays = drawn()
     with pytest.raises(ValueError, match="temperature=0; distillation takes a number above 0"):

@@ -625,3 +625,13 @@ def test_efficient_transformers_of_the_presets_sizes(preset):
         with jax.numpy_dtype_promotion("standard"):  # flax's own norms promote
             logits = jax.eval_shape(lambda key, m=model, x=tokens: m.init_with_output(key, x)[0], jax.random.key(0))
         assert logits.shape == (1, length, vocabulary), name
+
+
+@pytest.mark.slow
+def test_triples_by_pairs_of_keys(run, tmp_path):
+    """Third-order attention beside softmax attention, and the polynomial's errors by degree and bound."""
+    done = run("experiments.higher_order_recall", "--preset", "debug", "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert list(result["measured"]) and result["holds"] is False
+    assert (tmp_path / "r" / "plots" / "kronecker.png").stat().st_size > 1000

@@ -233,7 +233,7 @@ def test_memory_is_flat_in_depth():
     "fields, message",
     [
         ({"prenorm": False}, "prenorm=False: a norm of the sum cannot be undone"),
-        ({"remat_policy": jax.checkpoint_policies.dots_saveable}, "remat_policy says what is saved; reversible=True"),
+        ({"remat_policy": jax.checkpoint_policies.dots_saveable}, "says what is saved; reversible=True"),
     ],
 )
 def test_what_cannot_be_undone_is_refused(fields, message):

@@ -18,7 +18,7 @@ from jaxseq.tasks import (
     spike_templates,
     two_choices,
 )
-from jaxseq.train import Curriculum, TrainConfig, each, ensemble_loss, fit, members, stacked
+from jaxseq.train import Curriculum, TrainConfig, ensemble_loss, fit, members, per_member, stacked
 
 
 def test_models_side_by_side_are_those_alone():
@@ -34,7 +34,7 @@ def test_models_side_by_side_are_those_alone():
     rows = []
     options = dict(config=TrainConfig(steps=5, batch_size=2, log_every=1))
     both = fit(
-        ensemble_loss(loss), lambda key: stacked(starts), batches, optimizer=each(optimizer),
+        ensemble_loss(loss), lambda key: stacked(starts), batches, optimizer=per_member(optimizer),
         report=lambda step, split, metrics: rows.append(metrics), **options,
     )  # fmt: skip
     alone = [fit(loss, lambda key, w=w: w, batches, optimizer=optimizer, **options).params for w in starts]

@@ -11,7 +11,9 @@ from ..train import cross_entropy
 
 
 class TokenNats:
-    """−log p of every target by `logits(params, inputs, key) → B T V`, `batch_size` rows at a time, by one program.
+    """−log p of every target, 0 where it is negative, by `logits(params, inputs, key) → B T V`.
+
+    One program reads `batch_size` rows at a time.
 
     Raises:
       ValueError: batch_size < 1.

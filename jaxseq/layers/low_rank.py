@@ -15,12 +15,14 @@ def low_rank(
     features: int,
     activation: Callable[[Array], Array] = lambda x: x,
     use_bias: bool = False,
-    **inits: Callable,
+    down_init: Callable | None = None,
+    up_init: Callable | None = None,
+    bias_init: Callable | None = None,
 ) -> Callable[[Array], Array]:
     """x ↦ activation(x W_down) W_up + b, with `rank` channels between; without b unless `use_bias`.
 
-    Both start as a `projection` does, where `inits` has no `down_init`, `up_init` or `bias_init`.
+    Both start as a `projection` does where None is given.
     """
-    down = projection(rank, f"{name}_down", module, kernel_init=inits.get("down_init"))
-    up = projection(features, f"{name}_up", module, use_bias, inits.get("up_init"), inits.get("bias_init"))
+    down = projection(rank, f"{name}_down", module, kernel_init=down_init)
+    up = projection(features, f"{name}_up", module, use_bias, up_init, bias_init)
     return lambda x: up(activation(down(x)))

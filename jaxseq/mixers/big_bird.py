@@ -72,7 +72,8 @@ class BigBird(Mixer):
             seen = self._blocks((i[:, 0] + first) // size, total)[:, None] == ((j + before) // size)[..., None]
             return seen.any(-1) & ((j + before <= i + first) if self.causal else True)
 
-        o = ops.block_sparse_attention(q, k, v, keys, visible, block_size=size, **packed)
+        # Fewer queries than a block holds, one of them where it decodes, are a block as they are.
+        o = ops.block_sparse_attention(q, k, v, keys, visible, block_size=min(size, length), **packed)
         first_ones = min(length, self.num_global_blocks * size)
         if self.causal or first_ones == 0:
             return o

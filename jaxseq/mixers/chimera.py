@@ -114,7 +114,7 @@ class Chimera(nn.Module):
         before = tuple(_joined(*(turned(part, e, 1) for e, part in enumerate(parts))) for parts in state)
         a1, a2, a3, a4, u1, u2 = operands
         if self.coupling == "time":
-            h1, last = ops.linear_recurrence(a1, u1, initial_state=before[0], segment_ids=segment_ids)
+            h1, last = ops.linear_recurrence(a1, u1, initial_state=before[0], segment_ids=segment_ids, impl=self.impl)
             states, after = (h1,), (last, before[1])
         else:
             states = ops.grid_recurrence(

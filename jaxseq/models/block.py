@@ -143,7 +143,9 @@ class Stack(nn.Module):
         if self.reversible and not self.prenorm:
             raise ValueError("prenorm=False: a norm of the sum cannot be undone; reversible=True takes prenorm=True.")
         if self.reversible and self.remat_policy is not None:
-            raise ValueError("remat_policy says what is saved; reversible=True saves nothing: take None.")
+            raise ValueError(
+                f"remat_policy={self.remat_policy} says what is saved; reversible=True saves nothing: take None."
+            )
         names = ("d_model", "mlp", "norm", "norm_eps", "prenorm", "dropout", "dtype", "param_dtype")
         block = {name: getattr(self, name) for name in names}
         if self.reversible:

@@ -1,4 +1,4 @@
-"""Which keys a query sees, how they fade from it, and the softmax over them: what all ops of attention share."""
+"""Which keys a query sees, how they fade from it, and the softmax over them: for softmax and path attention."""
 
 from collections.abc import Callable
 from typing import NamedTuple

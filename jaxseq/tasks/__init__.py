@@ -7,6 +7,7 @@ from .bit_memory import parity_of_last as parity_of_last
 from .copying import compression as compression
 from .copying import induction as induction
 from .copying import selective_copying as selective_copying
+from .decaying_peaks import decaying_peaks as decaying_peaks
 from .decisions import delayed_match as delayed_match
 from .decisions import two_choices as two_choices
 from .drifting_sensor import drifting_sensor as drifting_sensor
@@ -14,7 +15,6 @@ from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
 from .listops import listops as listops
 from .matching import match_sums as match_sums
-from .reactor import decaying_peaks as decaying_peaks
 from .reactor import reactor as reactor
 from .reactor import reactor_energy as reactor_energy
 from .reactor import reactor_path as reactor_path

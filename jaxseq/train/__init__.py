@@ -8,9 +8,9 @@ from .config import CheckpointConfig as CheckpointConfig
 from .config import MeshConfig as MeshConfig
 from .config import TrainConfig as TrainConfig
 from .curriculum import Curriculum as Curriculum
-from .ensemble import each as each
 from .ensemble import ensemble_loss as ensemble_loss
 from .ensemble import members as members
+from .ensemble import per_member as per_member
 from .ensemble import stacked as stacked
 from .fit import FitResult as FitResult
 from .fit import fit as fit

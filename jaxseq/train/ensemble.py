@@ -26,7 +26,7 @@ def ensemble_loss(loss: Callable, *own: Any) -> Callable:
     return summed
 
 
-def each(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def per_member(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer` on each of stacked models by itself: norms that it clips to, and projections, are of one model."""
     return optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
 

@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What `fit` returns: seconds and `first_step` are of this session, `evaluation` is the last one.
+    """What `fit` returns: seconds and `first_step` are of this call, `evaluation` is the last one.
 
     `seconds` are all, `compile_seconds` those of tracing and compiling the step, `training_seconds` those of all steps
     and evaluations, without that and without checkpoints.

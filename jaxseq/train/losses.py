@@ -66,7 +66,9 @@ def distillation(
     hard, metrics = cross_entropy(logits, targets, mask, bytes_per_token=bytes_per_token)
     softened = lambda z: jax.nn.log_softmax(z.astype(jnp.float32) / temperature, axis=-1)
     teacher, student = softened(jax.lax.stop_gradient(teacher_logits)), softened(logits)
-    divergence = _mean_where(targets, mask)(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1))
+    possible = teacher > -jnp.inf  # to the teacher: a vocabulary may be padded
+    apart = jnp.where(possible, jnp.where(possible, teacher, 0) - jnp.where(possible, student, 0), 0)
+    divergence = _mean_where(targets, mask)(jnp.sum(jnp.exp(teacher) * apart, axis=-1))
     loss = alpha * temperature**2 * divergence + (1 - alpha) * hard
     return loss, metrics | {"loss": loss, "cross_entropy": hard, "divergence": divergence}
 

@@ -25,7 +25,7 @@ class Progress:
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()
-        # Speed is counted from the first step of the session, whose own time is mostly compilation.
+        # Speed is counted from the first step of this process, whose own time is mostly compilation.
         self._first = self._first or (step, now)
         if step < self._steps and now - self._shown < (0.1 if self._live else 10):
             return

@@ -51,7 +51,7 @@ class Run(Generic[Config]):
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run by all its sessions, work that a kill undid included."""
+        """Time spent on this run by all its starts, work that a kill undid included."""
         return self._earlier + time.monotonic() - self._started
 
     def fit(
@@ -122,7 +122,7 @@ class Run(Generic[Config]):
         return MetricsWriter(self.folder, step=step, tokens_per_step=self._tokens_per_step, part=part)
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of this name in `table.json`, made and written if there is none: no session makes it twice."""
+        """The row of this name in `table.json`, made and written if there is none: no restart makes it twice."""
         path = self.folder / "table.json"
         table = read_json(path) if path.exists() else {}
         if name not in table:
