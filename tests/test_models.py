@@ -185,6 +185,16 @@ def test_a_tagger_answers_for_every_token_from_all_of_them():
         assert bool(jnp.any(other[:, :-1] != logits[:, :-1])) == sees_all
 
 
+def test_positions_tell_order():
+    """Attention without positions has the outputs of permuted tokens permuted; with them it has not."""
+    for positions in (False, True):
+        model = Tagger(VOCAB, 3, WIDTH, positions=positions)
+        params, apply = initialised(model, tokens), jax.jit(model.apply)
+        turned = apply(params, tokens[:, ::-1])[:, ::-1]
+        same = bool(jnp.allclose(turned, apply(params, tokens), atol=1e-5))
+        assert same == (not positions)
+
+
 class Ones(nn.Module):
     """A branch of ones."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
 from ..layers.self_attention import SelfAttention
+from ..layers.sinusoids import sinusoids
 from ..shapes import Array, Float, Int, typed
 from .block import Slot, Stack
 
@@ -16,14 +17,15 @@ from .block import Slot, Stack
 class Tagger(nn.Module):
     """Embedding, residual blocks of any mixers, a linear head at every token: `B T` → logits `B T num_classes`.
 
-    Mixers may look at the whole sequence, as those of `LanguageModel` may not. The fields from `mlp` on are those of
-    `Stack`.
+    Mixers may look at the whole sequence, as those of `LanguageModel` may not. With `positions` `sinusoids` are added
+    to the embedding, for mixers that do not know the order of tokens. The fields from `mlp` on are those of `Stack`.
     """
 
     vocab_size: int
     num_classes: int
     d_model: int
     mixers: tuple[Slot, ...] = (partial(SelfAttention, num_heads=4),) * 4
+    positions: bool = False
     mlp: Slot = GatedMLP
     remat: bool = True
     remat_policy: Callable | None = None
@@ -36,6 +38,9 @@ class Tagger(nn.Module):
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T _"]:
         x = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, name="encoder")(tokens)
+        if self.positions:
+            waves = sinusoids(tokens.shape[1], self.d_model).astype(x.dtype)
+            x = x * self.d_model**0.5 + waves[None]  # as large as one another
         names = ("d_model", "mixers", "mlp", "remat", "remat_policy", "dtype", "param_dtype")
         x, _ = Stack(**{name: getattr(self, name) for name in names}, name="stack")(x, None, segment_ids)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
