@@ -310,7 +310,10 @@ WRONG = {
     "rwkv6 rank": (RWKV6(WIDTH, mix_rank=0), "mix_rank=0; RWKV6 takes 1 or more"),
     "rwkv7 rank": (RWKV7(WIDTH, a_rank=0), "a_rank=0; RWKV7 takes 1 or more"),
     "no key heads": (Attention(WIDTH, num_kv_heads=0), "num_kv_heads=0 does not divide num_heads=4"),
-    "no value heads": (GatedDeltaNet(WIDTH, num_value_heads=0), "num_value_heads=0 does not divide d_model=8"),
+    "no value heads": (
+        GatedDeltaNet(WIDTH, num_heads=2, num_value_heads=0),
+        "num_value_heads=0 does not divide d_model=8",
+    ),
     "path rank": (PaTHAttention(WIDTH, rank=0), "rank=0; PaTHAttention takes 1 or more"),
     "path window": (PaTHAttention(WIDTH, conv_window=0), "conv_window=0; PaTHAttention takes 1 or more"),
     "gla gate": (
