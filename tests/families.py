@@ -443,7 +443,7 @@ OPS = {
     ),
     "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear | dict(forms=_kernel[:-1])),
     "delta_rule": OpMember(_delta_inputs, **_delta),
-    "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), sweep=True, **_delta),
+    "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), **_delta),
     "delta_rule per channel": OpMember(partial(_delta_inputs, decay="B T H K"), sweep=True, **_delta),
     "delta_rule grouped keys": OpMember(
         partial(_delta_inputs, decay="B T H", key_heads=1), **_delta | dict(forms=_kernel[:-1])
@@ -584,7 +584,9 @@ MIXERS = {
         slow=True,
     ),
     "LogLinearAttention": MixerMember(
-        partial(LogLinearAttention, WIDTH, num_heads=2, num_levels=4, chunk_size=CHUNK), extreme={"A_log": 20.0}
+        partial(LogLinearAttention, WIDTH, num_heads=2, num_levels=4, chunk_size=CHUNK),
+        extreme={"A_log": 20.0},
+        slow=True,
     ),
     "Comba": MixerMember(
         partial(Comba, WIDTH, num_heads=2, chunk_size=CHUNK),

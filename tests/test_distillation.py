@@ -93,6 +93,7 @@ def trained(model, loss, tokens, keys, steps=80):
         return jax.jit(jax.vmap(run))(keys)
 
 
+@pytest.mark.slow
 def test_a_student_of_half_the_depth_learns_more_from_its_teacher():
     """From little text: held-out text surprises it less than the same student, trained as long alone; three seeds."""
     rng = np.random.default_rng(0)

@@ -211,6 +211,7 @@ def test_orchid_meets_its_ablation(run, tmp_path):
     assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_long_range_reports_what_it_trained(run, tmp_path):
     """Two models on generated trees, one of them twice: scores, curves, a plot. What a kill left is found again."""
     out = tmp_path / "r"
@@ -329,6 +330,7 @@ def test_forecasting_of_ones_own_table(run, tmp_path):
     assert refused.returncode == 2 and "comes twice" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_gap_of_recall(run, texts, tmp_path):
     """All models at toy size; a run that was killed after two of them goes on with the third."""
     out = tmp_path / "r"

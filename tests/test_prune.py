@@ -125,6 +125,7 @@ def test_a_model_keeps_its_sparsity_through_training(by):
     assert abs(sparsity_of(params) - 0.6) < 0.01
 
 
+@pytest.mark.slow
 def test_half_of_the_weights_do():
     """A trained model loses half of its matrices in 100 steps and its held-out loss no more than 5 % after 200."""
     rng = np.random.default_rng(0)

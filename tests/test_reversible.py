@@ -68,6 +68,7 @@ def test_two_streams_as_in_the_equations():
         assert_close(ours, expected, 1e-8)
 
 
+@pytest.mark.slow
 def test_a_state_has_its_gradient():
     """Undoing goes through prefilled layers too: packed, from a state, with no mlp, to the states that it returns."""
     model = LanguageModel(VOCAB, WIDTH, (gla, None, attention, None) * 2, mlp=None, reversible=True)
@@ -112,6 +113,7 @@ def test_call_is_prefill_and_steps(shared):
     assert_close(decoded, whole, "mixer")
 
 
+@pytest.mark.slow
 def test_random_masks_are_drawn_again_the_same():
     """Dropout and rotations, in both passes; and layers that look at the whole sequence, which have no state."""
     stack = Stack(WIDTH, (partial(Reformer, num_heads=2, bucket_size=1),) * 2, dropout=0.3, reversible=True)
@@ -162,6 +164,7 @@ def test_layers_and_branches_drop_apart():
     assert counts.argmax() == 2  # of a binomial; masks that are the same would leave 0, 2 and 4 alone
 
 
+@pytest.mark.slow
 def test_what_layers_sow_comes_out_and_has_its_gradient():
     slots = (partial(SelectiveAttention, num_heads=2, selection_loss=3.0, budget=1), gru) * 2
     models = [LanguageModel(VOCAB, WIDTH, slots, reversible=r) for r in (True, False)]
@@ -178,6 +181,7 @@ def test_what_layers_sow_comes_out_and_has_its_gradient():
     assert path == plain and cost.shape == other.shape == (2,)
 
 
+@pytest.mark.slow
 def test_twelve_layers_in_float32():
     """What undoing rounds, as models start: 1e-5 of the gradient of each parameter (survey, arXiv 2103.14636)."""
     model = LanguageModel(VOCAB, WIDTH, (gru, attention) * 6, reversible=True)
@@ -186,6 +190,7 @@ def test_twelve_layers_in_float32():
     assert_close(*undone_and_kept(model, loss, params), 1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_has_streams_of_float32():
     """Undoing sums in bfloat16 would lose what they hold."""
     stack = Stack(WIDTH, (gru,) * 6, reversible=True, dtype=jnp.bfloat16)
