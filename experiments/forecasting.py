@@ -31,6 +31,7 @@ from jaxseq.layers.mlp import MLP
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.models import (
     ChimeraForecaster,
+    ChimeraGrid,
     ITransformer,
     LinearForecaster,
     PatchForecaster,
@@ -136,7 +137,9 @@ MODELS: dict[str, Callable[[Config], Any]] = {
     "s4d": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(S4D, state_size=64)), mlp=GatedMLP),
     "mamba": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(Mamba, num_layers=c.depth))),
     "itransformer": lambda c: ITransformer(c.horizon, **tokens(c, attention(c)), mlp=mlp(c)),
-    "chimera": lambda c: ChimeraForecaster(c.horizon, c.cell_width, c.depth, axes(c, TREND), axes(c, SEASON)),
+    "chimera": lambda c: ChimeraForecaster(
+        c.horizon, partial(ChimeraGrid, c.cell_width, c.depth, axes(c, TREND), axes(c, SEASON))
+    ),
 }
 #: Of one variate at a time, and the same for all.
 ALONE = ("dlinear", "rlinear", "patches")

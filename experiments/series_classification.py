@@ -28,7 +28,7 @@ from jaxseq import S4D, Attention, Classifier, Mamba
 from jaxseq.data import Labelled, SeriesSet, labelled_series, spoken_digits
 from jaxseq.layers import GatedMLP
 from jaxseq.mixers import LSTM
-from jaxseq.models import ChimeraClassifier
+from jaxseq.models import ChimeraClassifier, ChimeraGrid
 from jaxseq.models.chimera import SEASON, TREND
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 
@@ -101,7 +101,7 @@ def chimera(coupling: str, c: Config, classes: int, variates: int) -> nn.Module:
     """One variate alone has one direction."""
     fields = dict(state_size=c.states, coupling=coupling, bidirectional=variates > 1 and coupling != "time")
     trend, season = (partial(head, **fields) for head in (TREND, SEASON))
-    return ChimeraClassifier(classes, c.cell_width, c.depth, trend, season)
+    return ChimeraClassifier(classes, partial(ChimeraGrid, c.cell_width, c.depth, trend, season))
 
 
 def layered(slot: Callable[[Config], Any], c: Config, classes: int, variates: int, mlp: Any = GatedMLP) -> nn.Module:

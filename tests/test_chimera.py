@@ -11,7 +11,7 @@ from scipy.signal import convolve
 
 from jaxseq import ops
 from jaxseq.mixers import Chimera
-from jaxseq.models import ChimeraClassifier, ChimeraForecaster
+from jaxseq.models import ChimeraClassifier, ChimeraForecaster, ChimeraGrid
 
 ONE_WAY = dict(bidirectional=False)
 FIELDS = {
@@ -170,7 +170,7 @@ HEADS = dict(trend=partial(HEAD, coupling="time"), season=partial(HEAD, coupling
 
 
 def test_the_forecaster_keeps_scale_and_level():
-    x, model = drawn((2, 12, 3)), ChimeraForecaster(5, d_model=4, depth=1, **HEADS)
+    x, model = drawn((2, 12, 3)), ChimeraForecaster(5, partial(ChimeraGrid, 4, 1, **HEADS))
     params = jax.jit(model.init)(jax.random.key(0), x)
     forecast = jax.jit(model.apply)
     y = forecast(params, x)
@@ -179,7 +179,7 @@ def test_the_forecaster_keeps_scale_and_level():
 
 
 def test_the_classifier_leaves_out_padding():
-    x, model = drawn((2, 9, 3)), ChimeraClassifier(4, d_model=4, depth=1, **HEADS)
+    x, model = drawn((2, 9, 3)), ChimeraClassifier(4, partial(ChimeraGrid, 4, 1, **HEADS))
     params = jax.jit(model.init)(jax.random.key(0), x)
     logits, lengths = jax.jit(model.apply), jnp.asarray([5, 9])
     first, last = logits(params, x, lengths), logits(params, x.at[0, 5:].set(7.0), lengths)

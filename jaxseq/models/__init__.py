@@ -3,6 +3,7 @@
 from .block import Stack as Stack
 from .chimera import ChimeraClassifier as ChimeraClassifier
 from .chimera import ChimeraForecaster as ChimeraForecaster
+from .chimera import ChimeraGrid as ChimeraGrid
 from .classifier import Classifier as Classifier
 from .forecasters import LinearForecaster as LinearForecaster
 from .forecasters import PatchForecaster as PatchForecaster

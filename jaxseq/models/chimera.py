@@ -1,5 +1,6 @@
 """Chimera's blocks, and what forecasts and classifies with them."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -65,13 +66,16 @@ class ChimeraGrid(nn.Module):
 
 
 class ChimeraForecaster(nn.Module):
-    """Forecasts of all variates: one linear map of all cells of a variate, of windows of scale 1, scaled back."""
+    """Forecasts of all variates: one linear map of all cells of a variate, of windows of scale 1, scaled back.
+
+    `grid` makes a `ChimeraGrid`, as `partial(ChimeraGrid, d_model=8)` does.
+
+    Raises:
+      ValueError: `horizon` is below 1.
+    """
 
     horizon: int
-    d_model: int = 16
-    depth: int = 2
-    trend: Any = TREND
-    season: Any = SEASON
+    grid: Callable = ChimeraGrid
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -81,28 +85,31 @@ class ChimeraForecaster(nn.Module):
         if self.horizon < 1:
             raise ValueError(f"horizon={self.horizon} must be at least 1.")
         x, restored = instance_normalised(x)
-        names = ("d_model", "depth", "trend", "season", "dtype", "param_dtype")
-        h = ChimeraGrid(**{name: getattr(self, name) for name in names}, name="grid")(x)
+        h = self.grid(dtype=self.dtype, param_dtype=self.param_dtype, name="grid")(x)
         h = h.swapaxes(1, 2).reshape(*x.shape[::2], -1)
         return restored(fan_in_projection(self.horizon, "head", self, h.shape[-1])(h).swapaxes(1, 2))
 
 
 class ChimeraClassifier(nn.Module):
-    """Logits from the mean over time of every variate's cells; with `lengths` of the first so many of each window."""
+    """Logits from the mean over time of every variate's cells; with `lengths` of the first so many of each window.
+
+    `grid` is that of `ChimeraForecaster`.
+
+    Raises:
+      ValueError: `num_classes` is below 1.
+    """
 
     num_classes: int
-    d_model: int = 16
-    depth: int = 2
-    trend: Any = TREND
-    season: Any = SEASON
+    grid: Callable = ChimeraGrid
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B T V"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B _"]:
-        names = ("d_model", "depth", "trend", "season", "dtype", "param_dtype")
-        h = ChimeraGrid(**{name: getattr(self, name) for name in names}, name="grid")(x)
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes={self.num_classes} must be at least 1.")
+        h = self.grid(dtype=self.dtype, param_dtype=self.param_dtype, name="grid")(x)
         lengths = jnp.full(x.shape[:1], x.shape[1]) if lengths is None else lengths
         counted = (jnp.arange(x.shape[1])[None] < lengths[:, None]).astype(h.dtype)
         pooled = jnp.einsum("btvd,bt->bvd", h, counted / jnp.maximum(counted.sum(1, keepdims=True), 1))

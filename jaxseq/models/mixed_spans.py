@@ -57,7 +57,8 @@ def rearranged(params: Mapping[str, Any], mixers: tuple[Slot, ...]) -> dict[str,
     """Parameters of a model with other slots, as the model with these `mixers` holds them.
 
     All slots of both have parameters of the same names and shapes, as `Attention` has with any span: so weights of a
-    model with full attention load into every schedule. A model stacks the layers of each slot of its repeating pattern.
+    model with full attention load into every schedule. A model stacks the layers of each slot of its repeating pattern,
+    but for one with `shared` layers, which has nothing to rearrange.
 
     Raises:
       ValueError: the parameters are of another number of layers.

@@ -19,6 +19,9 @@ class Tagger(nn.Module):
 
     Mixers may look at the whole sequence, as those of `LanguageModel` may not. With `positions` `sinusoids` are added
     to the embedding, for mixers that do not know the order of tokens. The fields from `mlp` on are those of `Stack`.
+
+    Raises:
+      ValueError: `vocab_size` or `num_classes` is below 1.
     """
 
     vocab_size: int
@@ -37,6 +40,10 @@ class Tagger(nn.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T _"]:
+        if self.vocab_size < 1 or self.num_classes < 1:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} and num_classes={self.num_classes}; Tagger takes 1 or more."
+            )
         x = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, name="encoder")(tokens)
         if self.positions:
             waves = sinusoids(tokens.shape[1], self.d_model).astype(x.dtype)
