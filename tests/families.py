@@ -594,6 +594,9 @@ MIXERS = {
         gradient="mixer strong",
         slow=True,
     ),
+    "Comba value heads": MixerMember(
+        partial(Comba, WIDTH, num_heads=1, num_value_heads=2, chunk_size=CHUNK), cheap=True
+    ),
     "LightNet": MixerMember(
         partial(LightNet, WIDTH, num_heads=2, gate_rank=3, chunk_size=CHUNK), extreme={"k_proj/kernel": 1e4}, slow=True
     ),
@@ -622,13 +625,16 @@ MIXERS = {
         extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
         slow=True,
     ),
+    "RetNet conv grouped": MixerMember(
+        partial(RetNet, WIDTH, num_heads=2, num_kv_heads=1, conv_window=4, chunk_size=CHUNK), cheap=True
+    ),
     "HGRN": MixerMember(partial(HGRN, WIDTH, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}, slow=True),
-    "HGRN bounded": MixerMember(partial(HGRN, WIDTH, lower_bound=0.3), cheap=True),
+    "HGRN bounded conv": MixerMember(partial(HGRN, WIDTH, lower_bound=0.3, conv_window=4), cheap=True),
     "HGRN2": MixerMember(
         partial(HGRN2, WIDTH, num_heads=2, chunk_size=CHUNK), extreme={"decay_proj/kernel": 1e4}, slow=True
     ),
-    "HGRN2 bounded": MixerMember(
-        partial(HGRN2, WIDTH, num_heads=2, lower_bound=tuple(n / 8 for n in range(WIDTH))), cheap=True
+    "HGRN2 bounded conv": MixerMember(
+        partial(HGRN2, WIDTH, num_heads=2, lower_bound=tuple(n / 8 for n in range(WIDTH)), conv_window=4), cheap=True
     ),
     "LinearAttention": MixerMember(
         partial(LinearAttention, WIDTH, num_heads=2, expand_v=2.0, norm_eps=1e-5, chunk_size=CHUNK),

@@ -1,6 +1,6 @@
 """The causal depthwise convolution that stands in front of many recurrences."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,17 +37,26 @@ class ShortConvolution(nn.Module):
 
 
 def convolved(
-    module: nn.Module, x: Array, widths: dict[str, int], states: tuple, segment_ids, activated: bool = True
+    module: nn.Module,
+    x: Array,
+    widths: dict[str, int],
+    states: tuple,
+    segment_ids,
+    silu: Literal["always", "convolved", "never"] = "always",
 ) -> tuple[list, tuple]:
     """A projection `name_proj` of x for every width and, where the module has a `conv_window`, its convolution.
 
-    SiLU comes last, without a convolution only if `activated`.
+    SiLU comes last: "always", of what is "convolved" alone, or "never".
     """
     projected = [projection(width, f"{name}_proj", module)(x) for name, width in widths.items()]
     if not module.conv_window:
-        return [nn.silu(x) if activated else x for x in projected], ()
+        return [nn.silu(x) if silu == "always" else x for x in projected], ()
     convolve = lambda name, x, before: ShortConvolution(
-        module.conv_window, dtype=module.dtype, param_dtype=module.param_dtype, name=f"{name}_conv"
+        module.conv_window,
+        activated=silu != "never",
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        name=f"{name}_conv",
     )(x, before, segment_ids)
     outputs, states = zip(*map(convolve, widths, projected, states), strict=True)
     return list(outputs), states

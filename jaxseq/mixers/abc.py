@@ -47,7 +47,7 @@ class ABC(Mixer):
         H, (K, V) = self.num_heads, self._sizes()
         state = self.start(x) if state is None else state
         widths = {"q": H * K, "k": H * K, "v": H * V}
-        (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids, activated=False)
+        (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids, silu="convolved")
         w = projection(H * self.num_slots, "slot_proj", self)(x)
         s, g, _, log_sum = rescaled(None, w.astype(accumulator(w.dtype)), state.log_sum, segment_ids)
         s, g = split_heads(s.astype(v.dtype), self.num_slots), split_heads(g, self.num_slots)

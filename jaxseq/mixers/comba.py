@@ -25,12 +25,14 @@ class Comba(Mixer):
 
     Queries, keys and values go through a causal convolution and SiLU; keys, and queries once corrected, are then unit
     vectors. D and c, per head, start at `correction` (0.02 for small models, in the authors' code) and at one. The
-    decays start as in `GatedDeltaNet`. `output_gate` False leaves σ(x_t W_g) out. The paper erases along σ(c) k; its
+    decays start as in `GatedDeltaNet`. `num_heads` heads of query and key, D and c each serve a run of the
+    `num_value_heads`, as many when None. `output_gate` False leaves σ(x_t W_g) out. The paper erases along σ(c) k; its
     authors' code makes that a unit vector, as here.
     """
 
     d_model: int
     num_heads: int = 4
+    num_value_heads: int | None = None
     expand_k: float = 1.0
     expand_v: float = 1.0
     correction: float = 1.0
@@ -46,27 +48,28 @@ class Comba(Mixer):
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "Comba")
-        H, (K, V) = self.num_heads, self._sizes()
+        H, (heads, K, V) = self.num_heads, self._sizes()
         state = self.start(x) if state is None else state
-        (q, k, v), conv = convolved(self, x, {"q": H * K, "k": H * K, "v": H * V}, state.conv, segment_ids)
+        (q, k, v), conv = convolved(self, x, {"q": H * K, "k": H * K, "v": heads * V}, state.conv, segment_ids)
         q, k, v = split_heads(q, K), split_heads(k, K), split_heads(v, V)
         first = {"D": self.correction, "c": 1.0}
         D, c = (self.param(name, nn.initializers.constant(x), (H,), self.param_dtype) for name, x in first.items())
         q = unit(q - (D * nn.sigmoid(c)).astype(k.dtype)[None, None, :, None] * k)
-        k = unit(k)
-        beta = nn.sigmoid(projection(H, "beta_proj", self)(x).astype(accumulator(x.dtype)))[..., None].astype(v.dtype)
+        q, k = (jnp.repeat(a, heads // H, axis=2) for a in (q, unit(k)))
+        beta = nn.sigmoid(projection(heads, "beta_proj", self)(x).astype(accumulator(x.dtype)))
+        beta = beta[..., None].astype(v.dtype)
         o, matrix = ops.dplr_recurrence(
-            q, k, beta * v, k, -beta * k, softplus_decay(self, x, H), initial_state=state.matrix,
+            q, k, beta * v, k, -beta * k, softplus_decay(self, x, heads), initial_state=state.matrix,
             segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
         return head_readout(self, o, x, nn.sigmoid), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:
-        H, (K, V) = self.num_heads, self._sizes()
-        return empty_matrix_state(self, batch_size, (H, K, V), (H * K, H * K, H * V), dtype)
+        H, (heads, K, V) = self.num_heads, self._sizes()
+        return empty_matrix_state(self, batch_size, (heads, K, V), (H * K, H * K, heads * V), dtype)
 
     @nn.nowrap
-    def _sizes(self) -> tuple[int, ...]:
-        """Key width and value width per head."""
-        return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
+    def _sizes(self) -> tuple[int, int, int]:
+        """Value heads, key width and value width per head."""
+        return self.value_heads(self.num_heads, self.num_value_heads, self.expand_k, self.expand_v)

@@ -58,7 +58,7 @@ class GLA(Mixer):
         heads, kv_heads, K, V = self._sizes()
         state = self.start(x) if state is None else state
         widths = {"q": heads * K, "k": kv_heads * K, "v": kv_heads * V}
-        (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids, activated=False)
+        (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids, silu="convolved")
         q, k, v = split_heads(q, K), split_heads(k, K), split_heads(v, V)
         k, v = (jnp.repeat(a, heads // kv_heads, axis=2) for a in (k, v))
         o, matrix = ops.gated_linear_attention(

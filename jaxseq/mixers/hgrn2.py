@@ -1,19 +1,17 @@
 """HGRN2: the gated recurrent network with a state of outer products."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
 from ..layers.decays import bounded_decay
+from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
+from ..layers.short_convolution import convolved
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
-
-
-class HGRN2State(NamedTuple):
-    matrix: Float[Array, "B H K V"]
 
 
 class HGRN2(Mixer):
@@ -24,12 +22,13 @@ class HGRN2(Mixer):
 
     `lower_bound` b is a number or a tuple of one per channel, larger in higher layers of a model so that these remember
     for longer: the authors learn it, as sums over layers of a softmax. The norm is over all heads together; the
-    authors' heads are 128 channels wide.
+    authors' heads are 128 channels wide. `conv_window` puts a causal convolution behind W_q, W_f and that of v.
     """
 
     d_model: int
     num_heads: int = 4
     lower_bound: float | tuple[float, ...] = 0.0
+    conv_window: int | None = None
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -41,19 +40,20 @@ class HGRN2(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "HGRN2")
         state = self.start(x) if state is None else state
-        q, z, v = (projection(self.d_model, f"{name}_proj", self)(x) for name in ("q", "decay", "v"))
+        widths = dict.fromkeys(("q", "decay", "v"), self.d_model)
+        (q, z, v), conv = convolved(self, x, widths, state.conv, segment_ids, silu="never")
         g, k = bounded_decay(z.astype(accumulator(z.dtype)), self.lower_bound)
         q, k, v, g = (split_heads(a, self._width()) for a in (nn.silu(q), k.astype(q.dtype), v, g))
         o, matrix = ops.gated_linear_attention(
             q, k, v, g, initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl
         )
         o = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(o.reshape(x.shape))
-        return projection(self.d_model, "out_proj", self)(o), HGRN2State(matrix.astype(state.matrix.dtype))
+        return projection(self.d_model, "out_proj", self)(o), MatrixState(matrix.astype(state.matrix.dtype), conv)
 
     @nn.nowrap
-    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> HGRN2State:
+    def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MatrixState:
         width = self._width()
-        return HGRN2State(jnp.zeros((batch_size, self.num_heads, width, width), accumulator(dtype)))
+        return empty_matrix_state(self, batch_size, (self.num_heads, width, width), (self.d_model,) * 3, dtype)
 
     @nn.nowrap
     def _width(self) -> int:
