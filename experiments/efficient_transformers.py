@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseq.analysis import Case, TokenNats, exponent, side_by_side
-from jaxseq.data import BEGIN, VOCABULARY, TextConfig, TextWindows, evaluation_windows
+from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, masked
 from jaxseq.layers import Bidirectional
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import (
@@ -230,13 +230,11 @@ def text_task(config: Config) -> dict[str, Any]:
     """Bytes of which some are hidden, by BEGIN in their place."""
     text, context = config.data.corpus(), config.data.context
     windows = TextWindows(text.train, context, config.train.batch_size, config.seed)
-    test = evaluation_windows(text.test, context)
-    test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
+    test = evaluation_windows(text.test, context, config.test_windows)
 
     def hidden(targets, step: int):
-        mask = np.random.default_rng((config.seed, step)).random(targets.shape) < config.hidden
-        labels = np.where(mask, targets, -100).astype(np.int32)
-        return {"inputs": np.where(mask, BEGIN, targets).astype(np.int32), "labels": labels}
+        inputs, labels = masked(targets, config.hidden, np.random.default_rng((config.seed, step)))
+        return {"inputs": inputs, "labels": labels}
 
     batches = lambda step: hidden(windows.batch(step)["targets"], step + 1)
     sizes = {"vocabulary": VOCABULARY, "length": context, "bytes": len(windows.text)}

@@ -155,8 +155,7 @@ def measure(run: Run[Config]) -> None:
     config, context, longer = run.config, run.config.data.context, run.config.longer()
     text = config.data.corpus()
     windows = partial(TextWindows, text.train, seed=config.seed, packed=config.data.packed)
-    test = evaluation_windows(text.test, context)
-    test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
+    test = evaluation_windows(text.test, context, config.test_windows)
     run.require_same(bytes=sum(len(document.content) for document in text.train), windows=len(test))
 
     def fitted(part: str, model: LanguageModel, init, train: TrainConfig, length: int):

@@ -117,8 +117,7 @@ def measure(run: Run[Config]) -> None:
     config, context = run.config, run.config.data.context
     text = config.data.corpus()
     windows = TextWindows(text.train, context, config.train.batch_size, config.seed, packed=config.data.packed)
-    test = evaluation_windows(text.test, context)
-    test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
+    test = evaluation_windows(text.test, context, config.test_windows)
     prompt = np.resize(np.frombuffer(joined(text.test), np.uint8), (1, max(config.contexts))).astype(np.int32)
     run.require_same(bytes=len(windows.text))
     table = {}

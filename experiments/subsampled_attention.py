@@ -120,8 +120,7 @@ def measure(run: Run[Config]) -> None:
     config, context = run.config, run.config.data.context
     text = config.data.corpus()
     windows = TextWindows(text.train, context, config.train.batch_size, config.seed, packed=config.data.packed)
-    test = evaluation_windows(text.test, context)
-    test = test[np.linspace(0, len(test) - 1, min(config.test_windows, len(test))).astype(int)]
+    test = evaluation_windows(text.test, context, config.test_windows)
     run.require_same(bytes=len(windows.text), windows=len(test))
     dense, sampled = (build(config, subsample) for subsample in (False, True))
     (first, last), ways = config.phases(), readers(config, dense, sampled)

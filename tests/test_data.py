@@ -20,6 +20,7 @@ from jaxseq.data import (
     encoded,
     evaluation_windows,
     joined,
+    masked,
     token_batches,
     whole_windows,
     with_begin,
@@ -253,9 +254,24 @@ def test_evaluation_windows_are_the_text_in_order():
     text = documents(50, 53)
     windows = evaluation_windows(text, 10)
     assert windows.shape == (10, 10) and windows.tobytes() == joined(text)[:100]
+    np.testing.assert_array_equal(evaluation_windows(text, 10, most=4), windows[[0, 3, 6, 9]])
+    np.testing.assert_array_equal(evaluation_windows(text, 10, most=40), windows)
     inputs = with_begin(windows)
     assert inputs.dtype == np.int32 and (inputs[:, 0] == BEGIN).all()
     np.testing.assert_array_equal(inputs[:, 1:], windows[:, :-1])
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95), st.booleans())
+def test_masked_tokens_are_the_labels(seed, share, bytes_alone):
+    """In bytes, of which evaluation windows are, there is neither BEGIN nor −100."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 256, (3, 40), np.uint8 if bytes_alone else np.int32)
+    inputs, labels = masked(tokens, share, rng)
+    hidden = labels != -100
+    assert inputs.dtype == labels.dtype == np.int32
+    np.testing.assert_array_equal(inputs[hidden], BEGIN)
+    np.testing.assert_array_equal(np.where(hidden, labels, inputs), tokens)
+    assert abs(hidden.mean() - share) < 0.25
 
 
 def test_prompt_round_trip():
@@ -284,6 +300,10 @@ def test_bad_windows_are_named(change, message):
 def test_bad_tokens_and_steps_are_named():
     with pytest.raises(ValueError, match="token 257 is outside the vocabulary; bytes are 0 … 255, BEGIN is 256"):
         with_begin(np.array([[65, VOCABULARY]]))
+    with pytest.raises(ValueError, match="most=0; choose 1 or more"):
+        evaluation_windows(documents(60), 10, most=0)
+    with pytest.raises(ValueError, match="share=1.0; masked takes a number above 0 and below 1"):
+        masked(np.zeros((1, 3), np.uint8), 1.0, np.random.default_rng(0))
     with pytest.raises(ValueError, match="token -1 is outside"):
         decode([65, -1])
     with pytest.raises(ValueError, match="step=-1; choose 0 or more"):

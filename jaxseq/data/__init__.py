@@ -25,6 +25,7 @@ from .text import TextWindows as TextWindows
 from .text import decode as decode
 from .text import encode as encode
 from .text import evaluation_windows as evaluation_windows
+from .text import masked as masked
 from .text import with_begin as with_begin
 from .tokens import byte_pairs as byte_pairs
 from .tokens import encoded as encoded

@@ -79,14 +79,21 @@ class _Epoch(NamedTuple):
     shift: Int64[np.ndarray, " documents"]
 
 
-def evaluation_windows(documents: Sequence[Document], length: int) -> UInt8[np.ndarray, "N T"]:
+def evaluation_windows(
+    documents: Sequence[Document], length: int, most: int | None = None
+) -> UInt8[np.ndarray, "N T"]:
     """The text cut into windows in order, without overlap; a tail shorter than `length` is left out.
 
+    Of more than `most` of them, as many that are evenly spread.
+
     Raises:
-      ValueError: `length` below 1, or less text than one window.
+      ValueError: `length` or `most` below 1, or less text than one window.
     """
+    if most is not None and most < 1:
+        raise ValueError(f"most={most}; choose 1 or more.")
     text = _text(documents, length)
-    return text[: len(text) // length * length].reshape(-1, length)
+    windows = text[: len(text) // length * length].reshape(-1, length)
+    return windows[np.linspace(0, len(windows) - 1, min(most or len(windows), len(windows))).astype(int)]
 
 
 def with_begin(targets: Integer[np.ndarray, "*B T"]) -> Int32[np.ndarray, "*B T"]:
@@ -98,6 +105,21 @@ def with_begin(targets: Integer[np.ndarray, "*B T"]) -> Int32[np.ndarray, "*B T"
     inputs = np.roll(_checked(targets).astype(np.int32), 1, axis=-1)
     inputs[..., 0] = BEGIN
     return inputs
+
+
+def masked(
+    targets: Integer[np.ndarray, "*B T"], share: float, rng: np.random.Generator
+) -> tuple[Int32[np.ndarray, "*B T"], Int32[np.ndarray, "*B T"]]:
+    """Inputs with BEGIN in the place of a share of the tokens, and labels: what stood there, −100 elsewhere.
+
+    Raises:
+      ValueError: a token outside the vocabulary, or a share outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share={share}; masked takes a number above 0 and below 1.")
+    tokens = _checked(targets).astype(np.int32)  # in bytes BEGIN would be 0, and −100 a token
+    hidden = rng.random(tokens.shape) < share
+    return np.where(hidden, BEGIN, tokens), np.where(hidden, tokens, -100)
 
 
 def encode(prompt: str) -> Int32[np.ndarray, " T"]:
