@@ -129,9 +129,21 @@ def ejkernel_dplr(module, q, k, v, a, b, g):
     return module.rwkv7(q, g, k, v, b, a)
 
 
-#: Other libraries' forms of our ops, on the same inputs: a column each where they are installed.
+def mamba2_jax_ssd(module, q, k, v, g):
+    """With A = −1 the steps are the decays; values come divided by them, and steps as what softplus makes them of."""
+    heads, step = jnp.ones(q.shape[2]), -g
+    out, final = module.ssd_forward(
+        v / step[..., None], jnp.log(jnp.expm1(step)), -heads, k, q * q.shape[-1] ** -0.5, chunk_size=64,
+        D=0 * heads, dt_bias=0 * heads, dt_min=0.0, dt_max=jnp.inf, return_final_states=True,
+    )  # fmt: skip
+    return out, final
+
+
+#: Other libraries' forms of our ops, on the same inputs: a column each where they are installed. What ejkernel has for
+#: GLA and RWKV-6 is a loop, without a gradient under jit.
 PEERS: dict[str, tuple[str, Callable]] = {
     "linear_recurrence": ("recurrentgemma.jax.scan", recurrentgemma_scan),
+    "gated_linear_attention/scalar_gate": ("mamba2_jax.modeling", mamba2_jax_ssd),
     "delta_rule/scalar_gate": ("ejkernel.kernels._xla.gated_delta_rule", ejkernel_delta_rule),
     "delta_rule/no_gate": ("ejkernel.kernels._xla.gated_delta_rule", ejkernel_delta_rule),
     "dplr_recurrence": ("ejkernel.kernels._xla.rwkv7", ejkernel_dplr),
@@ -166,7 +178,8 @@ def cases(config: Config) -> Iterator[Case]:
         heads = (max(1, config.batch // 2), T, config.heads)
         wide = (*heads, config.head_width)
         for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
-            yield Case(f"gated_linear_attention/{name}", T, partial(attended, config, wide, gate), gla)
+            op = f"gated_linear_attention/{name}"
+            yield Case(op, T, partial(attended, config, wide, gate), gla | peers(op))
         corrected = forms(ops.delta_rule, "sequential", "chunked", None)
         for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
             op = f"delta_rule/{name}"
