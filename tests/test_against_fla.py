@@ -18,12 +18,12 @@ from recorded import load, recorded, with_gradients
 from jaxseq import GLA, LanguageModel, ops
 from jaxseq.interop import fla_layer
 from jaxseq.layers import GatedMLP
-from jaxseq.layers.delta_product import delta_product
 from jaxseq.layers.feature_maps import quadratic, taylor
-from jaxseq.layers.mesa import mesa
 from jaxseq.layers.normalised import normalised_attention
-from jaxseq.layers.rescaled import rescaled
-from jaxseq.layers.slot_attention import slot_attention
+from jaxseq.ops.delta_product import delta_product
+from jaxseq.ops.mesa import mesa
+from jaxseq.ops.rescaled import rescaled
+from jaxseq.ops.slot_attention import slot_attention
 
 # ---- ops: each takes the recorded inputs by their recorded names, and returns what was recorded ---------------------
 

@@ -79,9 +79,7 @@ class _Epoch(NamedTuple):
     shift: Int64[np.ndarray, " documents"]
 
 
-def evaluation_windows(
-    documents: Sequence[Document], length: int, most: int | None = None
-) -> UInt8[np.ndarray, "N T"]:
+def evaluation_windows(documents: Sequence[Document], length: int, most: int | None = None) -> UInt8[np.ndarray, "N T"]:
     """The text cut into windows in order, without overlap; a tail shorter than `length` is left out.
 
     Of more than `most` of them, as many that are evenly spread.

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
+from .. import ops
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
-from ..layers.rescaled import rescaled
 from ..layers.short_convolution import convolved, empty_convolutions
-from ..layers.slot_attention import slot_attention
+from ..ops.rescaled import rescaled
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -51,7 +51,7 @@ class ABC(Mixer):
         w = projection(H * self.num_slots, "slot_proj", self)(x)
         s, g, _, log_sum = rescaled(None, w.astype(accumulator(w.dtype)), state.log_sum, segment_ids)
         s, g = split_heads(s.astype(v.dtype), self.num_slots), split_heads(g, self.num_slots)
-        o, keys, values = slot_attention(
+        o, keys, values = ops.slot_attention(
             split_heads(q, K), split_heads(k, K), split_heads(v, V), s, g, state.keys, state.values, scale=K**-0.5,
             segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip

@@ -5,8 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from .. import ops
 from ..layers.decays import softplus_decay
-from ..layers.delta_product import delta_product
 from ..layers.head_readout import head_readout
 from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer, at_least
@@ -60,7 +60,7 @@ class GatedDeltaNet(Mixer):
         q, k, v = unit(split_heads(q, K)), unit(each(k, K)), each(v, V)
         beta = nn.sigmoid(projection(n * heads, "beta_proj", self)(x).astype(accumulator(x.dtype)))
         decay = softplus_decay(self, x, heads) if self.forget_gate else None
-        o, matrix = delta_product(
+        o, matrix = ops.delta_product(
             q, k, v, each(2 * beta if self.negative_eigenvalues else beta), decay,
             initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .. import ops
 from ..layers.mixer import Mixer, above_zero, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
-from ..layers.slot_attention import slot_attention
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -58,7 +58,7 @@ class GSA(Mixer):
         served = lambda z: jnp.repeat(z, heads // kv_heads, axis=2)
         q, k, v, g = split_heads(q, K), served(split_heads(k, K)), served(split_heads(v, V)), served(g)
         s = -jnp.expm1(g).astype(v.dtype)
-        o, keys, values = slot_attention(
+        o, keys, values = ops.slot_attention(
             q, k, v, s, g, state.keys, state.values, scale=1.0, segment_ids=segment_ids, chunk_size=self.chunk_size,
             impl=self.impl,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from .. import ops
 from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
-from ..layers.rescaled import rescaled
+from ..ops.rescaled import rescaled
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 

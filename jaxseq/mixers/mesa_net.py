@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import ops
 from ..layers.head_readout import head_readout
-from ..layers.mesa import MesaState, mesa
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
+from ..ops.mesa import MesaState
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -59,7 +60,7 @@ class MesaNet(Mixer):
         gate = lambda name: projection(H, f"{name}_proj", self, use_bias=True)(x).astype(wide)
         start = nn.initializers.constant(np.log(np.expm1(0.75)))
         ridge = nn.softplus(self.param("ridge", start, (H, K), self.param_dtype).astype(wide)) + 0.25
-        o, memory = mesa(
+        o, memory = ops.mesa(
             q, k, v, nn.sigmoid(gate("beta")), jax.nn.log_sigmoid(gate("decay")), ridge, state.memory,
             steps=self.solver_steps, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip

@@ -13,8 +13,8 @@ from ..layers.head_norm import head_norm
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import with_ones
 from ..layers.projection import projection, split_heads
-from ..layers.rescaled import rescaled
 from ..layers.short_convolution import ShortConvolution
+from ..ops.rescaled import rescaled
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 

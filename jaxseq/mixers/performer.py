@@ -11,7 +11,7 @@ from .. import ops
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.random_features import log_positive_features, orthogonal_features
-from ..layers.rescaled import rescaled
+from ..ops.rescaled import rescaled
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 from ..sharded import check_whole
 

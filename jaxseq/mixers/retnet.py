@@ -13,7 +13,7 @@ from ..layers.mixer import Mixer
 from ..layers.projection import split_heads
 from ..layers.rotary import rotary
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, check_width, typed
 from ..sharded import devices, first_position
 
 

@@ -3,6 +3,7 @@
 from .block_sparse_attention import block_sparse_attention as block_sparse_attention
 from .convolution import long_convolution as long_convolution
 from .convolution import short_convolution as short_convolution
+from .delta_product import delta_product as delta_product
 from .delta_rule import delta_rule as delta_rule
 from .dplr_recurrence import dplr_recurrence as dplr_recurrence
 from .dplr_state_space import dplr_kernel as dplr_kernel
@@ -29,10 +30,12 @@ from .log_linear_attention import log_linear_attention as log_linear_attention
 from .log_matmul import log_matmul as log_matmul
 from .log_recurrence import log_recurrence as log_recurrence
 from .lsh_attention import lsh_attention as lsh_attention
+from .mesa import mesa as mesa
 from .nonlinear_recurrence import nonlinear_recurrence as nonlinear_recurrence
 from .path_attention import path_attention as path_attention
 from .path_attention import reflected_keys as reflected_keys
 from .selective_scan import selective_scan as selective_scan
+from .slot_attention import slot_attention as slot_attention
 from .softmax_attention import softmax_attention as softmax_attention
 from .state_space import diagonal_kernel as diagonal_kernel
 from .state_space import diagonal_state_space as diagonal_state_space

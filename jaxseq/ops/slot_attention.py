@@ -4,8 +4,8 @@ from functools import partial
 
 import jax
 
-from .. import ops
 from ..shapes import Array, Float, typed
+from .gated_linear_attention import gated_linear_attention
 
 
 @typed
@@ -26,10 +26,10 @@ def slot_attention(
         K_t = K_{t-1} diag(exp g_t) + k_t s_tᵀ        V_t = diag(exp g_t) V_{t-1} + s_t v_tᵀ
         o_t = V_tᵀ softmax(scale · K_tᵀ q_t)        (GSA, arXiv 2409.07146, section 3)
 
-    Two passes of `ops.gated_linear_attention`, which takes the `options`: which slots a query finds, and what is in
+    Two passes of `gated_linear_attention`, which takes the `options`: which slots a query finds, and what is in
     them.
     """
-    read = partial(ops.gated_linear_attention, log_decay=log_decay, **options)
+    read = partial(gated_linear_attention, log_decay=log_decay, **options)
     found, keys = read(query, key, write, scale=scale, initial_state=keys, decay_axis="value")
     o, values = read(jax.nn.softmax(found), write, value, scale=1.0, initial_state=values)
     return o, keys, values

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import ops
-from ..ops.convolution import taps
-from ..ops.log_matmul import Semiring
 from ..shapes import Array, Float, Int, typed
+from .convolution import taps
+from .log_matmul import Semiring
+from .log_recurrence import log_recurrence
 
 
 class Rescaled(NamedTuple):
@@ -34,7 +34,7 @@ def rescaled(
     the weights must not depend on m, and no gradient goes through it. f is zero when None.
     """
     moving = log_decay, log_weight
-    m, final = ops.log_recurrence(
+    m, final = log_recurrence(
         *(jax.lax.stop_gradient(moving) if semiring == "max_plus" else moving),
         initial_state=last[:, 0],
         segment_ids=segment_ids,

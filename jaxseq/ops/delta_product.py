@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from .. import ops
 from ..shapes import Array, Float, Int, typed
+from .delta_rule import delta_rule
 
 
 @typed
@@ -17,7 +17,7 @@ def delta_product(
     segment_ids: Int[Array, "B T"] | None = None,
     **options,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """`ops.delta_rule` with n keys and values a token, one after the other (DeltaProduct, arXiv 2502.10297, section 3).
+    """`delta_rule` with n keys and values a token, one after the other (DeltaProduct, arXiv 2502.10297, section 3).
 
         S_t0 = exp(g_t) S_{t-1}        S_ti = S_t,i-1 + β_ti k_ti (v_ti − S_t,i-1ᵀ k_ti)ᵀ, i = 1 … n
         o_t = K^-½ S_tnᵀ q_t
@@ -28,10 +28,10 @@ def delta_product(
     batch, length, n = key.shape[:3]
     if n == 1:
         one = (x[:, :, 0] for x in (key, value, beta))
-        return ops.delta_rule(query, *one, log_decay, segment_ids=segment_ids, **options)
+        return delta_rule(query, *one, log_decay, segment_ids=segment_ids, **options)
     long = lambda x: x.reshape(batch, length * n, *x.shape[3:])
     at = lambda i, x: long(jnp.zeros((batch, length, n, *x.shape[2:]), x.dtype).at[:, :, i].set(x))
     ids = None if segment_ids is None else jnp.repeat(segment_ids, n, axis=1)
     decay = None if log_decay is None else at(0, log_decay)
-    o, S = ops.delta_rule(at(n - 1, query), long(key), long(value), long(beta), decay, segment_ids=ids, **options)
+    o, S = delta_rule(at(n - 1, query), long(key), long(value), long(beta), decay, segment_ids=ids, **options)
     return o[:, n - 1 :: n], S

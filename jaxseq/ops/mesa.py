@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import ops
 from ..shapes import Array, Float, accumulator, typed, zeros_from
+from .gated_linear_attention import gated_linear_attention
 
 
 class MesaState(NamedTuple):
@@ -35,7 +35,7 @@ def mesa(
         o_t = G_tᵀ (H_t + diag λ)⁻¹ q_t        (MesaNet, arXiv 2506.05233)
 
     λ, `ridge`, is above 0. The system is solved by `steps` conjugate gradients, for all tokens at once: H_t p_t is
-    `ops.gated_linear_attention` with p as the query, which takes the `options`. The gradient is that of the exact
+    `gated_linear_attention` with p as the query, which takes the `options`. The gradient is that of the exact
     solution, by one more solve.
     """
     wide = accumulator(query.dtype)
@@ -45,7 +45,7 @@ def mesa(
     batch, _, heads, K = key.shape
     keys = zeros_from(query, (batch, heads, K, K), wide, plus=keys)
     ridge = zeros_from(query, (heads, K), wide, plus=ridge)
-    attend = partial(ops.gated_linear_attention, key=written, log_decay=log_decay, scale=1.0, **options)
+    attend = partial(gated_linear_attention, key=written, log_decay=log_decay, scale=1.0, **options)
     over_keys = partial(attend, value=key.astype(wide), initial_state=keys)
     system = lambda p: over_keys(p)[0] + ridge[None, None] * p
     solve = partial(conjugate_gradients, steps=steps)
