@@ -417,8 +417,47 @@ def _nonlinear(inputs, segment_ids, impl, **options):
     return states["h"], final["c"]
 
 
+def _slot_inputs(rng, T, strength):
+    inputs = _gla_inputs(rng, T, strength) | {"write": rng.uniform(0, 1, (2, T, 2, 5))}
+    inputs |= {"log_decay": log_decays(rng, (2, T, 2, 5), strength)}
+    return inputs | {"initial_state": {"keys": _normal(rng, 2, 2, 4, 5), "values": _normal(rng, 2, 2, 5, 3)}}
+
+
+def _slots(inputs, segment_ids, impl):
+    inputs = inputs | {"initial_state": ops.SlotState(**inputs["initial_state"])}
+    o, final = _matrix_state(ops.slot_attention, inputs, segment_ids, impl)
+    return o, final._asdict()
+
+
+def _mesa_inputs(rng, T, strength):
+    """A system that is not near singular: unit keys, and a ridge of about one."""
+    inputs = _delta_inputs(rng, T, strength, "B T H") | {"ridge": rng.uniform(0.5, 1.5, (2, 4))}
+    return inputs | {"initial_state": {"keys": np.zeros((2, 2, 4, 4)), "values": _normal(rng, 2, 2, 4, 3)}}
+
+
+def _mesa(inputs, segment_ids, impl):
+    inputs = inputs | {"initial_state": ops.MesaState(**inputs["initial_state"])}
+    o, final = _matrix_state(ops.mesa, inputs, segment_ids, impl)
+    return o, final._asdict()
+
+
+def _product_inputs(rng, T, strength):
+    inputs = _delta_inputs(rng, T, strength, "B T H")
+    three = lambda x: x[:, :, None].repeat(3, axis=2) * rng.uniform(0.5, 1, (*x.shape[:2], 3, *x.shape[2:]))
+    return inputs | {
+        "key": _unit(_normal(rng, 2, T, 3, 2, 4)),
+        "value": three(inputs["value"]),
+        "beta": three(inputs["beta"]),
+    }
+
+
+def _normal(rng, *shape):
+    return rng.standard_normal(shape)
+
+
 _recurrent = dict(moving=("decay", "inputs"), forms=("sequential", "parallel", "chunked", "in_place", "pallas"))
 _kernel = ("sequential", "parallel", "chunked", "pallas")
+_composed = ("sequential", "chunked")  # of ops whose other forms are tested by themselves
 _tokens = ("query", "key", "value", "log_decay", "beta", "a", "b")
 _linear, _delta, _dplr = (
     dict(call=partial(_matrix_state, op), moving=_tokens, forms=_kernel)
@@ -449,6 +488,9 @@ OPS = {
         partial(_delta_inputs, decay="B T H", key_heads=1), **_delta | dict(forms=_kernel[:-1])
     ),
     "dplr_recurrence": OpMember(_dplr_inputs, sweep=True, **_dplr),
+    "delta_product": OpMember(_product_inputs, partial(_matrix_state, ops.delta_product), _composed, moving=_tokens),
+    "slot_attention": OpMember(_slot_inputs, _slots, _composed, moving=(*_tokens, "write")),
+    "mesa": OpMember(_mesa_inputs, _mesa, _composed, moving=_tokens),
     "selective_scan": OpMember(_selective_inputs, _selective, _kernel, sweep=True, moving=("x", "dt", "B", "C")),
     "selective_scan groups": OpMember(
         partial(_selective_inputs, shape=("B", "T", "G", "N")), _selective, moving=("x", "dt", "B", "C")

@@ -20,10 +20,7 @@ from jaxseq.interop import fla_layer
 from jaxseq.layers import GatedMLP
 from jaxseq.layers.feature_maps import quadratic, taylor
 from jaxseq.layers.normalised import normalised_attention
-from jaxseq.ops.delta_product import delta_product
-from jaxseq.ops.mesa import mesa
 from jaxseq.ops.rescaled import rescaled
-from jaxseq.ops.slot_attention import slot_attention
 
 # ---- ops: each takes the recorded inputs by their recorded names, and returns what was recorded ---------------------
 
@@ -71,7 +68,7 @@ def delta(i, **options):
 def product(i, impl):
     each = lambda x: x.reshape(x.shape[0], -1, int(i["const_num_householder"]), *x.shape[2:])
     options = dict(scale=i["const_scale"], initial_state=i["h0"], impl=impl)
-    return delta_product(i["q"], each(i["k"]), each(i["v"]), each(i["beta"]), i["g"], **options)
+    return ops.delta_product(i["q"], each(i["k"]), each(i["v"]), each(i["beta"]), i["g"], **options)
 
 
 def general(i, a, b, **options):
@@ -102,8 +99,9 @@ def gdn2(i, impl):
 
 
 def slots(i, s, g, **options):
-    before = i.get("hk0"), i.get("hv0")
-    return slot_attention(i["q"], i["k"], i["v"], s, g, *before, scale=i["const_scale"], **options)
+    before = ops.SlotState(i["hk0"], i["hv0"]) if "hk0" in i else None
+    o, state = ops.slot_attention(i["q"], i["k"], i["v"], s, g, scale=i["const_scale"], initial_state=before, **options)
+    return o, *state
 
 
 def bounded_memory(i, impl):
@@ -112,7 +110,7 @@ def bounded_memory(i, impl):
 
 
 def least_squares(i, impl):
-    o, state = mesa(i["q"], i["k"], i["v"], i["beta"], i["g"], i["lamb"], impl=impl)
+    o, state = ops.mesa(i["q"], i["k"], i["v"], i["beta"], i["g"], i["lamb"], impl=impl)
     return o, *state
 
 

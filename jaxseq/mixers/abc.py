@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from .. import ops
@@ -14,8 +15,7 @@ from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
 class ABCState(NamedTuple):
-    keys: Float[Array, "B H K M"]
-    values: Float[Array, "B H M V"]
+    slots: ops.SlotState
     log_sum: Float[Array, "B 1 _"]
     conv: tuple[Float[Array, "B W-1 _"], ...]
 
@@ -51,19 +51,21 @@ class ABC(Mixer):
         w = projection(H * self.num_slots, "slot_proj", self)(x)
         s, g, _, log_sum = rescaled(None, w.astype(accumulator(w.dtype)), state.log_sum, segment_ids)
         s, g = split_heads(s.astype(v.dtype), self.num_slots), split_heads(g, self.num_slots)
-        o, keys, values = ops.slot_attention(
-            split_heads(q, K), split_heads(k, K), split_heads(v, V), s, g, state.keys, state.values, scale=K**-0.5,
+        o, slots = ops.slot_attention(
+            split_heads(q, K), split_heads(k, K), split_heads(v, V), s, g, initial_state=state.slots,
             segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
         y = projection(self.d_model, "out_proj", self)(o.reshape(*x.shape[:2], -1))
-        return y, ABCState(keys.astype(state.keys.dtype), values.astype(state.values.dtype), log_sum, conv)
+        slots = jax.tree.map(lambda new, old: new.astype(old.dtype), slots, state.slots)
+        return y, ABCState(slots, log_sum, conv)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> ABCState:
         (H, M), (K, V) = (self.num_heads, self.num_slots), self._sizes()
         conv = empty_convolutions(self, batch_size, (H * K, H * K, H * V), dtype)
         zeros = lambda *shape: jnp.zeros((batch_size, H, *shape), accumulator(dtype))
-        return ABCState(zeros(K, M), zeros(M, V), jnp.full((batch_size, 1, H * M), -jnp.inf, accumulator(dtype)), conv)
+        log_sum = jnp.full((batch_size, 1, H * M), -jnp.inf, accumulator(dtype))
+        return ABCState(ops.SlotState(zeros(K, M), zeros(M, V)), log_sum, conv)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:

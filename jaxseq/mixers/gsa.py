@@ -14,8 +14,7 @@ from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
 class GSAState(NamedTuple):
-    keys: Float[Array, "B H K M"]
-    values: Float[Array, "B H M V"]
+    slots: ops.SlotState
     conv: tuple[Float[Array, "B W-1 _"], ...]
 
 
@@ -58,20 +57,21 @@ class GSA(Mixer):
         served = lambda z: jnp.repeat(z, heads // kv_heads, axis=2)
         q, k, v, g = split_heads(q, K), served(split_heads(k, K)), served(split_heads(v, V)), served(g)
         s = -jnp.expm1(g).astype(v.dtype)
-        o, keys, values = ops.slot_attention(
-            q, k, v, s, g, state.keys, state.values, scale=1.0, segment_ids=segment_ids, chunk_size=self.chunk_size,
+        o, slots = ops.slot_attention(
+            q, k, v, s, g, scale=1.0, initial_state=state.slots, segment_ids=segment_ids, chunk_size=self.chunk_size,
             impl=self.impl,
         )  # fmt: skip
+        slots = jax.tree.map(lambda new, old: new.astype(old.dtype), slots, state.slots)
         norm = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
         y = projection(self.d_model, "out_proj", self)(norm(nn.silu(o.reshape(*x.shape[:2], -1))))
-        return y, GSAState(keys.astype(state.keys.dtype), values.astype(state.values.dtype), conv)
+        return y, GSAState(slots, conv)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> GSAState:
         heads, kv_heads, K, V = self._sizes()
         conv = empty_convolutions(self, batch_size, (heads * K, kv_heads * K, kv_heads * V), dtype)
         zeros = lambda *shape: jnp.zeros((batch_size, heads, *shape), accumulator(dtype))
-        return GSAState(zeros(K, self.num_slots), zeros(self.num_slots, V), conv)
+        return GSAState(ops.SlotState(zeros(K, self.num_slots), zeros(self.num_slots, V)), conv)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, int, int, int]:

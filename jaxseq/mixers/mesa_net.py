@@ -13,12 +13,11 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
-from ..ops.mesa import MesaState
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
 class MesaNetState(NamedTuple):
-    memory: MesaState
+    memory: ops.MesaState
     conv: tuple[Float[Array, "B W-1 _"], ...]
 
 
@@ -61,8 +60,9 @@ class MesaNet(Mixer):
         start = nn.initializers.constant(np.log(np.expm1(0.75)))
         ridge = nn.softplus(self.param("ridge", start, (H, K), self.param_dtype).astype(wide)) + 0.25
         o, memory = ops.mesa(
-            q, k, v, nn.sigmoid(gate("beta")), jax.nn.log_sigmoid(gate("decay")), ridge, state.memory,
-            steps=self.solver_steps, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
+            q, k, v, nn.sigmoid(gate("beta")), jax.nn.log_sigmoid(gate("decay")), ridge,
+            steps=self.solver_steps, initial_state=state.memory, segment_ids=segment_ids, chunk_size=self.chunk_size,
+            impl=self.impl,
         )  # fmt: skip
         y = head_readout(self, o, x)
         memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, state.memory)
@@ -73,7 +73,7 @@ class MesaNet(Mixer):
         H, (K, V) = self.num_heads, self._sizes()
         zeros = lambda width: jnp.zeros((batch_size, H, K, width), accumulator(dtype))
         conv = empty_convolutions(self, batch_size, (H * K, H * K), dtype)
-        return MesaNetState(MesaState(zeros(K), zeros(V)), conv)
+        return MesaNetState(ops.MesaState(zeros(K), zeros(V)), conv)
 
     @nn.nowrap
     def _sizes(self) -> tuple[int, ...]:

@@ -30,11 +30,13 @@ from .log_linear_attention import log_linear_attention as log_linear_attention
 from .log_matmul import log_matmul as log_matmul
 from .log_recurrence import log_recurrence as log_recurrence
 from .lsh_attention import lsh_attention as lsh_attention
+from .mesa import MesaState as MesaState
 from .mesa import mesa as mesa
 from .nonlinear_recurrence import nonlinear_recurrence as nonlinear_recurrence
 from .path_attention import path_attention as path_attention
 from .path_attention import reflected_keys as reflected_keys
 from .selective_scan import selective_scan as selective_scan
+from .slot_attention import SlotState as SlotState
 from .slot_attention import slot_attention as slot_attention
 from .softmax_attention import softmax_attention as softmax_attention
 from .state_space import diagonal_kernel as diagonal_kernel

@@ -1,5 +1,7 @@
 """Several corrections a token."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from ..shapes import Array, Float, Int, typed
@@ -12,10 +14,13 @@ def delta_product(
     key: Float[Array, "B T n Hk K"],
     value: Float[Array, "B T n H V"],
     beta: Float[Array, "B T n H"],
-    log_decay: Float[Array, "B T H"] | None,
+    log_decay: Float[Array, "B T H"] | None = None,
     *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    **options,
+    chunk_size: int | None = None,
+    impl: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`delta_rule` with n keys and values a token, one after the other (DeltaProduct, arXiv 2502.10297, section 3).
 
@@ -23,9 +28,10 @@ def delta_product(
         o_t = K^-½ S_tnᵀ q_t
 
     It is the delta rule on a sequence n times as long, which decays before the first correction of a token and is
-    read after the last one.
+    read after the last one. Errors are those of `delta_rule`.
     """
     batch, length, n = key.shape[:3]
+    options: dict[str, Any] = dict(scale=scale, initial_state=initial_state, chunk_size=chunk_size, impl=impl)
     if n == 1:
         one = (x[:, :, 0] for x in (key, value, beta))
         return delta_rule(query, *one, log_decay, segment_ids=segment_ids, **options)

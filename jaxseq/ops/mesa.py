@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..shapes import Array, Float, accumulator, typed, zeros_from
+from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
 from .gated_linear_attention import gated_linear_attention
 
 
@@ -24,10 +24,12 @@ def mesa(
     beta: Float[Array, "B T H"],
     log_decay: Float[Array, "B T H"],
     ridge: Float[Array, "H K"],
-    state: MesaState | None = None,
     *,
     steps: int = 30,
-    **options,
+    initial_state: MesaState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    impl: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], MesaState]:
     """What the linear map that fits all values so far best, in decayed least squares, makes of the query.
 
@@ -35,16 +37,17 @@ def mesa(
         o_t = G_tᵀ (H_t + diag λ)⁻¹ q_t        (MesaNet, arXiv 2506.05233)
 
     λ, `ridge`, is above 0. The system is solved by `steps` conjugate gradients, for all tokens at once: H_t p_t is
-    `gated_linear_attention` with p as the query, which takes the `options`. The gradient is that of the exact
-    solution, by one more solve.
+    `gated_linear_attention` with p as the query, whose errors it raises. The gradient is that of the exact solution,
+    by one more solve.
     """
     wide = accumulator(query.dtype)
     written = beta[..., None].astype(wide) * key.astype(wide)
-    keys, values = (None, None) if state is None else state
+    keys, values = (None, None) if initial_state is None else initial_state
     # The solve wants all that it closes over to vary over the same axes of a mesh.
     batch, _, heads, K = key.shape
     keys = zeros_from(query, (batch, heads, K, K), wide, plus=keys)
     ridge = zeros_from(query, (heads, K), wide, plus=ridge)
+    options = dict(segment_ids=segment_ids, chunk_size=chunk_size, impl=impl)
     attend = partial(gated_linear_attention, key=written, log_decay=log_decay, scale=1.0, **options)
     over_keys = partial(attend, value=key.astype(wide), initial_state=keys)
     system = lambda p: over_keys(p)[0] + ridge[None, None] * p
