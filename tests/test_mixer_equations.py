@@ -311,6 +311,23 @@ def test_the_starts_of_rwkv():
         assert 0.9 * bound < array.max() <= bound and -bound <= array.min() < -0.9 * bound
 
 
+@pytest.mark.parametrize(
+    "module, deviation",
+    [
+        (RGLRU(64), {"in_proj": 1 / 8, "gate_proj": 1 / 8, "out_proj": 96**-0.5}),
+        (MinGRU(64, expand=4), {"gate_proj": 192**-0.5, "candidate_proj": 192**-0.5, "out_proj": 768**-0.5}),
+        (MinLSTM(64), {"forget_proj": 192**-0.5, "input_proj": 192**-0.5, "candidate_proj": 192**-0.5}),
+        (MLSTM(64), {"up_proj": 160**-0.5, "gate_proj": 160**-0.5, "out_proj": 0.02}),
+    ],
+    ids=["RGLRU", "MinGRU", "MinLSTM", "MLSTM"],
+)
+def test_the_starts_of_recurrent_mixers(module, deviation):
+    """Of their papers' code; uniform ones within √3 deviations."""
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]
+    for name, expected in deviation.items():
+        assert np.std(params[name]["kernel"]) == pytest.approx(expected, rel=0.05)
+
+
 def test_the_start_of_mamba():
     """With the layers of the model W_out starts as the authors' linear maps do, divided by the root of their number."""
     out = lambda module: jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]["out_proj"]["kernel"]

@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.initialisers import symmetric_uniform
 from ..layers.mixer import Mixer, at_least
 from ..layers.positive import positive
-from ..layers.projection import projection
+from ..layers.projection import fan_in_projection, projection
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -22,7 +23,8 @@ class MinGRU(Mixer):
         z_t = σ(x_t W_z + b_z)        h̃_t = g(x_t W_h + b_h)        g(x) = x + ½ for x ≥ 0, σ(x) elsewhere
         h_t = (1 − z_t) ⊙ h_{t-1} + z_t ⊙ h̃_t        y_t = h_t W_o
 
-    Inner width is `expand` · d_model. The paper leaves W_o out where `expand` is 1.
+    Inner width is `expand` · d_model. All weights start uniform within ± fan-in^-½, as linear layers of the authors'
+    library do. The paper leaves W_o out where `expand` is 1.
     """
 
     d_model: int
@@ -38,13 +40,14 @@ class MinGRU(Mixer):
         state = self.start(x) if state is None else state
         width, wide = self.expand * self.d_model, accumulator(x.dtype)
         gate, candidate = (
-            projection(width, name, self, use_bias=True)(x).astype(wide) for name in ("gate_proj", "candidate_proj")
+            fan_in_projection(width, name, self, self.d_model)(x).astype(wide)
+            for name in ("gate_proj", "candidate_proj")
         )
         h, hidden = ops.linear_recurrence(
             nn.sigmoid(-gate), nn.sigmoid(gate) * positive(candidate), initial_state=state.hidden,
             segment_ids=segment_ids, impl=self.impl,
         )  # fmt: skip
-        y = projection(self.d_model, "out_proj", self)(h.astype(x.dtype))
+        y = projection(self.d_model, "out_proj", self, kernel_init=symmetric_uniform(width**-0.5))(h.astype(x.dtype))
         return y, MinGRUState(hidden.astype(state.hidden.dtype))
 
     @nn.nowrap

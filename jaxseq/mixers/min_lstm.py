@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
+from ..layers.initialisers import symmetric_uniform
 from ..layers.mixer import Mixer, at_least
 from ..layers.positive import positive
-from ..layers.projection import projection
+from ..layers.projection import fan_in_projection, projection
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
@@ -39,7 +40,7 @@ class MinLSTM(Mixer):
         state = self.start(x) if state is None else state
         width, wide = self.expand * self.d_model, accumulator(x.dtype)
         forget, enter, candidate = (
-            projection(width, f"{name}_proj", self, use_bias=True)(x).astype(wide)
+            fan_in_projection(width, f"{name}_proj", self, self.d_model)(x).astype(wide)
             for name in ("forget", "input", "candidate")
         )
         # log i − log f: where both gates are shut, f + i is 0 and their ratio is not.
@@ -48,7 +49,7 @@ class MinLSTM(Mixer):
             nn.sigmoid(-ratio), nn.sigmoid(ratio) * positive(candidate), initial_state=state.hidden,
             segment_ids=segment_ids, impl=self.impl,
         )  # fmt: skip
-        y = projection(self.d_model, "out_proj", self)(h.astype(x.dtype))
+        y = projection(self.d_model, "out_proj", self, kernel_init=symmetric_uniform(width**-0.5))(h.astype(x.dtype))
         return y, MinLSTMState(hidden.astype(state.hidden.dtype))
 
     @nn.nowrap

@@ -55,10 +55,10 @@ class MLSTM(Mixer):
         check_width(x, self.d_model, "MLSTM")
         width, K = self._sizes()
         state = self.start(x) if state is None else state
-        u, z = (projection(width, f"{name}_proj", self)(x) for name in ("up", "gate"))
+        small = nn.initializers.normal((2 / (5 * self.d_model)) ** 0.5)
+        u, z = (projection(width, f"{name}_proj", self, kernel_init=small)(x) for name in ("up", "gate"))
         convolution = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, name="conv")
         c, conv = convolution(u, state.conv, segment_ids)
-        small = nn.initializers.normal((2 / (5 * self.d_model)) ** 0.5)
         blocks, options = width // self.qkv_block, (False, self.dtype, self.param_dtype, small)
         q, k, v = (BlockLinear(blocks, *options, name=f"{n}_proj")(a) for n, a in (("q", c), ("k", c), ("v", u)))
         log_f, log_i = self._log_gates(jnp.concatenate([q, k, v], axis=-1))

@@ -1,5 +1,6 @@
 """The recurrent block of Griffin and Hawk."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,8 +35,9 @@ class RGLRU(Mixer):
         h_t = a_t ⊙ h_{t-1} + √(1 − a_t²) ⊙ (i_t ⊙ x_t)        y_t = (gelu(u_t W_y) ⊙ h_t) W_out
 
     W_r and W_i are block-diagonal, one block a head; the other projections and the convolution have biases. The first
-    token of a sequence enters without the factor √(1 − a²), as there is nothing to balance. At r = 1, a starts uniform
-    in [decay_min, decay_max]. `width` is 4/3 d_model, rounded up to a multiple of `num_heads`, when None.
+    token of a sequence enters without the factor √(1 − a²), as there is nothing to balance. At r = 1, a starts
+    uniform in [decay_min, decay_max], and weights normal with variance 1 / fan-in. `width` is 4/3 d_model, rounded up
+    to a multiple of `num_heads`, when None.
     """
 
     d_model: int
@@ -54,9 +56,11 @@ class RGLRU(Mixer):
         check_width(x, self.d_model, "RGLRU")
         width = self._width()
         state = self.start(x) if state is None else state
-        gate = nn.gelu(projection(width, "gate_proj", self, use_bias=True)(x))
+        start = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        project = partial(projection, module=self, use_bias=True, kernel_init=start)
+        gate = nn.gelu(project(width, "gate_proj")(x))
         convolution = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, False, name="conv")
-        u, conv = convolution(projection(width, "in_proj", self, use_bias=True)(x), state.conv, segment_ids)
+        u, conv = convolution(project(width, "in_proj")(x), state.conv, segment_ids)
         wide = accumulator(u.dtype)
         gates = lambda name: nn.sigmoid(
             BlockLinear(self.num_heads, True, self.dtype, self.param_dtype, name=name)(u).astype(wide)
@@ -70,7 +74,7 @@ class RGLRU(Mixer):
         h, hidden = ops.linear_recurrence(
             jnp.exp(log_a), inputs, initial_state=state.hidden, segment_ids=segment_ids, impl=self.impl
         )
-        y = projection(self.d_model, "out_proj", self, use_bias=True)(gate * h.astype(gate.dtype))
+        y = project(self.d_model, "out_proj")(gate * h.astype(gate.dtype))
         return y, RGLRUState(hidden.astype(state.hidden.dtype), conv, seen)
 
     def _initial_Lambda(self, key, shape, dtype):
