@@ -280,6 +280,11 @@ def test_a_token_beyond_the_vocabulary_is_named():
 
 def test_every_named_mixer_has_a_layer():
     assert len(ModelConfig(mixers="mamba,attention", depth=1).slots()) == 2
+    first, second, third = ModelConfig(mixers="rwkv6,gla,lightning", depth=3).slots()
+    assert (first.keywords["layer_fraction"], third.keywords["layer_fraction"]) == (0, 1)
+    assert "layer_fraction" not in second.keywords
+    one, other = ModelConfig(mixers="gla", depth=2).slots()
+    assert one is other  # depth is a scan over equal slots
 
 
 def test_wrong_models_are_named():

@@ -47,8 +47,9 @@ class ModelConfig:
     def slots(self) -> tuple[Slot, ...]:
         """One slot a layer. The names are those of the classes in `jaxseq.mixers`, in lower case.
 
-        All layers of a name are one slot, so that depth is a scan: what starts by its place in the authors' models
-        (`layer_fraction` of RWKV and Lightning, `lower_bound` of HGRN) is as in their first layer.
+        All layers of a name are one slot, so that depth is a scan; but what starts by its place in the authors' models
+        (`layer_fraction` of RWKV and Lightning) has a slot for each. The bounds of HGRN's decays, which its authors
+        learn across layers, are those of its first layer throughout.
         """
         known = _known()
         names = [name.strip().lower() for name in self.mixers.split(",")]
@@ -57,7 +58,15 @@ class ModelConfig:
                 raise ValueError(f"model.mixers={self.mixers}: no mixer is called {name!r}; choose {', '.join(known)}.")
         options = {"num_heads": self.heads, "conv_window": self.conv_window}
         slots = {name: _with_options(known[name], options) for name in names}
-        return tuple(slots[names[layer % len(names)]] for layer in range(max(self.depth, len(names))))
+        depth = max(self.depth, len(names))
+
+        def slot(layer: int) -> Slot:
+            name = names[layer % len(names)]
+            if "layer_fraction" not in slot_fields(name):
+                return slots[name]
+            return partial(slots[name], layer_fraction=layer / max(1, depth - 1))
+
+        return tuple(slot(layer) for layer in range(depth))
 
 
 def named_language_model(config: ModelConfig, vocab_size: int, **fields) -> LanguageModel:
