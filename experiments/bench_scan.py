@@ -180,6 +180,8 @@ def cases(config: Config) -> Iterator[Case]:
         for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
             op = f"gated_linear_attention/{name}"
             yield Case(op, T, partial(attended, config, wide, gate), gla | peers(op))
+        bonus_forms = forms(with_bonus, "sequential", "chunked", None)
+        yield Case("gated_linear_attention/bonus", T, partial(rewarded, config, wide), bonus_forms)
         corrected = forms(ops.delta_rule, "sequential", "chunked", None)
         for name, gate in {"vector_gate": [wide], "scalar_gate": [heads], "no_gate": []}.items():
             op = f"delta_rule/{name}"
@@ -221,6 +223,15 @@ def rotating(config: Config, T: int, key):
 def attended(config: Config, wide, gate, key):
     q, k, v, *g = normals(key, wide, wide, wide, *gate, dtype=config.dtype)
     return q, k, v, *(log_sigmoid(x + 3) for x in g)
+
+
+def rewarded(config: Config, wide, key):
+    bonus = jax.random.normal(jax.random.fold_in(key, 9), wide[2:])
+    return *attended(config, wide, [wide], key), bonus
+
+
+def with_bonus(q, k, v, g, bonus, impl):
+    return ops.gated_linear_attention(q, k, v, g, bonus=bonus, impl=impl)
 
 
 def keyed(config: Config, wide, gate, key):
@@ -285,11 +296,14 @@ def least(table: list[list[Timing]], op: str, over: str, under: str, number: str
 
 
 def against_peers(table: list[list[Timing]]) -> dict[str, float]:
-    """The least ratio of each library's time to ours in training, over all that it was measured on."""
-    of = [{row.form: row.training_ms for row in rows} for rows in table]
-    libraries = {module.split(".")[0] for module, _ in PEERS.values()}
-    measured = {library: [ms[library] / ms["None"] for ms in of if library in ms] for library in sorted(libraries)}
-    return {library: min(ratios) for library, ratios in measured.items() if ratios}
+    """The least ratio of each library's time to ours, forward and in training, over all that it was measured on."""
+    least_ratios: dict[str, float] = {}
+    for library in sorted({module.split(".")[0] for module, _ in PEERS.values()}):
+        for number in ("forward_ms", "training_ms"):
+            of = [{row.form: getattr(row, number) for row in rows} for rows in table]
+            if ratios := [ms[library] / ms["None"] for ms in of if library in ms]:
+                least_ratios[f"{library} / None, {number}"] = min(ratios)
+    return least_ratios
 
 
 def draw(run: Run, table: list[list[Timing]]) -> None:
@@ -367,7 +381,7 @@ def verdict(run: Run[Config], table: list[list[Timing]]) -> None:
     checks = {
         "sequential / chunked, ms": (chunked(over="sequential", number="training_ms"), 5),
         **{f"sequential / chunked, ms, {op}": (ratio, 5) for op, ratio in loops.items()},
-        **{f"{library} / None, ms": (ratio, 1 - config.tolerance) for library, ratio in against_peers(table).items()},
+        **{name: (ratio, 1 - config.tolerance) for name, ratio in against_peers(table).items()},
         "10 s / compile of a chunked gradient": (10 / slowest, 1),
         "parallel / chunked, MiB": (chunked(over="parallel", number="training_mib"), 1),
         "raw / None, ms": (
@@ -384,7 +398,7 @@ def verdict(run: Run[Config], table: list[list[Timing]]) -> None:
         claim="chunked gated_linear_attention, gated by a vector, trains 5 times faster than sequential, in less "
         "memory than parallel, as delta_rule and dplr_recurrence do; linear_recurrence (None) is as fast as raw "
         "lax.scan and associative_scan, compiles its gradient in a third of the latter's time and in 5 activations of "
-        "memory; no other library that is installed is faster in training",
+        "memory; no other library that is installed is faster",
         measured={name: value for name, (value, _) in checks.items()},
         baseline=1,
         threshold={name: threshold for name, (_, threshold) in checks.items()},

@@ -161,26 +161,32 @@ OPS = {
     "fla_mesa_net": Recorded(least_squares, ("hkk_t", "hkv_t")),
     "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
 }
-#: The widest of each family: in float32 too.
-IN_FLOAT32 = ("fla_gla", "fla_kda", "fla_dplr", "fla_forgetting_attn", "fla_path_attn")
+#: The widest of each family: in float32 by default too.
+WIDEST = ("fla_gla", "fla_kda", "fla_dplr", "fla_forgetting_attn", "fla_path_attn")
+PRECISIONS = [
+    pytest.param(file, form, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and file not in WIDEST))
+    for file, case in OPS.items()
+    for form in case.forms
+    for dtype in ("float64", "float32")
+]
 
 
 @recorded
-@pytest.mark.parametrize("file, impl", [(file, form) for file, case in OPS.items() for form in case.forms])
-def test_op(file, impl):
+@pytest.mark.parametrize("file, impl, precision", PRECISIONS)
+def test_op(file, impl, precision):
     """Values, final states, and the gradient of every input."""
     z, case = load(file), OPS[file]
     constant = {name: a for name, a in z.items() if name.startswith("const_")}
     inputs = {name: a for name, a in z.items() if f"grad_{name}" in z}
     names = ("o", *case.final)
     expected = tuple(z[name] for name in names), {name: z[f"grad_{name}"] for name in inputs}
-    precisions = [("float64", jnp.float64, 1e-12)] + [("float32", jnp.float32, 2e-6)] * (file in IN_FLOAT32)
-    for precision, dtype, bound in precisions:
-        with jax.enable_x64(precision == "float64"):
-            numbers = {name: float(a) if a.ndim == 0 else cast(a, dtype) for name, a in constant.items()}
-            op = lambda i, numbers=numbers: case.op(i | numbers, impl=impl)
-            cotangents = cast(tuple(z[f"d{name}"] for name in names), dtype)
-            assert_close(with_gradients(op, cast(inputs, dtype), cotangents), expected, bound)
+    with jax.enable_x64(precision == "float64"):
+        dtype = jnp.dtype(precision)
+        numbers = {name: float(a) if a.ndim == 0 else cast(a, dtype) for name, a in constant.items()}
+        op = lambda i: case.op(i | numbers, impl=impl)
+        cotangents = cast(tuple(z[f"d{name}"] for name in names), dtype)
+        bound = 1e-12 if precision == "float64" else 2e-6
+        assert_close(with_gradients(op, cast(inputs, dtype), cotangents), expected, bound)
 
 
 PACKED = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close
+from families import FULL_MIXERS, MIXERS, assert_close
 
 from jaxseq import GLA, Classifier, LanguageModel
 from jaxseq.layers import Bidirectional
@@ -19,17 +19,23 @@ def draw(length, batch=2):
     return jnp.asarray(np.random.default_rng(0).standard_normal((batch, length, WIDTH)), jnp.float32)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_each_direction_is_the_mixer(shared):
-    module, x = Bidirectional(WIDTH, gla, shared=shared), draw(7)
-    params = module.init(jax.random.key(0), x)
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FULL_MIXERS)
+def test_each_direction_is_the_mixer(name, shared):
+    """Also of packed sequences."""
+    mixer, x, ids = MIXERS[name].build(), draw(9), jnp.asarray([[3] * 4 + [1] * 5, [2] * 9])
+    module = Bidirectional(WIDTH, lambda d_model, **names: MIXERS[name].build(**names), shared=shared)
+    params = jax.jit(module.init)(jax.random.key(0), x)
     own = params["params"]
     assert set(own) == ({"forwards"} if shared else {"forwards", "backwards"})
-    backwards = own["forwards" if shared else "backwards"]
-    mixer = gla(d_model=WIDTH)
-    expected = mixer.apply({"params": own["forwards"]}, x)
-    expected += mixer.apply({"params": backwards}, x[:, ::-1])[:, ::-1]
-    assert_close(module.apply(params, x), expected, "mixer")
+
+    @jax.jit
+    def both(params, x):
+        once = lambda way, x, ids: mixer.apply({"params": params["params"][way]}, x, ids)
+        turned = once("forwards" if shared else "backwards", x[:, ::-1], ids[:, ::-1])[:, ::-1]
+        return module.apply(params, x, ids), once("forwards", x, ids) + turned
+
+    assert_close(*both(params, x), "mixer")
 
 
 def test_every_token_sees_its_segment_and_no_other():

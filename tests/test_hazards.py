@@ -36,6 +36,19 @@ def test_no_lapack_in_ops(name):
         assert not LAPACK.search(text) and "triangular-solve" not in text
 
 
+@pytest.mark.parametrize("name", [n for n in OPS if n.startswith(("gla", "delta_rule", "dplr_rec", "log_linear"))])
+def test_the_gradient_of_a_chunked_form_is_no_longer_for_longer_sequences(name):
+    """A substitution or a scan that Python unrolls takes a minute to compile."""
+    if "chunked" not in OPS[name].forms:
+        pytest.skip("no chunks")
+
+    def size(T):
+        inputs = cast(OPS[name].inputs(np.random.default_rng(0), T, "mild"), jnp.float32)
+        return len(lowered_gradient(lambda inputs: OPS[name].call(inputs, None, "chunked"), inputs).splitlines())
+
+    assert size(256) == size(64) < 4000
+
+
 @pytest.mark.parametrize("name", FULL_MIXERS)
 def test_no_lapack_in_mixers(name):
     module, x = MIXERS[name].build(), jnp.zeros((2, 9, WIDTH))

@@ -167,7 +167,7 @@ def test_one_channel_may_forget_alone(name, impl):
 KEYS = ("norm 1", "norm 10", "repeated")
 
 
-def matrix_inputs(op, level, keys, per_head=False, width=16, T=131):
+def matrix_inputs(op, level, keys, per_head=False, bonus=False, width=16, T=131):
     """Unit queries, keys of a norm, and log decays of one level or mixed, for ops in chunks of their own size."""
     rng = np.random.default_rng(0)
     q, k, v, a = normals(rng, [np.zeros((1, T, 2, width))] * 4)
@@ -181,22 +181,29 @@ def matrix_inputs(op, level, keys, per_head=False, width=16, T=131):
         inputs["beta"] = np.full(k.shape[:3], 1.9 / size**2)
     if op is ops.dplr_recurrence:
         inputs |= {"a": -unit(a), "b": unit(a) * 0.9}
-    return inputs
+    return inputs | ({"bonus": v[0, 0]} if bonus else {})
 
 
 MATRIX_OPS = (ops.gated_linear_attention, ops.delta_rule, ops.dplr_recurrence)
-IN_USE = [(op, keys, level, False) for op, keys, level in product(MATRIX_OPS, KEYS, (-20, 0, "mixed"))]
-IN_USE += [(op, keys, "mixed", True) for op, keys in zip(MATRIX_OPS, KEYS, strict=True)]
+IN_USE = [(op, keys, level, {}) for op, keys, level in product(MATRIX_OPS, KEYS, (-20, 0, "mixed"))]
+IN_USE += [(op, keys, "mixed", {"per_head": True}) for op, keys in zip(MATRIX_OPS, KEYS, strict=True)]
+IN_USE += [(ops.gated_linear_attention, "norm 1", level, {"bonus": True}) for level in (-20, "mixed")]
+IN_USE += [
+    pytest.param(op, "norm 1", "mixed", {"T": T}, marks=pytest.mark.slow)
+    for op in MATRIX_OPS
+    for T in (1, 31, 32, 33, 65)
+]
 
 
-@pytest.mark.parametrize("op, keys, level, per_head", IN_USE)
-def test_chunks_of_the_size_in_use(op, keys, level, per_head):
-    """At T = 131, in float32 and bfloat16: values, states and gradients near those of the loop on the same inputs.
+@pytest.mark.parametrize("op, keys, level, options", IN_USE)
+def test_chunks_of_the_size_in_use(op, keys, level, options):
+    """In float32 and bfloat16: values, states and gradients near those of the loop on the same inputs, at T = 131 and
+    where a chunk is the whole sequence, of any length.
 
     The gradient of a log decay is bounded by ε times the largest of the others', not relative to itself: all but
     nothing is left of it where everything decays by e^-20.
     """
-    exact = matrix_inputs(op, level, keys, per_head)
+    exact = matrix_inputs(op, level, keys, **options)
 
     def everything(inputs, cotangents, impl):
         values, pull = jax.vjp(lambda i: op(**i, impl=impl), inputs)

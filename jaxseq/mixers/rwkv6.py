@@ -34,6 +34,8 @@ class RWKV6(Mixer):
     The norm is a LayerNorm of each head. `layer_fraction` is the place of the layer in a model, 0 the first and 1 the
     last: it sets where μ, the decays and u start, as in the authors' models. Their heads are 64 wide in key and value.
     The mixes are of rank `mix_rank`, the decay of rank `decay_rank`.
+
+    It is the authors' time mixing; where their blocks have channel mixing, a `Stack` has its MLP.
     """
 
     d_model: int

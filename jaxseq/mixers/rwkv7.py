@@ -44,6 +44,8 @@ class RWKV7(Mixer):
     first and 1 the last: it sets where μ and the decays start. The ranks of decay, a, v and g follow `d_model` when
     None, as the authors' do.
 
+    It is the authors' time mixing; where their blocks have channel mixing, a `Stack` has its MLP.
+
     Layers after the authors' first mix their values with those of the first: with `first_value` `B T D`, which that
     layer sows as "value" into "intermediates", v_t + (first_value_t − v_t) ⊙ σ(b_v + x^v W_v1 W_v2) is v_t. `Stack`
     hands on no such input: there every layer is as their first.
