@@ -13,6 +13,7 @@ Run     python -m experiments.higher_order_recall [--preset cpu|gpu|debug]
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +41,8 @@ class Config:
     """Seed of the numbers; models have this and the following ones."""
     seeds: int = 3
     """Models of each kind."""
+    kinds: str = ""
+    """Kinds of attention by name, with commas between them; all where none is given."""
     length: int = 8
     """Numbers of a sequence."""
     modulus: int = 51
@@ -63,7 +66,19 @@ class Config:
         for name in ("seeds", "length", "modulus", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if unknown := set(self.names()) - set(KINDS):
+            raise ValueError(f"kinds={self.kinds}: none is called {min(unknown)!r}; choose {', '.join(KINDS)}.")
 
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.kinds.split(",")] if self.kinds else list(KINDS)
+
+
+#: The one layer under test.
+KINDS: dict[str, Callable] = {
+    "pairs of keys": partial(KroneckerAttention, causal=False),
+    "their polynomial": partial(KroneckerAttention, causal=False, degree=2),
+    "keys": SelfAttention,
+}
 
 PRESETS = {
     "cpu": Config(),
@@ -79,12 +94,6 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-#: The one layer under test.
-KINDS: dict[str, Callable] = {
-    "pairs of keys": partial(KroneckerAttention, causal=False),
-    "their polynomial": partial(KroneckerAttention, causal=False, degree=2),
-    "keys": SelfAttention,
-}
 LEAST, MOST = 0.95, 0.8
 #: Of the polynomial, and the bounds β of the entries of queries and keys that it is measured at.
 DEGREES, BOUNDS = (0, 2, 4, 6), (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -161,7 +170,9 @@ def errors_of_the_polynomial(seeds: int = 5) -> dict[str, dict[str, dict[str, fl
 def breaking_point(degree: int) -> float:
     """The β from which the bound on the error is no better than 2, which no two means of values in ±1 exceed."""
     entries = np.arange(0.001, 10, 0.001)
-    return float(entries[np.argmax([kronecker_polynomial_error(beta**3, degree) >= TRIVIAL for beta in entries])])
+    return round(
+        float(entries[np.argmax([kronecker_polynomial_error(beta**3, degree) >= TRIVIAL for beta in entries])]), 3
+    )
 
 
 def measure(run: Run[Config]) -> None:
@@ -174,7 +185,7 @@ def measure(run: Run[Config]) -> None:
     hand = balanced_accuracy(np.eye(2)[by_hand(test["inputs"], config.modulus).astype(int)], test["labels"])
     print(f"{test['labels'].mean():.2f} of the numbers have partners; by hand {hand:.4f} of them are found", flush=True)
     table, params = {}, {}
-    for kind in KINDS:
+    for kind in config.names():
         model = build(config, kind)
 
         def loss(params, batch, key, model=model):
@@ -214,7 +225,7 @@ def growth(form: Callable, lengths: tuple[int, ...], seed: int) -> dict[str, Any
     return {
         "ms": {str(n): ms[n] for n in lengths},
         "exponent": exponent(lengths, [ms[n] for n in lengths]),
-        "doubling": [(ms[after] / ms[n]) ** (1 / np.log2(after / n)) for n, after in pairs],
+        "doubling": [(ms[after] / ms[n]) ** (1 / math.log2(after / n)) for n, after in pairs],
     }
 
 
@@ -222,9 +233,9 @@ def verdict(run: Run[Config], table, hand: float, parameters_digest: str) -> Non
     config = run.config
     of = {
         kind: [row["accuracy"] for part, row in table.items() if part.startswith(kind.replace(" ", "_") + "-")]
-        for kind in KINDS
+        for kind in config.names()
     }
-    mean = {kind: float(np.mean(each)) for kind, each in of.items()}
+    mean = dict.fromkeys(KINDS, float("nan")) | {kind: float(np.mean(each)) for kind, each in of.items()}
     errors = errors_of_the_polynomial()
     gains = {beta: errors["degree 2"][str(beta)]["drawn"] / errors["degree 4"][str(beta)]["drawn"] for beta in FALLS}
     shares = [

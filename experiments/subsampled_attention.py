@@ -110,7 +110,8 @@ def build(config: Config, subsample: bool) -> LanguageModel:
     # Slots of their own, also where they are dense: so both models hold their parameters alike.
     later = partial(dense, subsample=subsample, ratio=config.ratio, mode=config.mode, sigma=config.sigma)
     layers = (dense,) * config.dense_layers + (later,) * (config.depth - config.dense_layers)
-    return LanguageModel(VOCABULARY, config.width, layers, dtype=jnp.bfloat16 if config.bfloat16 else None)
+    dtype = jnp.bfloat16 if config.bfloat16 else None
+    return LanguageModel(VOCABULARY, config.width, layers, remat=False, dtype=dtype)
 
 
 def measure(run: Run[Config]) -> None:
