@@ -169,10 +169,8 @@ def errors_of_the_polynomial(seeds: int = 5) -> dict[str, dict[str, dict[str, fl
 
 def breaking_point(degree: int) -> float:
     """The β from which the bound on the error is no better than 2, which no two means of values in ±1 exceed."""
-    entries = np.arange(0.001, 10, 0.001)
-    return round(
-        float(entries[np.argmax([kronecker_polynomial_error(beta**3, degree) >= TRIVIAL for beta in entries])]), 3
-    )
+    useless = lambda beta: kronecker_polynomial_error(beta**3, degree) >= TRIVIAL
+    return next(n / 1000 for n in itertools.count() if useless(n / 1000))
 
 
 def measure(run: Run[Config]) -> None:
@@ -242,7 +240,7 @@ def verdict(run: Run[Config], table, hand: float, parameters_digest: str) -> Non
         max(row["largest drawn"], row["worst"]) / row["bound"] for rows in errors.values() for row in rows.values()
     ]
     breaks = {f"degree {degree}": breaking_point(degree) for degree in DEGREES}
-    timed = lambda name, *args: run.kept(f"time, {name}", lambda: growth(*args, config.seed))
+    timed = lambda name, form, lengths: run.kept(f"time, {name}", lambda: growth(form, lengths, config.seed))
     exact = timed("exact", kronecker_attention, config.exact_lengths)
     linear = timed("polynomial", lambda *x: kronecker_polynomial(*x)[0], config.lengths)
     show(errors, breaks, {"exact attention": exact, "its polynomial": linear})
