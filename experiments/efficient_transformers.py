@@ -3,7 +3,8 @@
 Claim   Time and temporary memory of the linear ones grow with the length at most as T^1.15, forward and in training,
         dense attention's time as T^1.5 or faster. As in the survey's conclusion, sparse attention predicts better than
         attention by kernels, kernels are the fastest, and a low rank is the lightest.
-        All are given sinusoids, so that none is blind to order.
+        All are given sinusoids, so that none is blind to order. Subsampled attention is timed as it trains, on random
+        subsets of `budget` tokens, and read densely.
 Source  A practical survey on faster and lighter transformers (arXiv 2103.14636), and its closing comparison from the
         Long Range Arena. All mixers see the whole sequence: recurrent ones read it both ways.
 Expect  Not yet measured.
@@ -11,6 +12,7 @@ Run     python -m experiments.efficient_transformers [--preset cpu|gpu|debug] [-
         The text is the Python standard library unless --data.path is given.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +39,7 @@ from jaxseq.mixers import (
     Performer,
     Reformer,
     SlidingWindowAttention,
+    SubsampledAttention,
     Synthesizer,
 )  # fmt: skip
 from jaxseq.models import Tagger
@@ -119,6 +122,10 @@ def both_ways(mixer: Callable, **fields) -> Callable:
     return partial(Bidirectional, mixer=partial(mixer, **fields))
 
 
+def subsampled(config: Config, **fields) -> Callable:
+    return both_ways(SubsampledAttention, num_heads=config.heads, **fields)
+
+
 #: Family and slot of a mixer, for a config and a length.
 KINDS: dict[str, tuple[str, Callable[[Config, int], Callable]]] = {
     "attention": ("dense", lambda c, n: partial(SelfAttention, num_heads=c.heads)),
@@ -130,14 +137,18 @@ KINDS: dict[str, tuple[str, Callable[[Config, int], Callable]]] = {
     "synthesizer": ("learned", lambda c, n: partial(Synthesizer, num_heads=c.heads, kind="factorised", max_length=n)),
     "performer": ("kernel", lambda c, n: partial(Performer, num_heads=c.heads, num_features=c.budget, causal=False)),
     "linear attention": ("kernel", lambda c, n: both_ways(LinearAttention, num_heads=c.heads)),
+    "subsampled": ("subsets", lambda c, n: subsampled(c, subsample=True, ratio=math.gcd(n, max(1, n // c.budget)))),
     "kronecker": ("triples", lambda c, n: partial(KroneckerAttention, num_heads=c.width // 8, degree=2, causal=False)),
     "gla": ("recurrent", lambda c, n: both_ways(GLA, num_heads=c.heads)),
     "mamba2": ("recurrent", lambda c, n: both_ways(Mamba2, num_heads=2 * c.heads, state_size=c.budget)),
     "rglru": ("recurrent", lambda c, n: both_ways(RGLRU)),
 }
+#: Slots that read what others of the same parameters have learned.
+READERS: dict[str, Callable[[Config, int], Callable]] = {"subsampled": lambda c, n: subsampled(c)}
 COLORS = {
     "dense": "black", "sparse": "#d1602f", "hashed": "#a0558c", "low rank": "#3f9b5f", "learned": "#999999",
     "kernel": "#3b6fb6", "triples": "#c9a227", "recurrent": "#6bb3c9",
+    "subsets": "#7d5a3c",
 }  # fmt: skip
 #: Those whose time is no more than T; hashing sorts.
 LINEAR = [name for name, (family, _) in KINDS.items() if family not in ("dense", "learned", "hashed")]
@@ -163,9 +174,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def build(config: Config, name: str, length: int, vocabulary: int) -> Tagger:
-    """The model that reads `length` tokens and their positions; the convolution joins a token with the two before."""
-    layers = (partial(BaseConv, kernel_size=3), KINDS[name][1](config, length)) * config.depth
+def build(config: Config, name: str, length: int, vocabulary: int, *, training: bool = True) -> Tagger:
+    """The model that learns from `length` tokens and their positions, or reads them when it has; the convolution joins
+    a token with the two before."""
+    slot = KINDS[name][1] if training else READERS.get(name, KINDS[name][1])
+    layers = (partial(BaseConv, kernel_size=3), slot(config, length)) * config.depth
     dtype = jnp.bfloat16 if config.bfloat16 else None
     return Tagger(vocabulary, vocabulary, config.width, layers, positions=True, mlp=None, dtype=dtype)
 
@@ -199,7 +212,7 @@ def timed(run: Run[Config]) -> dict[str, dict[str, dict[str, float]]]:
         modules = {name: build(name) for name in config.names()}
         key = jax.random.key(config.seed)
         own = {name: (jax.jit(module.init)(key, *draw(key)),) for name, module in modules.items()}
-        forms = {name: module.apply for name, module in modules.items()}
+        forms = {name: partial(module.apply, rngs={"subsample": key}) for name, module in modules.items()}
         case = Case("mixer", length, draw, forms, own)
         rows = side_by_side(
             case, seed=config.seed, repeats=config.repeats, seconds=config.seconds, most_mib=config.most_mib
@@ -257,12 +270,12 @@ def recall_task(config: Config) -> dict[str, Any]:
 def quality(run: Run[Config], name: str, kind: str, task: dict[str, Any], train: TrainConfig) -> dict[str, Any]:
     """Train on a task; bits per hidden byte, or the share of values recalled."""
     config, part = run.config, f"{name.replace(' ', '_')}-{kind}"
-    model = build(config, name, task["length"], task["vocabulary"])
+    learner, model = (build(config, name, task["length"], task["vocabulary"], training=t) for t in (True, False))
 
     def loss(params, batch, key):
-        return cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])
+        return cross_entropy(learner.apply(params, batch["inputs"], rngs={"subsample": key}), batch["labels"])
 
-    init = lambda key: model.init(key, jnp.zeros((1, task["length"]), jnp.int32))
+    init = lambda key: learner.init(key, jnp.zeros((1, task["length"]), jnp.int32))
     params = run.fit(loss, init, task["batches"], part=part, train=train).params
     inputs, labels = task["test"]["inputs"], task["test"]["labels"]
     asked = labels >= 0

@@ -11,11 +11,10 @@ Run     python -m experiments.mixer_table [--preset cpu|gpu] [--mixers gla,mamba
 from dataclasses import dataclass, replace
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseq.analysis import BitsPerByte, decoding_speeds, state_bytes
+from jaxseq.analysis import BitsPerByte, decoding_speeds, num_parameters, state_bytes
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, joined
 from jaxseq.layers import GatedMLP
 from jaxseq.models import ModelConfig, mixer_names, named_language_model
@@ -92,9 +91,8 @@ COLUMNS = {
 
 
 def size(model) -> int:
-    """Parameters, without making them."""
-    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)), jax.random.key(0))
-    return sum(x.size for x in jax.tree.leaves(shapes))
+    """Parameters of a model that reads tokens."""
+    return num_parameters(model, jnp.zeros((1, 1), jnp.int32))
 
 
 def of_size(config: ModelConfig, parameters: int, step: int):

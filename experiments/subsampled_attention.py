@@ -26,10 +26,9 @@ from jaxseq import LanguageModel
 from jaxseq.analysis import Case, TokenNats, self_ensemble, side_by_side
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, with_begin
 from jaxseq.mixers import SubsampledAttention
-from jaxseq.models.mixed_spans import rearranged
 from jaxseq.ops import softmax_attention, subsampled_attention, subsets
 from jaxseq.ops.subsampled_attention import num_scores
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Config:
 
     seed: int = 0
     """Seed of the order of the data and of the subsets; models have this and the following ones."""
-    seeds: int = 1
+    seeds: int = 3
     """Models of each kind."""
     width: int = 64
     """Width of the model."""
@@ -81,12 +80,9 @@ class Config:
             if length % self.ratio:
                 raise ValueError(f"ratio={self.ratio} does not divide {name}={length}.")
 
-    def phases(self) -> tuple[TrainConfig, TrainConfig]:
-        """The subsampled steps and the dense ones after them, which keep the learning rate that those end with."""
-        tuning = max(1, round(self.tuning * self.train.steps))
-        last = self.train.learning_rate * self.train.final_learning_rate_ratio
-        dense: dict[str, Any] = {"learning_rate": last, "warmup_steps": 0, "final_learning_rate_ratio": 1.0}
-        return replace(self.train, steps=self.train.steps - tuning), replace(self.train, steps=tuning, **dense)
+    def subsampled_steps(self) -> int:
+        """Those before the dense ones at the end."""
+        return self.train.steps - max(1, round(self.tuning * self.train.steps))
 
 
 PRESETS = {
@@ -111,9 +107,11 @@ SPEED, SAVED = 1.5, 0.75
 
 def build(config: Config, subsample: bool) -> LanguageModel:
     dense = partial(SubsampledAttention, num_heads=config.heads)
-    sampled = partial(dense, subsample=True, ratio=config.ratio, mode=config.mode, sigma=config.sigma)
-    layers = (dense,) * config.dense_layers + (sampled if subsample else dense,) * (config.depth - config.dense_layers)
-    return LanguageModel(VOCABULARY, config.width, layers, dtype=jnp.bfloat16 if config.bfloat16 else None)
+    # Slots of their own, also where they are dense: so both models hold their parameters alike.
+    later = partial(dense, subsample=subsample, ratio=config.ratio, mode=config.mode, sigma=config.sigma)
+    layers = (dense,) * config.dense_layers + (later,) * (config.depth - config.dense_layers)
+    dtype = jnp.bfloat16 if config.bfloat16 else None
+    return LanguageModel(VOCABULARY, config.width, layers, remat=False, dtype=dtype)
 
 
 def measure(run: Run[Config]) -> None:
@@ -123,35 +121,37 @@ def measure(run: Run[Config]) -> None:
     test = evaluation_windows(text.test, context, config.test_windows)
     run.require_same(bytes=len(windows.text), windows=len(test))
     dense, sampled = (build(config, subsample) for subsample in (False, True))
-    (first, last), ways = config.phases(), readers(config, dense, sampled)
+    ways, early = readers(config, dense, sampled), config.subsampled_steps()
     table, params = {}, {}
+    optimizer = make_optimizer(config.train)  # one schedule for all steps, whatever layers see in them
 
-    def trained(part: str, model: LanguageModel, init, train: TrainConfig | None = None):
+    def trained(row: str, part: str, model: LanguageModel, seed: int, steps: int) -> None:
+        """Train the part to so many steps, and read it."""
+
         def loss(params, batch, key):
             logits = model.apply(params, batch["inputs"], batch.get("segment_ids"), rngs={"subsample": key})
             return cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
 
-        begin = 0 if train is not last else first.steps  # the data goes on
-        tokens = config.train.batch_size * context
-        draw = lambda step: windows.batch(begin + step)
-        params[part] = run.fit(loss, init, draw, part=part, train=train, tokens_per_step=tokens).params
-        table[part] = run.kept(part, lambda: readings(ways, params[part], test))
-        run.record(config.train.steps, f"test/{part}", {"loss": table[part]["dense"] * float(np.log(2))})
-        print(f"{part:<12}" + "  ".join(f"{name} {bits:.4f}" for name, bits in table[part].items()), flush=True)
-        return params[part]
+        init = lambda key: dense.init(jax.random.fold_in(key, seed), jnp.zeros((1, 1), jnp.int32))
+        options: dict[str, Any] = {"optimizer": optimizer, "tokens_per_step": config.train.batch_size * context}
+        train = replace(config.train, steps=steps)
+        params[row] = run.fit(loss, init, windows.batch, part=part, train=train, **options).params
+        table[row] = run.kept(row, lambda: readings(ways, params[row], test))
+        run.record(steps, f"test/{row}", {"loss": table[row]["dense"] * float(np.log(2))})
+        print(f"{row:<12}" + "  ".join(f"{name} {bits:.4f}" for name, bits in table[row].items()), flush=True)
 
     for seed in range(config.seed, config.seed + config.seeds):
-        # The weights that both trainings start from: they are the same ones in another order.
-        start = lambda key, seed=seed: dense.init(jax.random.fold_in(key, seed), jnp.zeros((1, 1), jnp.int32))
-        trained(f"dense-{seed}", dense, start)
-        before = trained(f"subsets-{seed}", sampled, lambda key, s=start: rearranged(s(key), sampled.mixers), first)
-        trained(f"tuned-{seed}-{last.steps}", dense, lambda key, b=before: rearranged(b, dense.mixers), last)
+        trained(f"dense-{seed}", f"dense-{seed}", dense, seed, config.train.steps)
+        part = f"subsets-{seed}-{early}"
+        trained(f"subsets-{seed}", part, sampled, seed, early)
+        trained(f"tuned-{seed}", part, dense, seed, config.train.steps)  # the same training goes on
     run.plot()
-    verdict(run, table, cost(config), digest(params))
+    last = {row: final for row, final in params.items() if not row.startswith("subsets")}  # others have gone on
+    verdict(run, table, cost(config), digest(last))
 
 
-def readers(config: Config, dense: LanguageModel, sampled: LanguageModel) -> dict[str, tuple[TokenNats, LanguageModel]]:
-    """Ways to read a model, each with the one whose parameters it takes."""
+def readers(config: Config, dense: LanguageModel, sampled: LanguageModel) -> dict[str, TokenNats]:
+    """Ways to read a model: by all sources, by one draw of subsets, by ensembles of them."""
 
     def predicted(model, params, inputs, key):
         return model.apply(params, inputs, rngs={"subsample": key})
@@ -161,15 +161,12 @@ def readers(config: Config, dense: LanguageModel, sampled: LanguageModel) -> dic
 
     ways = {"dense": partial(predicted, dense), "one": partial(predicted, sampled)}
     ways |= {str(size): partial(averaged, size) for size in config.ensembles}
-    batch = config.train.batch_size
-    return {way: (TokenNats(logits, batch), dense if way == "dense" else sampled) for way, logits in ways.items()}
+    return {way: TokenNats(logits, config.train.batch_size) for way, logits in ways.items()}
 
 
-def readings(ways, params, test: np.ndarray) -> dict[str, float]:
-    """Bits per byte of the test windows: by all sources, by one draw of subsets, by ensembles of them."""
-    bits = lambda nats: float(nats.mean() / np.log(2))
-    inputs = with_begin(test)
-    return {way: bits(nats(rearranged(params, of.mixers), inputs, test)) for way, (nats, of) in ways.items()}
+def readings(ways: dict[str, TokenNats], params, test: np.ndarray) -> dict[str, float]:
+    """Bits per byte of the test windows, each way."""
+    return {way: float(nats(params, with_begin(test), test).mean() / np.log(2)) for way, nats in ways.items()}
 
 
 def cost(config: Config) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""Packed sequences: where a new one starts, told from the ids of its tokens."""
+"""Packed sequences: where a new one starts, told from the ids of its tokens; and padding among them."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +18,13 @@ def segment_starts(segment_ids: Int[Array, "B T"], *, reverse: bool = False) -> 
     before = sharded.halo(ids, ids[:, :1], reverse=reverse)
     starts = ids != jnp.concatenate([before, ids[:, :-1]], axis=1)
     return jnp.flip(starts, 1) if reverse else starts
+
+
+@typed
+def padded_segments(segment_ids: Int[Array, "B T"] | None, mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Segments in which the tokens that `mask` leaves out are one of their own."""
+    ids = jnp.zeros(mask.shape, jnp.int32) if segment_ids is None else segment_ids
+    return jnp.where(mask, 2 * ids, -1)  # the one odd number, on every device
 
 
 @typed

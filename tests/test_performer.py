@@ -9,6 +9,8 @@ import pytest
 from families import assert_close
 from recorded import load, recorded
 
+from jaxseq.layers.feature_maps import elu_plus_one
+from jaxseq.layers.normalised import normalised_attention
 from jaxseq.layers.projection import split_heads
 from jaxseq.layers.random_features import (
     log_positive_features,
@@ -49,7 +51,17 @@ def test_features_are_the_recorded_ones():
     phi_q, phi_k = relu_features(q, w), relu_features(k, w)
     np.testing.assert_allclose(phi_q, by_time("relu.phi_q"), atol=1e-5)
     np.testing.assert_allclose(attended(phi_q, phi_k, v), by_time("relu.noncausal"), atol=1e-5)
-    np.testing.assert_allclose(softmax(q, k, v, causal=True), by_time("softmax.causal"), atol=1e-5)
+    for name, causal in (("causal", True), ("noncausal", False)):
+        np.testing.assert_allclose(softmax(q, k, v, causal), by_time(f"softmax.{name}"), atol=1e-5)
+
+
+@recorded
+def test_linear_attention_is_the_recorded_one():
+    """φ = elu + 1: of all keys, and of those before by the recurrence of `LinearAttention`."""
+    phi_q, phi_k, v = elu_plus_one(by_time("q")), elu_plus_one(by_time("k")), by_time("v")
+    np.testing.assert_allclose(attended(phi_q, phi_k, v), by_time("elu.noncausal"), atol=1e-5)
+    o, _ = normalised_attention(phi_q, phi_k, v, epsilon=1e-10, scale=1.0)
+    np.testing.assert_allclose(o, by_time("elu.causal"), atol=1e-5)
 
 
 @recorded

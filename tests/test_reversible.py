@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxseq import GLA, Attention, LanguageModel
 from jaxseq.layers.gated_mlp import GatedMLP
+from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import MinGRU, Reformer, SelectiveAttention
 from jaxseq.models.block import Stack
 from jaxseq.sharded import AXIS
@@ -66,6 +67,29 @@ def test_two_streams_as_in_the_equations():
         run = lambda *args: [jax.value_and_grad(partial(loss, form), argnums=(0, 1))(*args) for form in forms]
         ours, expected = jax.jit(run)(*args)
         assert_close(ours, expected, 1e-8)
+
+
+def test_shared_layers_sum_their_gradients():
+    """Undone, they are layers that happen to be equal, and padding is kept from each of them."""
+    slots = (partial(SelfAttention, num_heads=2), gru) * 2
+    shared, free = (Stack(WIDTH, slots, mlp=None, reversible=True, shared=one) for one in (True, False))
+    x, lengths = drawn(np.random.default_rng(0), 2, LENGTH, WIDTH), jnp.asarray([4, LENGTH])
+    params = initialised(shared, x)
+    of_layers = lambda params, change: {
+        "params": params["params"] | {"layers": jax.tree.map(change, params["params"]["layers"])}
+    }
+    repeated = of_layers(params, lambda x: jnp.broadcast_to(x[None], (2, *x.shape)))
+
+    def loss(stack, params):
+        y = stack.apply(params, x, lengths=lengths)[0]
+        return jnp.sum(jnp.sin(y[0, :4])) + jnp.sum(jnp.sin(y[1])), y[0, :4]
+
+    gradient = lambda stack, params: jax.value_and_grad(partial(loss, stack), has_aux=True)(params)
+    both = jax.jit(lambda params, repeated: (gradient(shared, params), gradient(free, repeated)))
+    (value, summed), (expected, apart) = both(params, repeated)
+    assert_close((value, summed), (expected, of_layers(apart, lambda x: x.sum(0))), 1e-4)
+    alone = shared.apply(params, x[:1, :4])[0][0]
+    assert_close(value[1], alone, "mixer")
 
 
 @pytest.mark.slow

@@ -311,6 +311,9 @@ def test_parameters_of_full_attention_load_into_any_schedule():
     assert np.abs(short[:, 8] - expected[:, 8]).max() > 1e-3
     with pytest.raises(ValueError, match="params are of 4 layers, mixers of 3"):
         rearranged(params, (full,) * 3)
+    shared = jax.eval_shape(model((full,) * depth).clone(shared=True).init, jax.random.key(0), tokens)
+    with pytest.raises(ValueError, match="params are of shared layers; rearranged takes"):
+        rearranged(shared, (full,) * depth)
 
 
 # ---- Longformer -----------------------------------------------------------------------------------------------------

@@ -65,6 +65,21 @@ def test_recorded_outputs(mode, causal):
 
 
 @recorded
+def test_sets_of_the_recorded_noise(monkeypatch):
+    """Jittered places are those recorded; and dense attention, which all sets at once make, is."""
+    golden = load("ssa_windows")
+    ratio, sigma = 32 // int(golden["window"]), float(golden["sigma"])
+    for noise, permutation in zip(golden["noise"], golden["perm_local"], strict=True):
+        monkeypatch.setattr(jax.random, "normal", lambda key, shape, noise=noise: jnp.asarray(noise, jnp.float32))
+        sets = ops.subsets(jax.random.key(0), 32, ratio=ratio, sigma=sigma)
+        np.testing.assert_array_equal(sets, np.sort(permutation.reshape(ratio, -1), axis=1))
+    q, k, v = (jnp.asarray(golden[n].swapaxes(1, 2), jnp.float32) for n in "qkv")
+    for name, causal in (("dense_bidir", False), ("dense_causal", True)):
+        o = ops.softmax_attention(q, k, v, causal=causal)
+        np.testing.assert_allclose(o, golden[name].swapaxes(1, 2), atol=1e-5)
+
+
+@recorded
 def test_near_tokens_share_a_window_as_often_as_recorded():
     golden = load("ssa_windows")
     N, w, sigma = 32, int(golden["window"]), float(golden["sigma"])

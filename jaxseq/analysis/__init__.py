@@ -15,6 +15,7 @@ from .laziness import kernel_alignment as kernel_alignment
 from .laziness import representation_alignment as representation_alignment
 from .laziness import tangent_kernel as tangent_kernel
 from .matching import matched_states as matched_states
+from .parameters import num_parameters as num_parameters
 from .self_ensemble import self_ensemble as self_ensemble
 from .timescales import Timescale as Timescale
 from .timescales import autocorrelation as autocorrelation

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import ops
 from ..ops.state_space import DISCRETISATIONS
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 from .gated_output import GATED_OUTPUTS
 from .initialisers import S4D_INITIALISATIONS, s4d_eigenvalues
 from .state_space import (
@@ -54,14 +54,21 @@ class DiagonalStateSpace(StateSpace):
 
     @nn.compact
     @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         check_width(x, self.d_model, type(self).__name__)
         self._check()
         log_A, B, *C = self._discrete(accumulator(x.dtype))
         run = lambda u, direction, **options: ops.diagonal_state_space(
             u, log_A, B, C[direction], impl=self.impl, **options
         )
-        return state_space_layer(self, run, x, state, segment_ids)
+        return state_space_layer(self, run, x, state, segment_ids, mask)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:

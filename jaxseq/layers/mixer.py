@@ -1,10 +1,12 @@
 """The contract of every causal mixer: one body, `prefill`, and the names that follow from it."""
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ..segments import padded_segments
 from ..shapes import Array, Float, Int, accumulator, typed
 
 
@@ -34,6 +36,20 @@ def check_min_log_decay(module: nn.Module) -> None:
         raise ValueError(
             f"min_log_decay={module.min_log_decay}; {type(module).__name__} takes a number below 0, or None."
         )
+
+
+def past_padding(mixer: nn.Module, segment_ids: Array | None, mask: Array | None) -> tuple[Array | None, dict]:
+    """The segments and further inputs with which a mixer sees nothing of the end of a row that `mask` leaves out.
+
+    What is causal does not see it anyhow. What looks ahead is handed the mask where it has an argument of this name, as
+    those have that sum over a row; for all others the padding is a segment of its own.
+    """
+    if mask is None or (isinstance(mixer, Mixer) and mixer.looks_ahead() is None):
+        return segment_ids, {}
+    body = mixer.prefill if isinstance(mixer, Mixer) else mixer.__call__
+    if "mask" in inspect.signature(body).parameters:
+        return segment_ids, {"mask": mask}
+    return padded_segments(segment_ids, mask), {}
 
 
 class Mixer(nn.Module):
@@ -82,6 +98,15 @@ class Mixer(nn.Module):
         """Raise where it looks ahead."""
         if (field := self.looks_ahead()) is not None:
             raise NotImplementedError(f"{type(self).__name__}({field}) looks ahead: it has no state.")
+
+    @nn.nowrap
+    def check_mask(self, mask: Array | None) -> None:
+        """Raise where one is given to what is causal."""
+        if mask is not None and self.looks_ahead() is None:
+            raise ValueError(
+                f"mask: {type(self).__name__} is causal here: it sees no padding behind, and padding in front takes a "
+                "segment of its own."
+            )
 
     def checked_heads(self, **numbers: int) -> None:
         """Raise unless every number of heads divides `d_model`."""

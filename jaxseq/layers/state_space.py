@@ -106,7 +106,14 @@ class StateSpace(Mixer):
         return "bidirectional=True" if self.bidirectional else None
 
 
-def state_space_layer(module: StateSpace, run: Callable, x: Array, state: StateSpaceState | None, segment_ids):
+def counted(x: Array, mask: Array | None) -> Array:
+    """x with zeros at tokens that `mask` leaves out: a state of zeros stays one over them."""
+    return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+
+def state_space_layer(
+    module: StateSpace, run: Callable, x: Array, state: StateSpaceState | None, segment_ids, mask: Array | None = None
+):
     """y + D ⊙ x through the module's `output`, an exact GELU in it, and the state after x.
 
     `run(u, direction, initial_state=…, segment_ids=…)` makes y and a state; direction 1 is that of `two_sided`, where
@@ -115,7 +122,7 @@ def state_space_layer(module: StateSpace, run: Callable, x: Array, state: StateS
     Raises:
       NotImplementedError: the module is bidirectional, and there is a state or time is split over devices.
     """
-    u = x.astype(accumulator(x.dtype))
+    u = counted(x, mask).astype(accumulator(x.dtype))
     if module.bidirectional:
         if state is not None:
             module.check_causal()

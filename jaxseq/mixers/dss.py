@@ -20,7 +20,7 @@ from ..layers.state_space import (
     state_space_layer,
     step_size,
 )
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 
 VERSIONS = ("softmax", "exp", "exp_no_scale", "clip")
 
@@ -55,7 +55,14 @@ class DSS(StateSpace):
 
     @nn.compact
     @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         check_width(x, self.d_model, "DSS")
         self._check()
         log_A, B, *w = self._discrete(accumulator(x.dtype))
@@ -67,7 +74,7 @@ class DSS(StateSpace):
             impl=self.impl,
             **options,  # the op adds the conjugate of each state
         )
-        return state_space_layer(self, run, x, state, segment_ids)
+        return state_space_layer(self, run, x, state, segment_ids, mask)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:

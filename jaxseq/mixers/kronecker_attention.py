@@ -10,7 +10,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..ops.kronecker_attention import monomials
 from ..segments import segment_counts
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 from ..sharded import check_whole, on_last
 
 
@@ -25,8 +25,8 @@ class KroneckerAttention(Mixer):
 
         o_t = Σ_ij a_tij v_i ⊙ v'_j        a_tij = softmax_ij(scale · Σ_l q_tl k_il k'_jl)
 
-    of tokens i, j ≤ t, with i ≤ j where `ordered`; of all with `causal=False`, which has `__call__` alone. There are no
-    positions. v' starts near one: the layer starts as attention over i.
+    of tokens i, j ≤ t, with i ≤ j where `ordered`; of all with `causal=False`, which has `__call__` alone, and of which
+    `mask` leaves tokens out. There are no positions. v' starts near one: the layer starts as attention over i.
 
     With `degree` None it is exact, in time T³ and with a cache of `max_length` tokens: queries and keys are normalised
     a head and scaled by K^-½. With an even `degree` it is `kronecker_polynomial`, in time T: entries x are bounded by
@@ -47,9 +47,17 @@ class KroneckerAttention(Mixer):
 
     @nn.compact
     @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         check_width(x, self.d_model, "KroneckerAttention")
         self._check()
+        self.check_mask(mask)
         if state is not None:
             self.check_causal()
         state = self.start(x) if state is None else state
@@ -58,9 +66,9 @@ class KroneckerAttention(Mixer):
         q, *keys = (self._entries(name, heads(f"{name}_proj")) for name in ("q", "k1", "k2"))
         values = heads("v1_proj"), 1 + heads("v2_proj", use_bias=True)
         if self.degree is not None:
-            o, state = self._polynomial(q, keys, values, state, segment_ids)
+            o, state = self._polynomial(q, keys, values, state, segment_ids, mask)
         else:
-            o, state = self._exact(q, keys, values, state, segment_ids)
+            o, state = self._exact(q, keys, values, state, segment_ids, mask)
         return projection(self.d_model, "out_proj", self)(o.reshape(x.shape)), state
 
     def _entries(self, name: str, x):
@@ -69,8 +77,8 @@ class KroneckerAttention(Mixer):
             return nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=f"{name}_norm")(x)
         return self.bound * jnp.tanh(x / self.bound)
 
-    def _polynomial(self, q, keys, values, state, segment_ids):
-        options = dict(degree=self.degree, causal=self.causal, ordered=self.ordered)
+    def _polynomial(self, q, keys, values, state, segment_ids, mask):
+        options = dict(degree=self.degree, causal=self.causal, ordered=self.ordered, mask=mask)
         if self.causal:
             options |= dict(initial_state=state, segment_ids=segment_ids)
         elif segment_ids is not None:
@@ -78,12 +86,14 @@ class KroneckerAttention(Mixer):
         o, sums = ops.kronecker_polynomial(q, *keys, *values, **options)
         return o, sums.astype(state.dtype) if self.causal else None
 
-    def _exact(self, q, keys, values, state, segment_ids):
+    def _exact(self, q, keys, values, state, segment_ids, mask):
         check_whole("KroneckerAttention", "give every device whole sequences, or take a degree")
         options = dict(causal=self.causal, ordered=self.ordered, scale=q.shape[-1] ** -0.5, block_size=self.block_size)
         counts = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_counts(segment_ids)
         if state is None:
-            return ops.kronecker_attention(q, *keys, *values, segment_ids=counts, **options), None
+            seen = counts if mask is None else jnp.where(mask, counts, -1)  # which is no query's
+            o = ops.kronecker_attention(q, *keys, *values, segment_ids=counts, key_segment_ids=seen, **options)
+            return o, None
         both, cached = (lambda pair: jnp.stack(pair, axis=2)), state.segment.shape[1]
         after = lambda kept, new: jnp.concatenate([kept.astype(new.dtype), new], axis=1)
         keys, values = after(state.keys, both(keys)), after(state.values, both(values))

@@ -12,7 +12,7 @@ from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.random_features import log_positive_features, orthogonal_features
 from ..ops.rescaled import rescaled
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 from ..sharded import check_whole
 
 
@@ -26,10 +26,10 @@ class Performer(Mixer):
 
         o_t = Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s)        φ_r(x) = exp(w_r·x K^-¼ − |x|² K^-½ / 2)
 
-    over s ≤ t, or all s with `causal=False`, which has `__call__` alone. M = `num_features` rows w, orthogonal in
-    blocks, K ln K when None. It is computed in logs: with m_t = log Σ_s φ(k_s) each feature's state S_t,r is a mean of
-    values, and o_t = S_tᵀ softmax_r(log φ(q_t) + m_t). Nothing overflows, no ε is needed, and no maximum over all keys,
-    as in other implementations, lets later tokens change earlier outputs.
+    over s ≤ t, or all s with `causal=False`, which has `__call__` alone, and of which `mask` leaves tokens out.
+    M = `num_features` rows w, orthogonal in blocks, K ln K when None. It is computed in logs: with m_t = log Σ_s φ(k_s)
+    each feature's state S_t,r is a mean of values, and o_t = S_tᵀ softmax_r(log φ(q_t) + m_t). Nothing overflows, no ε
+    is needed, and no maximum over all keys, as in other implementations, lets later tokens change earlier outputs.
 
     The rows are no parameters: they come from `seed`, or from an rng "features" where there is one, which redraws them:
     `apply(params, x, rngs={"features": key})`. All heads share them.
@@ -48,9 +48,17 @@ class Performer(Mixer):
 
     @nn.compact
     @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         check_width(x, self.d_model, "Performer")
         width, number = self._sizes()
+        self.check_mask(mask)
         if state is not None:
             self.check_causal()
         state = self.start(x) if state is None else state
@@ -68,13 +76,15 @@ class Performer(Mixer):
             )  # fmt: skip
             state = PerformerState(matrix.astype(state.matrix.dtype), log_sum)
         else:
-            o = self._of_all(log(q), log(k), v, segment_ids)
+            o = self._of_all(log(q), log(k), v, segment_ids, mask)
         return projection(self.d_model, "out_proj", self)(o.reshape(x.shape)), state
 
-    def _of_all(self, log_q, log_k, v, segment_ids):
+    def _of_all(self, log_q, log_k, v, segment_ids, mask):
         check_whole("Performer(causal=False)", "give every device whole sequences")
         if segment_ids is not None:
             raise ValueError("segment_ids: Performer(causal=False) sums over all of a row; give one sequence a row.")
+        if mask is not None:  # by a finite number: a row may hold no token at all
+            log_k = jnp.where(mask[..., None, None], log_k, jnp.finfo(log_k.dtype).min)
         scale = jax.nn.logsumexp(log_k, axis=1, keepdims=True)
         means = jnp.einsum("bthm,bthv->bhmv", jnp.exp(log_k - scale).astype(v.dtype), v)
         return jnp.einsum("bthm,bhmv->bthv", nn.softmax(log_q + scale).astype(v.dtype), means)

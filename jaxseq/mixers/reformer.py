@@ -10,7 +10,7 @@ from .. import ops
 from ..layers.mixer import at_least
 from ..layers.projection import projection, split_heads
 from ..ops.lsh_attention import num_buckets
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Bool, Float, Int, check_width, typed
 
 
 class Reformer(nn.Module):
@@ -19,7 +19,9 @@ class Reformer(nn.Module):
         o_t = Σ_s softmax_s(q_t·q_s / |q_s| K^-½) v_s        q = x W_qk, s in the bucket of t in one of the rounds
 
     `lsh_attention`, in T/`bucket_size` buckets (an even number) and `rounds` rounds. There are no positions. Rotations
-    are no parameters: they come from `seed`, or from an rng "features" where there is one, which redraws them.
+    are no parameters: they come from `seed`, or from an rng "features" where there is one, which redraws them. `mask`
+    leaves tokens out, but there are as many buckets as the whole row takes: a row padded to another number of them
+    hashes otherwise than alone.
 
     Which tokens share a chunk depends on all of them: there is no state, and `__call__` alone, `causal` or not.
     """
@@ -36,7 +38,13 @@ class Reformer(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
         check_width(x, self.d_model, "Reformer")
         at_least(self, num_heads=1, bucket_size=1, rounds=1)
         if self.d_model % self.num_heads:
@@ -47,6 +55,7 @@ class Reformer(nn.Module):
         heads = lambda name: split_heads(projection(self.d_model, name, self)(x), width)
         o = ops.lsh_attention(
             heads("qk_proj"), heads("v_proj"), jax.random.normal(key, (width, self.rounds, axes)),
-            bucket_size=self.bucket_size, causal=self.causal, segment_ids=segment_ids, count_once=self.count_once,
+            bucket_size=self.bucket_size, causal=self.causal, segment_ids=segment_ids, mask=mask,
+            count_once=self.count_once,
         )  # fmt: skip
         return projection(self.d_model, "out_proj", self)(o.reshape(x.shape))

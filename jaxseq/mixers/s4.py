@@ -24,7 +24,7 @@ from ..layers.state_space import (
     state_space_layer,
     step_size,
 )
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 
 
 class S4(StateSpace):
@@ -55,14 +55,21 @@ class S4(StateSpace):
 
     @nn.compact
     @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         check_width(x, self.d_model, "S4")
         self._check()
         Lambda, P, B, dt, *C = self._continuous(accumulator(x.dtype))
         run = lambda u, direction, **options: ops.dplr_state_space(
             u, Lambda, P, B, C[direction], dt, impl=self.impl, **options
         )
-        return state_space_layer(self, run, x, state, segment_ids)
+        return state_space_layer(self, run, x, state, segment_ids, mask)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:

@@ -11,9 +11,9 @@ from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS, gated_output
 from ..layers.hippo import eigenbasis, hippo
 from ..layers.initialisers import log_uniform
-from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, parameter
+from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, counted, parameter
 from ..ops.state_space import DISCRETISATIONS
-from ..shapes import Array, Complex, Float, Int, accumulator, check_width, promoted, typed
+from ..shapes import Array, Bool, Complex, Float, Int, accumulator, check_width, promoted, typed
 from ..sharded import check_whole
 
 
@@ -50,12 +50,19 @@ class S5(StateSpace):
 
     @nn.compact
     @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         check_width(x, self.d_model, "S5")
         self._check()
         if state is not None:
             self.check_causal()
-        u = x.astype(accumulator(x.dtype))
+        u = counted(x, mask).astype(accumulator(x.dtype))
         decay, B, C, D = self._discrete(u.dtype)
         N = decay.shape[0]
         run = lambda C, **options: ops.mimo_state_space(

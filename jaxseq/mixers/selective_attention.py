@@ -11,7 +11,7 @@ from ..layers.cached_attention import AttentionState, empty_cache, query_key_val
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..segments import segment_counts
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 from ..sharded import check_whole, devices, on_last, sum_over_time
 
 KEYS = ("selected", "all")
@@ -32,7 +32,8 @@ class SelectiveAttention(Mixer):
     all do in training; the authors' evaluation keeps the selected alone.
 
     `top` is that evaluation: of each sequence the so many tokens of greatest p, at the cost of their pairs alone. Ranks
-    depend on what comes later, so it has `__call__` alone; `threshold` and `keys` play no part.
+    depend on what comes later, so it has `__call__` alone, and none are of those that `mask` leaves out; `threshold`
+    and `keys` play no part.
 
     The state is a cache of the last `max_length` tokens that can be attended to. Tokens that were not selected take no
     room, so it may be as much shorter as they are many; with `keys` "all" it is as long as attention's.
@@ -52,11 +53,19 @@ class SelectiveAttention(Mixer):
 
     @nn.compact
     @typed
-    def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         check_width(x, self.d_model, "SelectiveAttention")
         if x.shape[1] == 0:
             raise ValueError(f"x has shape {x.shape}; SelectiveAttention takes at least one step of time.")
         self._check()
+        self.check_mask(mask)
         if state is not None:
             self.check_causal()
         state = self.start(x) if state is None else state
@@ -66,7 +75,7 @@ class SelectiveAttention(Mixer):
         # Segments are counted from the one in progress at the start of the call.
         counts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_counts(segment_ids)
         if state is None:
-            o = self._among_top(q, k, v, counts, chance)
+            o = self._among_top(q, k, v, counts, chance, mask)
         else:
             o, state = self._among_selected(q, k, v, counts, chance > self.threshold, state)
         y = projection(self.d_model, "out_proj", self)(o.reshape(x.shape))
@@ -91,13 +100,15 @@ class SelectiveAttention(Mixer):
             state.position + counts.shape[1] * devices(),
         )
 
-    def _among_top(self, q, k, v, counts, chance):
+    def _among_top(self, q, k, v, counts, chance, mask):
         """Attention among the `top` tokens of each sequence, zero elsewhere."""
         check_whole("SelectiveAttention(top=...)", "select by threshold")
         length = chance.shape[1]
+        chance = chance if mask is None else jnp.where(mask, chance, -1)  # such a token is chosen last of all
         chosen = jnp.sort(jax.lax.top_k(chance, min(self.top, length))[1], axis=1)
-        q, k, v, segments = (_take(a, chosen) for a in (q, k, v, counts))
-        o = ops.softmax_attention(q, k, v, segment_ids=segments, impl=self.impl)
+        seen = counts if mask is None else jnp.where(mask, counts, UNSEEN)
+        q, k, v, segments, seen = (_take(a, chosen) for a in (q, k, v, counts, seen))
+        o = ops.softmax_attention(q, k, v, segment_ids=segments, key_segment_ids=seen, impl=self.impl)
         return jax.vmap(lambda o, at: jnp.zeros((length, *o.shape[1:]), o.dtype).at[at].set(o))(o, chosen)
 
     def _sow(self, chance) -> None:

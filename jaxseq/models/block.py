@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
-from ..layers.mixer import Mixer
-from ..shapes import Array, Float, Int, accumulator, typed
+from ..layers.mixer import Mixer, past_padding
+from ..shapes import Array, Bool, Float, Int, accumulator, known, typed
+from ..sharded import devices, first_position
 from .reversible import coupled_scan
 
 #: Norms by name: divided by the root mean square of the channels, or shifted to mean 0 first.
@@ -29,7 +30,7 @@ class Block(nn.Module):
 
     Without `prenorm` x ← norm(x + dropout(mixer(x))). Where there is an rng "dropout", channels are dropped for all of
     the time at once: a mask a token generalises worse (S4's authors). A mixer that is no `Mixer`, as it looks at the
-    whole sequence, is called, and has no state.
+    whole sequence, is called, and has no state. None sees the end of a row that `mask` leaves out (`past_padding`).
 
     x may be two streams: then each branch f makes (b, a + f(b)) of (a, b).
     """
@@ -46,7 +47,13 @@ class Block(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(self, x: Float[Array, "B T D"] | tuple, state: Any, segment_ids: Int[Array, "B T"] | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"] | tuple,
+        state: Any,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ):
         normed = lambda x, part: NORMS[self.norm](self.norm_eps, name=f"{part}_norm", **self._dtypes())(x)
         dropout = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not self.has_rng("dropout"))
 
@@ -64,10 +71,12 @@ class Block(nn.Module):
         if self.mixer is not None:
             mixer = self.mixer(d_model=self.d_model, name="mixer", **self._dtypes())
             y = before(x, "mixer")
+            segment_ids, inputs = past_padding(mixer, segment_ids, mask)
             if isinstance(mixer, Mixer):
-                y, state = mixer.prefill(y, mixer.start(y, max_length=0) if state is None else state, segment_ids)
+                start = mixer.start(y, max_length=0) if state is None else state
+                y, state = mixer.prefill(y, start, segment_ids, **inputs)
             else:
-                y = mixer(y, segment_ids)
+                y = mixer(y, segment_ids, **inputs)
             x = added(x, y, "mixer")
         if self.mlp is not None:
             mlp = self.mlp(d_model=self.d_model, name="mlp", **self._dtypes())
@@ -86,10 +95,10 @@ class Pattern(nn.Module):
     block: dict[str, Any]
 
     @nn.compact
-    def __call__(self, x, states, segment_ids):
+    def __call__(self, x, states, segment_ids, mask):
         after = []
         for i, mixer in enumerate(self.mixers):
-            x, state = Block(mixer=mixer, name=f"block_{i}", **self.block)(x, states and states[i], segment_ids)
+            x, state = Block(mixer=mixer, name=f"block_{i}", **self.block)(x, states and states[i], segment_ids, mask)
             after.append(states and state)  # nobody asked for a state where the sequence ends: it is not computed
         return x, tuple(after)
 
@@ -102,6 +111,9 @@ class Stack(nn.Module):
 
     With `states` None the sequence starts and ends in the call: caches have no room for tokens after it, and the states
     returned are None.
+
+    With `lengths` only the first so many tokens of each row count: no mixer lets them see the padding behind, and what
+    comes out of that is of no use.
 
     Depth is a scan over the shortest repeating pattern of `mixers`, so compile time does not grow with it; each
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of
@@ -134,7 +146,11 @@ class Stack(nn.Module):
     @nn.compact
     @typed
     def __call__(
-        self, x: Float[Array, "B T D"], states: Any = None, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        states: Any = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r}; choose one of {', '.join(NORMS)}.")
@@ -148,16 +164,17 @@ class Stack(nn.Module):
             )
         names = ("d_model", "mlp", "norm", "norm_eps", "prenorm", "dropout", "dtype", "param_dtype")
         block = {name: getattr(self, name) for name in names}
+        places = segment_ids, None if lengths is None else counted_tokens(x.shape[1], lengths)
         if self.reversible:
-            streams, states = self._coupled(block, x.astype(accumulator(x.dtype)), states, segment_ids)
+            streams, states = self._coupled(block, x.astype(accumulator(x.dtype)), states, places)
             x = ((streams[0] + streams[1]) / 2).astype(x.dtype)
         else:
-            x, states = self._scanned(block, x, states, segment_ids)
+            x, states = self._scanned(block, x, states, places)
         if self.prenorm:
             x = NORMS[self.norm](self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
         return x, states
 
-    def _scanned(self, block, x, states, segment_ids):
+    def _scanned(self, block, x, states, places):
         pattern, repeats = self._pattern()
         rematerialised = self.remat and not self.reversible
         period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if rematerialised else Pattern
@@ -168,16 +185,16 @@ class Stack(nn.Module):
             variable_axes=axes,
             variable_broadcast="params" if self.shared else False,
             split_rngs=rngs,
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=repeats,
             metadata_params={nn.PARTITION_NAME: None},
         )
-        return scanned(mixers=pattern, block=block, name="layers")(x, states, segment_ids)
+        return scanned(mixers=pattern, block=block, name="layers")(x, states, *places)
 
-    def _coupled(self, block, x, states, segment_ids):
+    def _coupled(self, block, x, states, places):
         """Both streams and the states, by functions of the parameters that `_scanned` makes."""
         if self.is_initializing():
-            return self._scanned(block, (x, x), states, segment_ids)
+            return self._scanned(block, (x, x), states, places)
         pattern, repeats = self._pattern()
         both = [(i, dict(mixer=mixer, mlp=None)) for i, mixer in enumerate(pattern)]
         both = [half for i, first in both for half in ((i, first), (i, dict(mixer=None, mlp=self.mlp)))]
@@ -190,12 +207,12 @@ class Stack(nn.Module):
             half = Block(**block | slots, parent=None)
 
             def run(b, layer, common):
-                (own, states, keys), (shared, segment_ids) = layer, common
+                (own, states, keys), (shared, places) = layer, common
                 variables = {"params": (own if shared is None else shared)[f"block_{i}"]}
                 state = states and slots["mixer"] and states[i]
                 rngs = {name: jax.random.fold_in(key, number) for name, key in keys.items()}
                 ((_, y), state), sown = half.apply(
-                    variables, (jnp.zeros_like(b), b), state, segment_ids, rngs=rngs, mutable=sown_to
+                    variables, (jnp.zeros_like(b), b), state, *places, rngs=rngs, mutable=sown_to
                 )
                 return y, (states and state, sown)
 
@@ -203,7 +220,7 @@ class Stack(nn.Module):
 
         branches = [branch(number, *half) for number, half in enumerate(halves)]
         own, shared = (None, params) if self.shared else (params, None)
-        layers, common = (own, states, keys), (shared, segment_ids)
+        layers, common = (own, states, keys), (shared, places)
         streams, outs = coupled_scan(branches, (x, x), layers, common, repeats, undo=self.remat)
         after: list[Any] = [None] * len(pattern)
         sown: dict[str, Any] = {name: {} for name in sown_to}
@@ -243,6 +260,20 @@ class Stack(nn.Module):
         periods = (p for p in range(1, depth + 1) if depth % p == 0 and identity == identity[:p] * (depth // p))
         period = next(periods)
         return self.mixers[:period], depth // period
+
+
+def counted_tokens(length: int, lengths: Int[Array, "B"]) -> Bool[Array, "B T"]:
+    """True at the first so many tokens of each row.
+
+    Raises:
+      ValueError: one of the lengths is known to be below 0, or above that of the row.
+    """
+    whole = length * devices()
+    for row, count in enumerate(() if (counts := known(lengths)) is None else counts.tolist()):
+        if not 0 <= count <= whole:
+            raise ValueError(f"lengths[{row}]={count}; a row of {whole} tokens has 0 to {whole} that count.")
+    position = first_position(length) + jnp.arange(length, dtype=jnp.int32)
+    return position[None] < lengths[:, None]
 
 
 def _identity(slot: Slot):

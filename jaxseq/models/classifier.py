@@ -17,9 +17,9 @@ class Classifier(nn.Module):
     """Encoder, residual blocks of any mixers, pooling over time, linear head.
 
     Tokens `B T` are embedded from `vocab_size`, features `B T F` projected. `pool` is "mean" or "last"; with
-    `lengths` only the first so many positions of each sequence count. `norm`, `prenorm`, `dropout`, `shared` and
-    `reversible` are as in `Stack`: nothing is dropped unless there is an rng "dropout". A mixer that looks ahead sees
-    the padding.
+    `lengths` only the first so many positions of each sequence count, and see nothing of the padding behind. `norm`,
+    `prenorm`, `dropout`, `shared` and `reversible` are as in `Stack`: nothing is dropped unless there is an rng
+    "dropout".
     """
 
     num_classes: int
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
             x = nn.Dense(self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, name="encoder")(x)
         names = ("d_model", "mixers", "mlp", "norm", "norm_eps", "prenorm", "dropout", "remat", "shared", "reversible")
         fields = {name: getattr(self, name) for name in (*names, "dtype", "param_dtype")}
-        x, _ = Stack(**fields, name="stack")(x)
+        x, _ = Stack(**fields, name="stack")(x, lengths=lengths)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         position = (first_position(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32))[None]
         lengths = jnp.full(x.shape[:1], x.shape[1] * devices()) if lengths is None else lengths

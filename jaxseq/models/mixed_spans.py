@@ -57,16 +57,19 @@ def rearranged(params: Mapping[str, Any], mixers: tuple[Slot, ...]) -> dict[str,
     """Parameters of a model with other slots, as the model with these `mixers` holds them.
 
     All slots of both have parameters of the same names and shapes, as `Attention` has with any span: so weights of a
-    model with full attention load into every schedule. A model stacks the layers of each slot of its repeating pattern,
-    but for one with `shared` layers, which has nothing to rearrange.
+    model with full attention load into every schedule. A model stacks the layers of each slot of its repeating pattern.
 
     Raises:
-      ValueError: the parameters are of another number of layers.
+      ValueError: the parameters are of another number of layers, or of a model with `shared` ones, whose parameters are
+        those of one period, whatever its number of layers.
     """
     period = len(Stack(1, mixers)._pattern()[0])
 
     def of_layers(blocks):
         apart = [blocks[f"block_{i}"] for i in range(len(blocks))]
+        # Of a norm there is one scale a channel, and one axis more where layers are stacked.
+        if any(norm["scale"].ndim == 1 for block in apart for name, norm in block.items() if name.endswith("_norm")):
+            raise ValueError("params are of shared layers; rearranged takes those of a model with shared=False.")
         repeats = len(jax.tree.leaves(apart)[0])
         layers = [jax.tree.map(lambda x, at=at: x[at], block) for at in range(repeats) for block in apart]
         if len(layers) != len(mixers):

@@ -18,7 +18,8 @@ class Tagger(nn.Module):
     """Embedding, residual blocks of any mixers, a linear head at every token: `B T` → logits `B T num_classes`.
 
     Mixers may look at the whole sequence, as those of `LanguageModel` may not. With `positions` `sinusoids` are added
-    to the embedding, for mixers that do not know the order of tokens. The fields from `mlp` on are those of `Stack`.
+    to the embedding, for mixers that do not know the order of tokens. With `lengths` only the first so many tokens of
+    each row count, and see nothing of the padding behind. The fields from `mlp` on are those of `Stack`.
 
     Raises:
       ValueError: `vocab_size` or `num_classes` is below 1.
@@ -38,7 +39,10 @@ class Tagger(nn.Module):
     @nn.compact
     @typed
     def __call__(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T _"]:
         if self.vocab_size < 1 or self.num_classes < 1:
             raise ValueError(
@@ -49,6 +53,6 @@ class Tagger(nn.Module):
             waves = sinusoids(tokens.shape[1], self.d_model).astype(x.dtype)
             x = x * self.d_model**0.5 + waves[None]  # as large as one another
         names = ("d_model", "mixers", "mlp", "remat", "remat_policy", "dtype", "param_dtype")
-        x, _ = Stack(**{name: getattr(self, name) for name in names}, name="stack")(x, None, segment_ids)
+        x, _ = Stack(**{name: getattr(self, name) for name in names}, name="stack")(x, None, segment_ids, lengths)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         return nn.Dense(self.num_classes, name="head")(x)

@@ -23,6 +23,7 @@ from .input_spectrum import magnitude_spectrum as magnitude_spectrum
 from .input_spectrum import spectral_convolution as spectral_convolution
 from .kronecker_attention import kronecker_attention as kronecker_attention
 from .kronecker_attention import kronecker_polynomial as kronecker_polynomial
+from .kronecker_attention import kronecker_polynomial_error as kronecker_polynomial_error
 from .lag_correlation import lag_correlation as lag_correlation
 from .linear_recurrence import linear_recurrence as linear_recurrence
 from .log_linear_attention import LogLinearState as LogLinearState

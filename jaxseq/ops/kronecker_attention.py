@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from ..scan import join_chunks, split_chunks
-from ..shapes import Array, Float, Int, accumulator, promoted, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, promoted, typed
 from ..sharded import check_whole
 from .linear_recurrence import linear_recurrence
 from .visibility import check_lengths, check_segments
@@ -136,6 +136,7 @@ def kronecker_polynomial(
     scale: float | None = None,
     initial_state: Float[Array, "B S H R _"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B S H R _"]]:
     """`kronecker_attention` in time linear in T, with exp replaced by its Taylor polynomial of an even degree g.
 
@@ -143,18 +144,21 @@ def kronecker_polynomial(
         φ_α(q) = scale^|α| q^α / α!,  |α| ≤ g
 
     It is near where scale · K |q| |k| |k'| (largest entries) is at most about 1, and wrong where that is well above g
-    (arXiv 2310.04064, theorem 1.3). The polynomial of an even degree is positive everywhere. R is the number of
-    monomials, K + g over g. Causal sums over i, j ≤ t are two `linear_recurrence`s; ordered, the second one sums the
-    products of the first with what is new: Σ_{i ≤ j ≤ t}. The state is these two sums, V + 1 numbers each.
+    (arXiv 2310.04064, theorem 1.3; `kronecker_polynomial_error` bounds it). The polynomial of an even degree is
+    positive everywhere. R is the number of monomials, K + g over g. Causal sums over i, j ≤ t are two
+    `linear_recurrence`s; ordered, the second one sums the products of the first with what is new: Σ_{i ≤ j ≤ t}. The
+    state is these two sums, V + 1 numbers each. Sums over all tokens leave out those that `mask` does.
 
     Raises:
-      ValueError: shapes disagree, the degree is odd or below 0, or `ordered`, a state or segments without `causal`.
+      ValueError: shapes disagree, the degree is odd or below 0, `ordered`, a state or segments without `causal`, or a
+        mask with it.
     """
-    if degree < 0 or degree % 2:
-        raise ValueError(f"degree={degree}; kronecker_polynomial takes an even degree of 0 or more.")
+    _check_degree("kronecker_polynomial", degree)
     given = {"ordered": ordered or None, "initial_state": initial_state, "segment_ids": segment_ids}
     if not causal and (wrong := [name for name, value in given.items() if value is not None]):
         raise ValueError(f"{wrong[0]} with causal=False; kronecker_polynomial takes it with causal=True.")
+    if causal and mask is not None:
+        raise ValueError("mask with causal=True; kronecker_polynomial takes it with causal=False.")
     batch, width, wide = len(query), query.shape[-1], accumulator(query.dtype)
     exponents = monomials(width, degree)
     scale = 1 / width if scale is None else scale
@@ -163,6 +167,7 @@ def kronecker_polynomial(
     parts = []
     for k, v in ((key_1, value_1), (key_2, value_2)):
         v = jnp.pad(v.astype(wide), ((0, 0),) * 3 + ((0, 1),), constant_values=1)
+        v = v if mask is None else jnp.where(mask[..., None, None], v, 0)
         parts.append(_powers(k.astype(wide), exponents)[..., None] * v[..., None, :])
     if not causal:
         check_whole("kronecker_polynomial(causal=False)", "give every device whole sequences")
@@ -181,7 +186,41 @@ def kronecker_polynomial(
         pairs = (second if ordered else first * second).reshape(parts[0].shape)
         sums = jnp.einsum("bthr,bthrv->bthv", u, pairs)
         final = jnp.stack([first_final, second_final], axis=1).reshape(batch, 2, *parts[0].shape[2:])
-    return (sums[..., :-1] / sums[..., -1:]).astype(value_1.dtype), final
+    total = sums[..., -1:]  # 0 where no token is left
+    return (sums[..., :-1] / jnp.where(total == 0, 1, total)).astype(value_1.dtype), final
+
+
+@typed
+def kronecker_polynomial_error(largest_score: float, degree: int) -> float:
+    """The most by which `kronecker_polynomial` of this degree g errs where no |score| exceeds R = `largest_score`.
+
+        |õ − o| ≤ 2 ρ max|v| max|v'|        ρ = e^R R^(g+1) / (g+1)!
+
+    R is scale · K β³ for entries of queries and keys in ±β. By Taylor's theorem P(s) − e^s = −e^ξ s^(g+1) / (g+1)! for
+    some ξ between 0 and s, so that no weight P(s) of a pair p is off by more than its ρ-th part: e^(ξ−s) is at most
+    e^R for a negative s, and 1 for a positive one. An even g makes all of these weights positive, so õ is a mean of
+    the products u_p = v_i v'_j too, and
+
+        õ − o = Σ_p (P(s_p) − e^s_p) (u_p − õ) / Σ_p e^s_p        as Σ_p P(s_p) (u_p − õ) = 0
+
+    is at most ρ times the largest |u_p − õ| ≤ 2 max|v| max|v'|. No two means are further apart than that: from ρ = 1 on
+    the bound says nothing. What is returned is 2 ρ, the bound for values in ±1.
+
+    Raises:
+      ValueError: the degree is odd or below 0, or `largest_score` is below 0.
+    """
+    _check_degree("kronecker_polynomial_error", degree)
+    if not largest_score >= 0:
+        raise ValueError(f"largest_score={largest_score}; kronecker_polynomial_error takes a size, 0 or more.")
+    if largest_score == 0:
+        return 0.0
+    log_share = largest_score + (degree + 1) * math.log(largest_score) - math.lgamma(degree + 2)
+    return 2 * math.exp(min(log_share, 700.0))  # a number, however large
+
+
+def _check_degree(op: str, degree: int) -> None:
+    if degree < 0 or degree % 2:
+        raise ValueError(f"degree={degree}; {op} takes an even degree of 0 or more.")
 
 
 def _powers(x, exponents: np.ndarray):

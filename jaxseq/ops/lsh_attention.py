@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..shapes import Array, Float, Int, accumulator, typed
+from ..segments import padded_segments
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import check_whole
 
 #: The logit of a token with itself: it counts where there is nothing else.
@@ -26,6 +27,7 @@ def lsh_attention(
     bucket_size: int = 64,
     causal: bool = False,
     segment_ids: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
     count_once: bool = False,
 ) -> Float[Array, "B T H V"]:
     """Softmax attention of queries that are the keys too, each over tokens that hash alike (Reformer, 2001.04451).
@@ -36,7 +38,8 @@ def lsh_attention(
     `rotations` of n/2 axes, n = `num_buckets(T, bucket_size)`. Tokens are sorted by bucket and position and cut into
     chunks of `bucket_size`; a chunk sees itself and the one before, the first the last one of the round before. Rounds
     are averaged by the sum of their weights. A token sees itself where it sees nothing else, and others of its segment.
-    A pair that meets in several rounds counts as often, or with `count_once` once. O(R T bucket_size).
+    A pair that meets in several rounds counts as often, or with `count_once` once. Tokens that `mask` leaves out fall
+    into no bucket, and no other one sees them. O(R T bucket_size).
 
     `causal` masks what comes later, but buckets fill up with it: which earlier tokens are seen may depend on later
     ones. With one bucket it is dense attention.
@@ -61,6 +64,9 @@ def lsh_attention(
     wide = accumulator(query_key.dtype)
     q = query_key.swapaxes(1, 2)
     bucket = hashed(q.astype(wide), rotations.astype(wide))
+    if mask is not None:
+        bucket = jnp.where(mask[:, None, None], bucket, buckets)
+        segment_ids = padded_segments(segment_ids, mask)
     pad = lambda x, fill: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, buckets * size - length),), constant_values=fill)
     # Padding comes last, and is no token.
     order = jnp.argsort(pad(bucket, buckets), axis=-1, stable=True).reshape(batch, heads, -1, size)
