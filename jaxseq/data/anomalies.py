@@ -74,8 +74,9 @@ def nab_recordings(
 def smd_recordings(folder: str | os.PathLike[str], *, only: str = "", calibrate: float = 0.2) -> list[Recording]:
     """The machines of the Server Machine Dataset: `train`, `test` and `test_label` hold a file of each, `NAME.txt`.
 
-    Those with `only` in their names, as "machine-1-", where it is given. Rows are numbers between commas, a row of labels is 0 or 1. The last share `calibrate` of the rows in `train` is to
-    calibrate. Training rows have no labels, and are taken as normal.
+    Those with `only` in their names, as "machine-1-", where it is given. Rows are numbers between commas, a row of
+    labels is 0 or 1. The last share `calibrate` of the rows in `train` is to calibrate. Training rows have no labels,
+    and are taken as normal.
 
     Raises:
       FileNotFoundError: a file is missing, or there is none.
