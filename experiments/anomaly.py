@@ -75,15 +75,15 @@ class Config:
     """Models of each kind, trained at once on the same windows."""
     models: str = ""
     """Models by name, with commas between them; all where none is given."""
-    lookback: int = 64
+    lookback: int = 32
     """Steps that a model or rule sees."""
-    horizon: int = 1
+    horizon: int = 4
     """Steps that a model forecasts; a row's score is the mean of the errors of all its forecasts."""
-    stride: int = 1
+    stride: int = 4
     """Steps from one forecast to the next, at most the horizon."""
     false_alarms: float = 0.01
     """Share of the rows to calibrate on that are above the threshold."""
-    width: int = 32
+    width: int = 16
     """Width of the models that have one."""
     cell_width: int = 4
     """Channels of a cell, a number of one variate, in Chimera."""
@@ -91,13 +91,13 @@ class Config:
     """Layers."""
     states: int = 4
     """States a channel; S4D has eight times as many."""
-    heads: int = 4
+    heads: int = 2
     """Heads, where models attend."""
     shown: str = "nyc_taxi"
     """What is in the name of the recording to draw; the first with anomalies where no name has it."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(
-        steps=600, batch_size=64, learning_rate=2e-3, warmup_steps=20, final_learning_rate_ratio=0.0, weight_decay=0.01
+        steps=400, batch_size=32, learning_rate=3e-3, warmup_steps=20, final_learning_rate_ratio=0.0, weight_decay=0.01
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -215,7 +215,7 @@ PRESETS = {
     "ecg": Config(data=DataConfig(kind="class")),
     # With --data.kind smd, or either of the others.
     "gpu": Config(
-        seeds=5, lookback=96, width=128, cell_width=16, depth=3, states=16,
+        seeds=5, lookback=96, horizon=1, stride=1, width=128, cell_width=16, depth=3, states=16, heads=8,
         train=TrainConfig(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01, log_every=50),
     ),
     # Seconds: to see that everything works.
