@@ -12,7 +12,7 @@ Run     python -m experiments.anomaly --data.path FOLDER [--preset cpu|ecg|gpu] 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,21 +245,26 @@ def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
     return run.fit(ensemble_loss(loss), init, batches, part=name, optimizer=optimizer).params
 
 
+@cache
+def squares(config: Config, name: str, variates: int) -> Callable:
+    """`(stacked params, B L V, B S V) -> M B S`: squared errors of each of the models, compiled once."""
+    model = MODELS[name](config, variates)
+    square = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2, axis=-1)
+    return jax.jit(jax.vmap(square, in_axes=(0, None, None)))
+
+
 def errors(
     config: Config, name: str, params: Any, recordings: Sequence[Recording], size: int = 512
 ) -> list[list[np.ndarray]]:
     """By seed and recording: of each row the mean squared error of its forecasts, NaN where there are none."""
-    model = MODELS[name](config, recordings[0].values.shape[1])
-    squares = jax.jit(
-        jax.vmap(lambda p, x, y: jnp.mean((model.apply(p, x) - y) ** 2, axis=-1), in_axes=(0, None, None))
-    )
+    square = squares(config, name, recordings[0].values.shape[1])
     windows, starts = pooled([r.values for r in recordings], config.lookback, config.horizon, stride=config.stride)
     sums, counts = np.zeros((config.seeds, len(windows.series))), np.zeros(len(windows.series))
     for at in range(0, len(starts), size):
         part = starts[at : at + size]
         batch = windows.at(np.resize(part, size))  # one shape, one program
         rows = part[:, None] + config.lookback + np.arange(config.horizon)
-        np.add.at(sums, (slice(None), rows), np.asarray(squares(params, *batch.values()))[:, : len(part)])
+        np.add.at(sums, (slice(None), rows), np.asarray(square(params, *batch.values()))[:, : len(part)])
         np.add.at(counts, rows, 1)
     means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     ends = np.cumsum([len(r.values) for r in recordings])[:-1]
