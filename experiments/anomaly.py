@@ -62,7 +62,8 @@ class DataConfig:
             raise ValueError("data.path is needed: the folder of the recordings.")
         if self.kind == "class":
             return one_class_recordings(self.path, self.name, self.normal, seed=seed)
-        return {"nab": nab_recordings, "smd": smd_recordings}[self.kind](self.path, only=self.only)
+        read = nab_recordings if self.kind == "nab" else smd_recordings
+        return read(self.path, only=self.only)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def a_day_before(config: Config, recordings: Sequence[Recording]) -> list[np.nda
     """How far from the last value a day ago or more, from the value before where there is none."""
 
     def score(r: Recording) -> np.ndarray:
+        assert r.dates is not None
         times = np.maximum.accumulate(r.dates)  # clocks were set back in some
         place = np.searchsorted(times, times - np.timedelta64(1, "D"), side="right") - 1
         before = np.where(place < 0, np.maximum(np.arange(len(times)) - 1, 0), place)
@@ -247,10 +249,10 @@ def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
 
 @cache
 def squares(config: Config, name: str, variates: int) -> Callable:
-    """`(stacked params, B L V, B S V) -> M B S`: squared errors of each of the models, compiled once."""
+    """`(params, B L V, B S V) -> B S M`: squared errors of M models, whose parameters are stacked; compiled once."""
     model = MODELS[name](config, variates)
     square = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2, axis=-1)
-    return jax.jit(jax.vmap(square, in_axes=(0, None, None)))
+    return jax.jit(jax.vmap(square, in_axes=(0, None, None), out_axes=-1))
 
 
 def errors(
@@ -259,16 +261,16 @@ def errors(
     """By seed and recording: of each row the mean squared error of its forecasts, NaN where there are none."""
     square = squares(config, name, recordings[0].values.shape[1])
     windows, starts = pooled([r.values for r in recordings], config.lookback, config.horizon, stride=config.stride)
-    sums, counts = np.zeros((config.seeds, len(windows.series))), np.zeros(len(windows.series))
+    sums, counts = np.zeros((len(windows.series), config.seeds)), np.zeros((len(windows.series), 1))
     for at in range(0, len(starts), size):
         part = starts[at : at + size]
         batch = windows.at(np.resize(part, size))  # one shape, one program
         rows = part[:, None] + config.lookback + np.arange(config.horizon)
-        np.add.at(sums, (slice(None), rows), np.asarray(square(params, *batch.values()))[:, : len(part)])
+        np.add.at(sums, rows, np.asarray(square(params, *batch.values()))[: len(part)])
         np.add.at(counts, rows, 1)
     means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     ends = np.cumsum([len(r.values) for r in recordings])[:-1]
-    return [np.split(row, ends) for row in means]
+    return [np.split(row, ends) for row in means.T]
 
 
 def detected(config: Config, recordings: Sequence[Recording], scores: Sequence[np.ndarray]) -> dict[str, dict]:
@@ -360,7 +362,7 @@ def verdict(run: Run[Config], scores: dict[str, list[dict[str, float]]], params)
     mean = {name: mean_of({str(n): row for n, row in enumerate(rows)}) for name, rows in scores.items()}
     ap = {name: row["AP"] for name, row in mean.items() if "AP" in row}
     tried = [name for name in ("random", *RULES) if name in mean]
-    most = max((ap[name] for name in tried if name in ap), default=None)
+    most = max((ap[name] for name in tried if name in ap), default=0.0)
     parts = {}
     if "chimera" in ap:
         parts["Chimera at least every rule"] = ap["chimera"] >= most

@@ -601,6 +601,25 @@ def test_rules_score_what_they_say():
     assert anomaly.rules(whole) == ["last value", "moving z-score", "mean series", "nearest window"]
 
 
+def test_a_row_is_scored_by_all_its_forecasts(key):
+    """Of every seed and recording, from windows that end before it, by a loop over windows."""
+    config = anomaly.Config(seeds=2, lookback=4, horizon=2, stride=1)
+    recordings = [recording(np.random.default_rng(n).standard_normal(9 + 3 * n)) for n in range(2)]
+    model = anomaly.MODELS["rlinear"](config, 1)
+    params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 1))))(jax.random.split(key, 2))
+    found = anomaly.errors(config, "rlinear", params, recordings, size=3)
+    for seed, scores in enumerate(found):
+        own = jax.tree.map(lambda x, seed=seed: x[seed], params)
+        for r, score in zip(recordings, scores, strict=True):
+            squares = [[] for _ in score]
+            windows = np.stack([r.values[start : start + 4] for start in range(len(score) - 5)])
+            for start, forecast in enumerate(np.asarray(model.apply(own, windows))):
+                for lead, value in enumerate(forecast[:, 0]):
+                    squares[start + 4 + lead].append((value - r.values[start + 4 + lead, 0]) ** 2)
+            assert np.isnan(score[:4]).all()
+            np.testing.assert_allclose(score[4:], [np.mean(each) for each in squares[4:]], rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_chain_of_variates(run, tmp_path):
     done = run("experiments.variate_chain", "--preset", "debug", "--out", str(tmp_path / "r"))
