@@ -69,7 +69,7 @@ class Config:
     """Seeds of each model."""
     models: str = ""
     """Models by name, with commas between them; all where none is given."""
-    width: int = 32
+    width: int = 8
     """Width of the models of time steps."""
     cell_width: int = 4
     """Channels of a cell, a number of one variate, in Chimera."""
@@ -77,7 +77,7 @@ class Config:
     """Layers."""
     states: int = 4
     """States a channel; S4D has eight times as many."""
-    heads: int = 4
+    heads: int = 2
     """Heads of the transformer."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(
@@ -123,7 +123,7 @@ PRESETS = {
     "cpu": Config(),
     # Of one variate, whose cells are all there is.
     "ecg": Config(
-        cell_width=16, data=DataConfig(name="ECG5000"),
+        cell_width=16, width=12, data=DataConfig(name="ECG5000"),
         train=replace(Config().train, steps=200, batch_size=25, learning_rate=1e-2),
     ),
     # With the npz of the recordings: 2,048 steps of a quarter of the samples.
@@ -133,7 +133,7 @@ PRESETS = {
     ),
     # The depth and width that a first try starts from; for any set.
     "gpu": Config(
-        seeds=5, cell_width=64, width=128, states=16,
+        seeds=5, cell_width=64, width=128, states=16, heads=8,
         train=TrainConfig(steps=2000, batch_size=20, learning_rate=1e-3, weight_decay=0.01, log_every=50),
     ),
     # Seconds: to see that everything works.

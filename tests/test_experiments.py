@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import efficient_transformers, long_range, timescales
+from experiments import anomaly, efficient_transformers, long_range, timescales
+from jaxseq.data import Recording
 from jaxseq.train import Curriculum
 from jaxseq.train.optimizer import STATE_SPACE
 
@@ -538,6 +539,85 @@ def test_series_are_classified(run, part, tmp_path):
     (tmp_path / "toy_TRAIN.ts").write_text("no series")
     refused = run(*command, "--out", str(tmp_path / "s"))
     assert refused.returncode == 2 and "comes before @data" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_anomalies_are_scored(run, tmp_path):
+    """By errors of forecasts and by rules; what a kill left is found again; a bad file in one line."""
+    (tmp_path / "real").mkdir()
+    hours = np.datetime64("2020-01-01T00:00:00") + np.arange(240) * np.timedelta64(3600, "s")
+    times = [str(hour).replace("T", " ") for hour in hours]
+    for name, spike in (("a", 200), ("b", 999)):
+        values = [np.sin(n / 4) + 5 * (n in (spike, spike + 2)) for n in range(240)]
+        rows = [f"{time},{value:.4f}" for time, value in zip(times, values, strict=True)]
+        (tmp_path / "real" / f"{name}.csv").write_text("\n".join(["timestamp,value", *rows]))
+    labels = tmp_path / "combined_windows.json"
+    labels.write_text(json.dumps({"real/a.csv": [[times[198], times[203]]], "real/b.csv": []}))
+    out = tmp_path / "r"
+    command = ("experiments.anomaly", "--preset", "debug", "--data.path", str(tmp_path))
+    done = run(*command, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "result.json").read_text())
+    rules = {"random", "last value", "moving z-score", "a day before", "nearest window"}
+    assert set(result["baseline"]) == rules and set(result["measured"]) == {"s4d"}
+    assert all(0 <= row["AP"] <= row["AUROC"] <= 1 for row in result["baseline"].values())
+    # Of 204 points 6 are marked: the two spikes, and what follows each, are the largest of steps.
+    assert result["baseline"]["last value"]["AUROC"] > 0.8
+    assert (out / "plots" / "scores.png").stat().st_size > 1000
+    assert set(json.loads((out / "table.json").read_text())["s4d"]) == {"0", "1"}
+
+    (out / "result.json").unlink()
+    assert run(*command, "--out", str(out)).returncode == 0
+    assert json.loads((out / "result.json").read_text())["measured"] == result["measured"]
+    labels.write_text(json.dumps({"real/a.csv": [[times[203], times[198]]]}))
+    refused = run(*command, "--out", str(tmp_path / "s"))
+    assert refused.returncode == 2 and "a window of real/a.csv begins at" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def recording(values, fitted=0, calibrated=0, dates=None):
+    values = np.asarray(values, np.float32)[:, None]
+    return Recording("r", values, np.zeros(len(values), bool), fitted, calibrated, dates)
+
+
+def test_rules_score_what_they_say():
+    """Each by a loop over rows; a fixed weekday's value comes again a day later, where clocks went back too."""
+    config, rng = anomaly.Config(lookback=4), np.random.default_rng(0)
+    x = rng.standard_normal(30)
+    (z,) = anomaly.moving_z_score(config, [recording(x)])
+    expected = [(x[t] - x[t - 4 : t].mean()) ** 2 / (x[t - 4 : t].var() + 1e-5) for t in range(4, 30)]
+    assert np.isnan(z[:4]).all()
+    np.testing.assert_allclose(z[4:], expected, rtol=1e-4)
+    (near,) = anomaly.nearest_window(config, [recording(x, fitted=12)])
+    window = lambda t: x[t - 3 : t + 1]
+    distances = [min(np.mean((window(t) - window(s)) ** 2) for s in range(3, 12)) for t in range(3, 30)]
+    np.testing.assert_allclose(near[3:], distances, atol=1e-5)
+    hours = np.datetime64("2020-01-01T00:00:00") + np.arange(72) * np.timedelta64(3600, "s")
+    hours[50] = hours[40]
+    (day,) = anomaly.a_day_before(config, [recording(np.arange(72) % 24, dates=hours)])
+    assert np.flatnonzero(day[24:]).tolist() == [26]
+    whole = [recording(x, fitted=30, calibrated=30), recording(-x, fitted=30, calibrated=30), recording(x)]
+    np.testing.assert_allclose(anomaly.mean_series(config, whole)[2], x.astype(np.float32) ** 2, rtol=1e-5)
+    assert anomaly.rules(whole) == ["last value", "moving z-score", "mean series", "nearest window"]
+
+
+def test_a_row_is_scored_by_all_its_forecasts(key):
+    """Of every seed and recording, from windows that end before it, by a loop over windows."""
+    config = anomaly.Config(seeds=2, lookback=4, horizon=2, stride=1)
+    recordings = [recording(np.random.default_rng(n).standard_normal(9 + 3 * n)) for n in range(2)]
+    model = anomaly.MODELS["rlinear"](config, 1)
+    params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 1))))(jax.random.split(key, 2))
+    found = anomaly.errors(config, "rlinear", params, recordings, size=3)
+    for seed, scores in enumerate(found):
+        own = jax.tree.map(lambda x, seed=seed: x[seed], params)
+        for r, score in zip(recordings, scores, strict=True):
+            squares = [[] for _ in score]
+            windows = np.stack([r.values[start : start + 4] for start in range(len(score) - 5)])
+            for start, forecast in enumerate(np.asarray(model.apply(own, windows))):
+                for lead, value in enumerate(forecast[:, 0]):
+                    squares[start + 4 + lead].append((value - r.values[start + 4 + lead, 0]) ** 2)
+            assert np.isnan(score[:4]).all()
+            np.testing.assert_allclose(score[4:], [np.mean(each) for each in squares[4:]], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Two levels of sequence models: against recorded outputs, in parts and by samples, and beside a flat model."""
 
+from collections.abc import Callable
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,13 @@ import pytest
 from families import assert_close
 from recorded import load, recorded
 
+from jaxseq.layers.gated_output import gated_output
 from jaxseq.layers.mixer import Mixer
+from jaxseq.layers.mlp import MLP
 from jaxseq.mixers import GLA, LSTM, S4D, Attention
 from jaxseq.models import FlatRegressor, HiSS, Stack
+from jaxseq.models.block import Block
+from jaxseq.ops import long_convolution
 
 STACK = partial(Stack, mixers=(partial(S4D, state_size=8),) * 2, mlp=None, norm="layer")
 
@@ -41,33 +47,145 @@ class TwoLSTMs(Mixer):
         return (LSTM(self.d_model, parent=None).init_state(batch_size, dtype=dtype),) * 2
 
 
+class Level(nn.Module):
+    """Two blocks without a norm after them, at positions that are added first: the authors' levels."""
+
+    d_model: int
+    mixer: Callable
+    mlp: Callable | None = None
+    places: int = 0
+    dtype: type | None = None
+    param_dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state):
+        if self.places:
+            x = x + self.param("places", nn.initializers.zeros, (self.places, self.d_model))[None]
+        block = partial(Block, self.d_model, self.mixer, self.mlp, "layer", 1e-5, True, 0.0)
+        for n in range(2):
+            x, _ = block(self.dtype, self.param_dtype, name=f"block_{n}")(x, None)
+        return x, state
+
+
+class GivenKernel(nn.Module):
+    """A layer of S4 whose kernel is a parameter."""
+
+    d_model: int
+    dtype: type | None = None
+    param_dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, segment_ids):
+        kernel = self.param("kernel", nn.initializers.zeros, (x.shape[1], self.d_model))
+        skip = self.param("D", nn.initializers.zeros, (self.d_model,))
+        return gated_output(self, long_convolution(x, kernel) + skip[None, None] * x, approximate=False)
+
+
+class CausalAttention(nn.Module):
+    d_model: int
+    dtype: type | None = None
+    param_dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, segment_ids):
+        return nn.MultiHeadDotProductAttention(2, name="heads")(x, mask=nn.make_causal_mask(x[..., 0]))
+
+
+class Authors:
+    """Recorded parameters of one of their models, by their names, as ours."""
+
+    def __init__(self, model):
+        self._get = lambda name: np.asarray(load("hiss")[f"{model}.{name}"], np.float64)
+
+    def __call__(self, name):
+        return self._get(f"p.{name}")
+
+    def dense(self, name):
+        weight = self(f"{name}.weight")
+        return {"kernel": weight.reshape(weight.shape[:2]).T, "bias": self(f"{name}.bias")}
+
+    def norm(self, name):
+        return {"scale": self(f"{name}.weight"), "bias": self(f"{name}.bias")}
+
+    def lstm(self, level, layer=0):
+        return {
+            "in_proj": {
+                "kernel": self(f"{level}.lstm.weight_ih_l{layer}").T,
+                "bias": self(f"{level}.lstm.bias_ih_l{layer}") + self(f"{level}.lstm.bias_hh_l{layer}"),
+            },
+            "recurrent_kernel": self(f"{level}.lstm.weight_hh_l{layer}").T,
+        }
+
+    def s4(self, level, layer):
+        name = f"{level}.s4_layers.{layer}"
+        return {
+            "mixer_norm": self.norm(f"{level}.norms.{layer}"),
+            "mixer": {
+                "kernel": self._get(f"kernel.{name}.layer.kernel").T,
+                "D": self(f"{name}.layer.D")[0],
+                "out_proj": self.dense(f"{name}.output_linear.0"),
+            },
+        }
+
+    def transformer(self, layer):
+        name = f"high_level.layers.{layer}"
+        each = zip(*(np.split(self(f"{name}.self_attn.in_proj_{what}"), 3) for what in ("weight", "bias")), strict=True)
+        heads = {
+            which: {"kernel": weight.T.reshape(-1, 2, weight.shape[0] // 2), "bias": bias.reshape(2, -1)}
+            for which, (weight, bias) in zip(("query", "key", "value"), each, strict=True)
+        }
+        out = self.dense(f"{name}.self_attn.out_proj")
+        out["kernel"] = out["kernel"].reshape(2, -1, out["kernel"].shape[1])
+        return {
+            "mixer_norm": self.norm(f"{name}.norm1"),
+            "mixer": {"heads": {**heads, "out": out}},
+            "mlp_norm": self.norm(f"{name}.norm2"),
+            "mlp": {"up_proj": self.dense(f"{name}.linear1"), "down_proj": self.dense(f"{name}.linear2")},
+        }
+
+
+def assert_authors(model, low, high, params):
+    """Outputs of HiSS with the two slots, to 1e-5."""
+    z, of = load("hiss"), Authors(model)
+    params = {"embed": of.dense("low_level.embed"), "feature": of.dense("low_level.decoder")} | params(of)
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    module = HiSS(2, int(z["cfg.chunk"]), 8, None, low, high)
+    y = jax.jit(module.apply)({"params": {"head": of.dense("output")} | params}, jnp.asarray(z["x"]))
+    np.testing.assert_allclose(y, z[f"{model}.y"], atol=1e-5)
+
+
 @recorded
 def test_lstm_over_lstm_is_the_authors():
     """Their high level has linear maps of its own: the first is one with ours behind the low level."""
-    z = load("hiss")
-    get = lambda name: np.asarray(z[f"lstm.p.{name}"], np.float64)
-    dense = lambda name: {"kernel": get(f"{name}.weight").T, "bias": get(f"{name}.bias")}
     after = lambda first, second: {
         "kernel": first["kernel"] @ second["kernel"], "bias": first["bias"] @ second["kernel"] + second["bias"],
     }  # fmt: skip
-    lstm = lambda level, layer: {
-        "in_proj": {
-            "kernel": get(f"{level}.lstm.weight_ih_l{layer}").T,
-            "bias": get(f"{level}.lstm.bias_ih_l{layer}") + get(f"{level}.lstm.bias_hh_l{layer}"),
-        },
-        "recurrent_kernel": get(f"{level}.lstm.weight_hh_l{layer}").T,
+    params = lambda of: {
+        "low_model": of.lstm("low_level"),
+        "feature": after(of.dense("low_level.decoder"), of.dense("high_level.embed")),
+        "high_model": {f"layers_{n}": of.lstm("high_level", n) for n in range(2)},
+        "head": after(of.dense("high_level.decoder"), of.dense("output")),
     }
-    params = {
-        "embed": dense("low_level.embed"),
-        "low_model": lstm("low_level", 0),
-        "feature": after(dense("low_level.decoder"), dense("high_level.embed")),
-        "high_model": {f"layers_{n}": lstm("high_level", n) for n in range(2)},
-        "head": after(dense("high_level.decoder"), dense("output")),
+    assert_authors("lstm", partial(LSTM, forget_bias=0.0), TwoLSTMs, params)
+
+
+@recorded
+def test_s4_over_s4_is_the_authors():
+    params = lambda of: {
+        f"{level}_model": {f"block_{n}": of.s4(f"{level}_level", n) for n in range(2)} for level in ("low", "high")
     }
-    module = HiSS(2, int(z["cfg.chunk"]), 8, None, partial(LSTM, forget_bias=0.0), TwoLSTMs)
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    y = jax.jit(module.apply)({"params": params}, jnp.asarray(z["x"]))
-    np.testing.assert_allclose(y, z["lstm.y"], atol=1e-5)
+    level = partial(Level, mixer=GivenKernel)
+    assert_authors("s4", level, level, params)
+
+
+@recorded
+def test_a_transformer_over_lstm_is_the_authors():
+    params = lambda of: {
+        "low_model": of.lstm("low_level"),
+        "high_model": {"places": load("hiss")["tr.pe"], **{f"block_{n}": of.transformer(n) for n in range(2)}},
+    }
+    high = partial(Level, mixer=CausalAttention, mlp=partial(MLP, hidden=16, activation=nn.relu), places=6)
+    assert_authors("tr", partial(LSTM, forget_bias=0.0), high, params)
 
 
 @pytest.mark.parametrize("low, high", [(STACK, STACK), (LSTM, GLA), (partial(Attention, num_heads=2), STACK)], ids=str)

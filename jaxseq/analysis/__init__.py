@@ -9,6 +9,12 @@ from .associative_recall import sliced_perplexity as sliced_perplexity
 from .bits_per_byte import BitsPerByte as BitsPerByte
 from .decoding import decoding_speeds as decoding_speeds
 from .decoding import state_bytes as state_bytes
+from .detection import Rates as Rates
+from .detection import alarm_rates as alarm_rates
+from .detection import auroc as auroc
+from .detection import average_precision as average_precision
+from .detection import point_adjusted as point_adjusted
+from .detection import runs_found as runs_found
 from .laziness import effective_rank as effective_rank
 from .laziness import gram_alignment as gram_alignment
 from .laziness import kernel_alignment as kernel_alignment

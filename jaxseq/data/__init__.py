@@ -1,3 +1,7 @@
+from .anomalies import Recording as Recording
+from .anomalies import nab_recordings as nab_recordings
+from .anomalies import one_class_recordings as one_class_recordings
+from .anomalies import smd_recordings as smd_recordings
 from .compression import baselines as baselines
 from .config import TextConfig as TextConfig
 from .corpus import Corpus as Corpus
@@ -16,6 +20,7 @@ from .series import Borders as Borders
 from .series import Series as Series
 from .series import Windows as Windows
 from .series import forecasting_series as forecasting_series
+from .series import pooled as pooled
 from .spikes import spike_counts as spike_counts
 from .table import Table as Table
 from .table import read_table as read_table

@@ -1,5 +1,6 @@
 """Multivariate time series: split by time, scaled by what is trained on, cut into windows."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,22 +53,47 @@ class Windows(NamedTuple):
         batch = {"inputs": self.series[seen], "targets": self.series[seen[:, -1:] + 1 + np.arange(self.horizon)]}
         return batch if self.marks is None else batch | {"marks": self.marks[seen]}
 
-    def batches(self, size: int, seed: int):
+    def batches(self, size: int, seed: int, starts: np.ndarray | None = None):
         """`step -> batch`, a function of the step alone: each epoch in an order of its own, whole batches.
+
+        Windows begin at `starts`, at every row where None.
 
         Raises:
           ValueError: there are fewer windows than one batch takes.
         """
-        per_epoch = self.number // size
+        starts = np.arange(self.number) if starts is None else starts
+        per_epoch = len(starts) // size
         if per_epoch < 1:
-            raise ValueError(f"batch_size={size} is more than the {self.number} windows there are.")
+            raise ValueError(f"batch_size={size} is more than the {len(starts)} windows there are.")
 
         def batch(step: int) -> dict[str, np.ndarray]:
             epoch, place = divmod(step, per_epoch)
-            order = np.random.default_rng((seed, epoch)).permutation(self.number)
-            return self.at(order[place * size : (place + 1) * size])
+            order = np.random.default_rng((seed, epoch)).permutation(len(starts))
+            return self.at(starts[order[place * size : (place + 1) * size]])
 
         return batch
+
+
+def pooled(parts: Sequence[np.ndarray], lookback: int, horizon: int, *, stride: int = 1) -> tuple[Windows, np.ndarray]:
+    """Series `T V` end to end, and where windows begin that are each of one series: every `stride` rows, and the last.
+
+    Raises:
+      ValueError: a number is below 1, or no series is as long as a window.
+    """
+    for name, value in (("lookback", lookback), ("horizon", horizon), ("stride", stride)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    numbers = [len(part) - lookback - horizon + 1 for part in parts]
+    if max(numbers, default=0) < 1:
+        raise ValueError(f"no series is as long as a window of lookback={lookback} and horizon={horizon}.")
+    offsets = np.cumsum([0, *map(len, parts)])[:-1]
+    # The last window of a series forecasts its last rows, be they a whole stride after the one before or not.
+    starts = [
+        offset + np.append(np.arange(0, number - 1, stride), number - 1)
+        for offset, number in zip(offsets, numbers, strict=True)
+        if number > 0
+    ]
+    return Windows(np.concatenate(parts), None, lookback, horizon), np.concatenate(starts)
 
 
 class Series(NamedTuple):

@@ -26,12 +26,15 @@ class Table(NamedTuple):
         return len(self.values)
 
 
-def read_table(path: str | os.PathLike[str], *, date: str | None = "date", missing: str = "raise") -> Table:
+def read_table(
+    path: str | os.PathLike[str], *, date: str | None = "date", missing: str = "raise", unordered: str = "raise"
+) -> Table:
     """A table separated by commas, which may be gzipped: a row a time step, a column a variate.
 
     A first row that is no row of numbers is a header. The column `date`, where there is one, holds times as ISO 8601
     writes them; any other column is of numbers. Values that are `missing` raise, or take the last value before them
-    ("forward"; a column's first ones take the next).
+    ("forward"; a column's first ones take the next). Times that come twice or go back raise, or stay as they are in
+    `unordered` ("keep"), as where clocks were set back.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -41,6 +44,8 @@ def read_table(path: str | os.PathLike[str], *, date: str | None = "date", missi
     path = Path(path).expanduser()
     if missing not in ("raise", "forward"):
         raise ValueError(f"missing={missing!r}; choose 'raise' or 'forward'.")
+    if unordered not in ("raise", "keep"):
+        raise ValueError(f"unordered={unordered!r}; choose 'raise' or 'keep'.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a table of numbers separated by commas.")
     rows = _rows(path)
@@ -50,7 +55,7 @@ def read_table(path: str | os.PathLike[str], *, date: str | None = "date", missi
     body = rows[1:] if header else rows
     names = header or [str(n) for n in range(len(rows[0][1]))]
     at = names.index(date) if date in names else None
-    dates = None if at is None else _dates(path, [(line, row[at]) for line, row in body])
+    dates = None if at is None else _dates(path, [(line, row[at]) for line, row in body], unordered)
     kept = [n for n in range(len(names)) if n != at]
     if not kept:
         raise ValueError(f"{path} has no column beside {date!r}.")
@@ -130,14 +135,14 @@ def _number(path: Path, line: int, name: str, cell: str) -> float:
     return value
 
 
-def _dates(path: Path, cells: list[tuple[int, str]]) -> np.ndarray:
+def _dates(path: Path, cells: list[tuple[int, str]], unordered: str) -> np.ndarray:
     dates, before = [], None
     for line, cell in cells:
         try:
             date = datetime.fromisoformat(cell.strip()).replace(tzinfo=None)
         except ValueError:
             raise ValueError(f"{path}, line {line}: {cell!r} is no time as 2016-07-01 00:00:00.") from None
-        if before is not None and date <= before:
+        if unordered == "raise" and before is not None and date <= before:
             fault = "comes twice" if date == before else f"comes after {before}"
             raise ValueError(f"{path}, line {line}: {date} {fault}; times must go on from row to row.")
         dates.append(date)
