@@ -13,6 +13,7 @@ Run     python -m experiments.rich_lazy [--preset cpu|gpu] [--task choice|match]
         python -m experiments.rich_lazy --task digits --data.path FOLDER   (the four idx files of MNIST, row after row)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,10 +151,8 @@ def task(config: Config) -> Task:
         of: Any = {"choice": two_choices, "match": delayed_match}[config.task]
         draw: Any = lambda key, count: of(key, num_examples=count)
         return Task(draw, draw(keys[0], config.test), draw(keys[1], config.probes)[0])
-    train, test = (
-        (jnp.asarray(digits.inputs.reshape(-1, 28, 28)), jnp.asarray(digits.labels))
-        for digits in mnist(config.data.path)
-    )
+    by_rows = lambda pixels: pixels.reshape(len(pixels), math.isqrt(pixels.shape[1]), -1)
+    train, test = ((jnp.asarray(by_rows(x.inputs)), jnp.asarray(x.labels)) for x in mnist(config.data.path))
     rows = lambda key, count: jax.random.randint(key, (count,), 0, len(train[1]))
     draw = lambda key, count: tuple(x[rows(key, count)] for x in train)
     return Task(draw, (test[0][: config.test], test[1][: config.test]), test[0][-config.probes :])

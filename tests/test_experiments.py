@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_labelled import write_digits
 
-from experiments import efficient_transformers, long_range, timescales
+from experiments import efficient_transformers, long_range, rich_lazy, timescales
+from jaxseq.data import mnist
 from jaxseq.train import Curriculum
 from jaxseq.train.optimizer import STATE_SPACE
 
@@ -381,7 +383,8 @@ def test_parallel_recurrences_beside_the_loop(run, texts, tmp_path):
     done = run(*command, "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert len(result["rows"]) == 3 * 2 * 2 and len(result["speeds"]) == 2 * 3
+    assert len(result["rows"]) == 3 * 2 * 2
+    assert all((row["weights"] == "trained") == ("speed" in row) for row in result["rows"])
     tame = [row for row in result["rows"] if row["weights"] != "chaotic"]
     assert all(row["values"] < 1e-5 and row["gradients"] < 1e-4 and not row["fell back"] for row in tame)
     assert all(1 < row["iterations"] <= row["length"] + 1 for row in result["rows"])
@@ -441,6 +444,22 @@ def test_rich_and_lazy_networks(run, tmp_path):
     assert refused.returncode == 2 and "digits, and they alone, take a path" in refused.stderr
 
 
+def test_networks_read_digits_row_after_row(tmp_path):
+    """Rows of an image are the steps; probes are none of the digits that are tested, batches are train digits."""
+    images, labels = write_digits(tmp_path, np.random.default_rng(0))
+    of = replace(rich_lazy.PRESETS["debug"], task="digits", test=20, data=rich_lazy.DataConfig(tmp_path))
+    task = rich_lazy.task(of)
+    x, y = task.test
+    assert x.shape == (20, 4, 4) and task.probes.shape == (4, 4, 4)
+    np.testing.assert_array_equal(y, labels[:20])
+    scale = np.polyfit(images[:20].ravel().astype(float), np.ravel(x), 1)
+    np.testing.assert_allclose(np.polyval(scale, images[-4:]), task.probes, atol=1e-4)
+    drawn, labels = jax.device_get(task.draw(jax.random.key(0), 6))
+    train, _ = mnist(tmp_path)
+    known = {pixels.tobytes(): label for pixels, label in zip(train.inputs, train.labels, strict=True)}
+    assert all(known[row.tobytes()] == label for row, label in zip(drawn, labels, strict=True))
+
+
 @pytest.mark.slow
 def test_timescales_of_networks_at_school(run, tmp_path):
     """Both curricula at toy size; one that is finished is not taught again."""
@@ -491,6 +510,7 @@ def test_certificates_and_control_of_an_iclrnn(run, tmp_path):
         assert not convex or (min(row["gap before"], row["gap"]) > -1e-9 and row["least weight"] >= 0)
         assert (row["kind"] != "lstm") or row["gap"] < -1e-4
         assert ("energy" in row) == (row["task"] == "reactor")
+        assert not convex or 0 <= row["lipschitz"] <= row["lipschitz bound"]
     energy = {name: found["energy"] for name, found in result["baseline"].items()}
     assert 0 < energy["planned with the plant"] < energy["no control"]
     assert result["parts"]["ICLRNN is convex"] and result["parts"]["its kernels are bounded"]
