@@ -103,8 +103,8 @@ PRESETS = {
     ),
     # A long range: 196 pixels, one after the other. With --data.path.
     "pixels": Config(
-        memories=50, max_tau=300.0, least=0.0,
-        train=TrainConfig(steps=2000, batch_size=32, learning_rate=2e-3, evaluate_every=200, log_every=20),
+        memories=30, max_tau=300.0, least=0.0,
+        train=TrainConfig(steps=600, batch_size=32, learning_rate=5e-3, evaluate_every=150, log_every=20),
     ),
     # Seconds: to see that everything works.
     "debug": Config(

@@ -430,9 +430,9 @@ def test_rich_and_lazy_networks(run, tmp_path):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    ranks = {name: row["effective rank"] for name, row in result["table"].items()}
-    assert ranks.keys() == {f"{kind}, {seed}" for kind in ("rank 1", "rank 6", "aligned") for seed in (0, 1)}
-    assert all(abs(ranks[f"{kind}, 0"] - 1) < 1e-3 for kind in ("rank 1", "aligned")) and ranks["rank 6, 0"] > 3
+    ranks, small = {name: row["effective rank"] for name, row in result["table"].items()}, ("rank 1", *rich_lazy.SMALL)
+    assert ranks.keys() == {f"{kind}, {seed}" for kind in (*small, "rank 6") for seed in (0, 1)}
+    assert all(abs(ranks[f"{kind}, 0"] - 1) < 1e-3 for kind in small) and ranks["rank 6, 0"] > 3
     assert all(0 < row["kernel alignment"] <= 1 + 1e-6 for row in result["table"].values())
     assert (tmp_path / "r" / "plots" / "rich_lazy.png").stat().st_size > 1000
     (tmp_path / "r" / "result.json").unlink()
@@ -442,6 +442,21 @@ def test_rich_and_lazy_networks(run, tmp_path):
     assert again["parameters_digest"] == result["parameters_digest"] and again["table"] == result["table"]
     refused = run(*command[:-1], str(tmp_path / "s"), "--task", "digits")
     assert refused.returncode == 2 and "digits, and they alone, take a path" in refused.stderr
+
+
+def test_aligned_weights_lie_along_what_was_learned():
+    """Of rank 1 and the norm of the change, whose largest singular vectors they have; the others keep their own."""
+    rng = np.random.default_rng(0)
+    start, change = np.outer(*rng.standard_normal((2, 5))), 0.1 * rng.standard_normal((5, 5))
+    networks = [
+        {"params": {"recurrent": jnp.asarray(W, jnp.float32), "input": w}} for W, w in ((start, 1), (start + change, 2))
+    ]
+    aligned, unaligned = rich_lazy.along(*networks)
+    U, _, V = np.linalg.svd(change)
+    size = np.linalg.norm(change)
+    np.testing.assert_allclose(abs(aligned["params"]["recurrent"]), size * abs(np.outer(U[:, 0], V[0])), atol=1e-5)
+    np.testing.assert_allclose(unaligned["params"]["recurrent"], start * size / np.linalg.norm(start), rtol=1e-5)
+    assert aligned["params"]["input"] == unaligned["params"]["input"] == 1
 
 
 def test_networks_read_digits_row_after_row(tmp_path):
