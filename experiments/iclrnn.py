@@ -15,7 +15,7 @@ Run     python -m experiments.iclrnn [--preset cpu|gpu] [--tasks peaks,reactor]
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -172,17 +172,11 @@ def measure(run: Run[Config]) -> None:
     for task in config.names():
         drawn = data(config, task)
         for kind in KINDS:
-            params, forward = trained(run, task, kind, drawn), jax.jit(predict(config, kind, drawn))
+            params = trained(run, task, kind, drawn)
             params_of[f"{task}-{kind}"] = params[1]
-            labels = [(noise, seed) for noise in config.noises for seed in range(config.seeds)]
-            for (noise, seed), start, end in zip(labels, *map(members, params), strict=True):
-                row = {"task": task, "kind": kind, "noise": noise, "seed": seed}
-                rows.append(row | certificates(config, kind, forward, drawn, start, end))
-            if task == "reactor":
-                steered = jax.jit(jax.vmap(partial(control, config, planned=predict(config, kind, drawn))))
-                for row, found in zip(rows[-len(labels) :], members(steered(params[1])), strict=True):
-                    row |= {name: float(value) for name, value in found.items()}
-            show(rows[-len(labels) :])
+            made = partial(certified, config, task, kind, drawn, *params)
+            rows += run.kept(f"{task}, {kind}", made)["rows"]
+            show(rows[-len(config.noises) * config.seeds :])
     verdict(run, rows, digest(params_of))
 
 
@@ -215,6 +209,27 @@ def trained(run: Run[Config], task: str, kind: str, drawn: Data):
     return jax.jit(init)(jax.random.key(config.seed)), fitted.params
 
 
+def certified(config: Config, task: str, kind: str, drawn: Data, start, end) -> dict[str, list[dict[str, Any]]]:
+    """A row for each noise and seed."""
+    forward = jax.jit(predict(config, kind, drawn))
+    labels = [(noise, seed) for noise in config.noises for seed in range(config.seeds)]
+    rows = [
+        {"task": task, "kind": kind, "noise": noise, "seed": seed} | certificates(config, kind, forward, drawn, *params)
+        for (noise, seed), *params in zip(labels, members(start), members(end), strict=True)
+    ]
+    if task == "reactor":
+        steered = jax.jit(jax.vmap(partial(control, config, planned=predict(config, kind, drawn))))
+        for row, found in zip(rows, members(steered(end)), strict=True):
+            row |= {name: float(value) for name, value in found.items()}
+    return {"rows": rows}
+
+
+@cache
+def steepest(forward: Callable) -> Callable:
+    """`params, sequences -> ` the largest norm of a Jacobian, at any of the sequences."""
+    return jax.jit(lambda params, x: local_lipschitz(lambda x: forward(params, x[None])[0], x).max())
+
+
 def certificates(config: Config, kind: str, forward: Callable, drawn: Data, start, end) -> dict[str, float]:
     """In float64: errors, convexity gaps, how far outputs move, and the bounds that kernels keep.
 
@@ -231,10 +246,9 @@ def certificates(config: Config, kind: str, forward: Callable, drawn: Data, star
         gap = lambda p: float((mix * of(p, x) + (1 - mix) * of(p, other) - of(p, mix * x + (1 - mix) * other)).min())
         gaps = {"gap before": gap(start), "gap": gap(end)}
         tests, found = jnp.asarray(drawn.test_inputs, jnp.float64), of(end, drawn.test_inputs)
-        steepest = lambda p, x: float(local_lipschitz(lambda x: forward(p, x[None])[0], x).max())
-        lipschitz = {"lipschitz": steepest(end, tests)}
+        lipschitz = {"lipschitz": float(steepest(forward)(end, tests))}
         if kind == "iclrnn":
-            lipschitz["lipschitz bound"] = steepest(ICLRNN.opened(end), tests[:1])
+            lipschitz["lipschitz bound"] = float(steepest(forward)(ICLRNN.opened(end), tests[:1]))
     apart = lambda a: np.linalg.norm((a - np.roll(a, 1, axis=0)).reshape(len(a), -1), axis=1)
     return (
         gaps

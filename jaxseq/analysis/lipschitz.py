@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..shapes import Array, Float
 
 
-def local_lipschitz(function: Callable[[Array], Array], inputs: Float[Array, "N ..."]) -> Float[np.ndarray, "N"]:
+def local_lipschitz(function: Callable[[Array], Array], inputs: Float[Array, "N ..."]) -> Float[Array, "N"]:
     """The largest singular value of the derivative of `function` at each of N inputs, of which it takes one.
 
     It is how far the output moves over how far the input does, for small moves in the worst direction. The Lipschitz
@@ -25,4 +24,4 @@ def local_lipschitz(function: Callable[[Array], Array], inputs: Float[Array, "N 
         J = jax.jacrev(lambda x: jnp.ravel(function(x)))(x)
         return jnp.linalg.norm(J.reshape(len(J), -1), 2)
 
-    return np.asarray(jax.jit(lambda inputs: jax.lax.map(steepest, inputs))(inputs))
+    return jax.lax.map(steepest, inputs)
