@@ -149,7 +149,7 @@ def compared(config: Config, cell: str, state: str, params, targets: np.ndarray)
     Speeds are of the model's training step, of the same programs, all in turn.
     """
     inputs = with_begin(targets), targets.astype(np.int32)
-    programs = {form: partial(solver(config, cell, form), params, *inputs) for form in FORMS}
+    programs: dict[str, Callable] = {form: partial(solver(config, cell, form), params, *inputs) for form in FORMS}
     y, slopes, _ = programs["sequential"]()
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slopes))
     found = {form: programs[form]() for form in PARALLEL}

@@ -1,14 +1,15 @@
 """Recurrent networks whose initial weights have a low rank, or a high one: how far learning takes their kernels.
 
 Claim   After training to like accuracy the tangent kernel of networks that began with weights of rank 1 is less aligned
-        with what it was, by 0.15, than of those that began with full rank and the same norm: they learn richly. With
-        gpu the rank also correlates with both alignments, and the exception holds: weights of rank 1 along those that a
-        trained network ended with are lazy again.
+        with what it was, by 0.15, than of those that began with full rank and the same norm: they learn richly. The
+        exception: weights of rank 1 along what a trained network learned are lazy again, by 0.2 over others of rank 1
+        and their norm. With gpu the rank also correlates with both alignments.
 Source  How connectivity structure shapes rich and lazy learning (arXiv 2310.08513), whose results are plots; thresholds
         are of a reproduction in little.
 Expect  Mean kernel alignment of 0.30 (rank 1), 0.52 (3), 0.49 (10), 0.55 (30), 0.58 (100) of five seeds, at like loss
-        0.36 and 0.67 at the ends; the exception does not show at this size: 0.32. Representations 0.58 to 0.73, change
-        of weights 1.43 to 1.35. Eight minutes on 2 busy CPU cores. gpu is not yet measured.
+        0.36 and 0.67 at the ends; along what was learned 0.79, others as small 0.55. Representations 0.58 to 0.73 by
+        rank, 0.83 aligned; change of weights 1.43 to 1.35, 0.95 aligned. Ten minutes on 2 busy CPU cores, in parts. gpu
+        is not yet measured.
 Run     python -m experiments.rich_lazy [--preset cpu|gpu] [--task choice|match]
         python -m experiments.rich_lazy --task digits --data.path FOLDER   (the four idx files of MNIST, row after row)
 """
@@ -78,7 +79,7 @@ class Config:
     """Inputs that loss and accuracy are of."""
     least_correlation: float | None = None
     """What is asked of the rank correlations of effective rank and alignments."""
-    least_aligned: float | None = None
+    least_aligned: float = 0.2
     """By how much kernels of aligned networks of rank 1 are to be more aligned than of others as small."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(steps=2500, batch_size=32, learning_rate=3e-3, evaluate_every=125, log_every=25)
@@ -105,7 +106,7 @@ PRESETS = {
     "cpu": Config(),
     # The authors' width, gain and training. Run it for two tasks.
     "gpu": Config(
-        width=300, ranks=(1, 30, 100, 300), least_correlation=0.5, least_aligned=0.2,
+        width=300, ranks=(1, 30, 100, 300), least_correlation=0.5,
         train=TrainConfig(steps=10_000, batch_size=32, learning_rate=3e-3, evaluate_every=500, log_every=100),
     ),
     # Seconds: to see that everything works.
@@ -269,12 +270,11 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
     aligned, unaligned = (mean[kind]["kernel alignment"] for kind in SMALL)
     parts = {
         "low rank is richer": high - low >= GAP,
+        "aligned weights are lazy": aligned - unaligned >= config.least_aligned,
         "all have learned": min(row["accuracy"] for row in table.values()) >= ACCURACY,
     }
     if config.least_correlation is not None:
         parts |= {f"rank and {measure}": correlation[measure] >= config.least_correlation for measure in MEASURES[:2]}
-    if config.least_aligned is not None:
-        parts["aligned weights are lazy"] = aligned - unaligned >= config.least_aligned
     draw(run, table, rows)
     run.finish(
         claim="networks that began with recurrent weights of low rank learn richly, those of full rank lazily",

@@ -81,13 +81,12 @@ class LeakyRNN(Mixer):
         state = self.start(x) if state is None else state
         inputs = fan_in_projection(self.d_model, "in_proj", self, self.d_model)(x)
         one_to_two = lambda key, shape, dtype: 1 + jax.random.uniform(key, shape, dtype)
-        tau = self.fixed_tau
-        tau = self.param("tau", one_to_two, (self.d_model,), self.param_dtype) if tau is None else tau
+        learned = lambda: self.param("tau", one_to_two, (self.d_model,), self.param_dtype)
         square = (self.d_model, self.d_model)
         start = symmetric_uniform(self.d_model**-0.5) if self.recurrent_init is None else self.recurrent_init
         W = self.param("recurrent_kernel", start, square, self.param_dtype)
         W = W.astype(accumulator(W.dtype))
-        tau = jnp.broadcast_to(tau, self.d_model).astype(W.dtype)
+        tau = learned().astype(W.dtype) if self.fixed_tau is None else jnp.full(self.d_model, self.fixed_tau, W.dtype)
         cell = partial(leaky_cell, W, tau, self.leak, slope=self.slope, self_connected=self.self_connected)
         states, final = recurrent(self, cell, inputs, state, segment_ids)
         return states.hidden.astype(x.dtype if self.dtype is None else self.dtype), final

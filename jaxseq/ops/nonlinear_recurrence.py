@@ -57,7 +57,7 @@ def nonlinear_recurrence(
     jacobian: str = "full",
     damping: float = 0.0,
     tolerance: float | None = None,
-    max_iterations: int = 50,
+    max_iterations: int = 100,
     block_size: int | None = None,
     report: bool = False,
 ):
@@ -263,9 +263,10 @@ def _check_shapes(xs, state, segment_ids, restart, guess) -> None:
         for x in jax.tree.leaves(tree):
             if x.shape[: len(lead)] != lead:
                 raise ValueError(f"{name} has shape {x.shape}, xs {shape} first: it leads with {lead}.")
+    structure: Any = jax.tree.structure
     for name, tree in (("restart", restart), ("guess", guess)):
-        if tree is not None and jax.tree.structure(tree) != jax.tree.structure(state):
-            raise ValueError(f"{name} is {jax.tree.structure(tree)}, initial_state {jax.tree.structure(state)}.")
+        if tree is not None and structure(tree) != structure(state):
+            raise ValueError(f"{name} is {structure(tree)}, initial_state {structure(state)}.")
     for x, h in zip(jax.tree.leaves(guess), jax.tree.leaves(state), strict=False):
         if x.shape != (*shape, *h.shape[1:]):
             raise ValueError(f"guess has shape {x.shape}; it is {(*shape, *h.shape[1:])}, a state for each token.")
