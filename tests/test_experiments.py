@@ -387,7 +387,7 @@ def test_parallel_recurrences_beside_the_loop(run, texts, tmp_path):
     assert all((row["weights"] == "trained") == ("speed" in row) for row in result["rows"])
     tame = [row for row in result["rows"] if row["weights"] != "chaotic"]
     assert all(row["values"] < 1e-5 and row["gradients"] < 1e-4 and not row["fell back"] for row in tame)
-    assert all(1 < row["iterations"] <= row["length"] + 1 for row in result["rows"])
+    assert all(1 < row["iterations"] <= 100 for row in result["rows"])
     assert (tmp_path / "r" / "plots" / "parallel_rnn.png").stat().st_size > 1000
     refused = run(*command[:3], "--cells", "rnn", "--out", str(tmp_path / "s"))
     assert refused.returncode == 2 and "none is called 'rnn'; choose lstm, gru" in refused.stderr
