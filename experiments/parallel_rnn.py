@@ -1,13 +1,14 @@
 """A nonlinear recurrence solved for all of time at once: iterations, errors and speed beside the loop.
 
-Claim   Newton's iterations over five nonlinear cells, as they start and trained on real text, give the loop's outputs to
-        1e-5 and its gradient to 1e-4 of the largest at every length, without falling back; where weights are so large
-        that a cell is chaotic they fall back and say so. On an accelerator they train faster than the loop.
+Claim   Newton's iterations over five nonlinear cells, as they start and trained on real text, give the loop's outputs
+        to 1e-5 and its gradient to 1e-4 of the largest at every length, without falling back; where weights are so
+        large that a cell is chaotic they fall back and say so. On an accelerator they train faster than the loop.
 Source  DEER (arXiv 2309.12252), full Jacobian; quasi-DEER (arXiv 2407.19115), its diagonal.
-Expect  Of LSTM and GRU 5 to 10 iterations with the full Jacobian, 15 to 66 with its diagonal, outputs to 2e-6, gradients
-        to 1e-6; of the leaky network, up to 256 tokens, 5 and 14 to 19. On a CPU it never pays: a third of the loop's
-        speed at best. A chaotic GRU converges over 64 tokens and falls back over 256 and 1,024. No run of all five cells
-        is complete; gpu is not yet measured.
+Expect  Of LSTM and GRU 5 to 10 iterations with the full Jacobian, 15 to 66 with its diagonal, outputs to 2e-6,
+        gradients to 1e-6; of the leaky network, so far, 5 and 14 to 19. On a CPU it never pays: a third of the loop's
+        speed at best. Chaotic cells fall back over 256 and 1,024 tokens; over 64 they converge in as many iterations as
+        there are tokens, an LSTM with its diagonal to another trajectory. No run of all five cells is complete; gpu is
+        not yet measured.
 Run     python -m experiments.parallel_rnn [--preset cpu|gpu] [--cells lstm,gru] [--data.path FILE_OR_FOLDER]
 """
 
