@@ -6,7 +6,8 @@ Claim   Memories of up to 100 steps tell the sum of two of five patterns, 25 ste
         over the LSTM.
 Source  The ELM neuron (arXiv 2306.16922), SHD-Adding; patterns are ours, and so are the thresholds.
 Expect  0.827 (version 1) and 0.829 (version 2) against 0.445 (memories of 3 steps) and 0.659 (LSTM), 4,910 and 4,849
-        parameters, all still rising after 1,000 steps. Six minutes on 2 busy CPU cores. gpu and pixels are not yet
+        parameters, all still rising after 1,000 steps; six minutes on 2 busy CPU cores. Of 196 pixels, three seeds, 600
+        steps: 0.757 and 0.760 against 0.237 and 0.418, 5,224 and 5,410 parameters; eight minutes. gpu is not yet
         measured.
 Run     python -m experiments.elm_neuron [--preset cpu|gpu]
         python -m experiments.elm_neuron --preset pixels --data.path FOLDER   (the four idx files of MNIST)
@@ -103,8 +104,8 @@ PRESETS = {
     ),
     # A long range: 196 pixels, one after the other. With --data.path.
     "pixels": Config(
-        memories=50, max_tau=300.0, least=0.0,
-        train=TrainConfig(steps=2000, batch_size=32, learning_rate=2e-3, evaluate_every=200, log_every=20),
+        memories=30, max_tau=300.0, least=0.0,
+        train=TrainConfig(steps=600, batch_size=32, learning_rate=5e-3, evaluate_every=150, log_every=20),
     ),
     # Seconds: to see that everything works.
     "debug": Config(

@@ -1,18 +1,20 @@
 """Recurrent networks whose initial weights have a low rank, or a high one: how far learning takes their kernels.
 
 Claim   After training to like accuracy the tangent kernel of networks that began with weights of rank 1 is less aligned
-        with what it was, by 0.15, than of those that began with full rank and the same norm: they learn richly. With
-        gpu the rank also correlates with both alignments, and the exception holds: weights of rank 1 along those that a
-        trained network ended with are lazy again.
+        with what it was, by 0.15, than of those that began with full rank and the same norm: they learn richly. The
+        exception: weights of rank 1 along what a trained network learned are lazy again, by 0.2 over others of rank 1
+        and their norm. With gpu the rank also correlates with both alignments.
 Source  How connectivity structure shapes rich and lazy learning (arXiv 2310.08513), whose results are plots; thresholds
         are of a reproduction in little.
 Expect  Mean kernel alignment of 0.30 (rank 1), 0.52 (3), 0.49 (10), 0.55 (30), 0.58 (100) of five seeds, at like loss
-        0.36 and 0.67 at the ends; the exception does not show at this size: 0.32. Representations 0.58 to 0.73, change
-        of weights 1.43 to 1.35. Eight minutes on 2 busy CPU cores. gpu is not yet measured.
+        0.36 and 0.67 at the ends; along what was learned 0.79, others as small 0.55. Representations 0.58 to 0.73 by
+        rank, 0.83 aligned; change of weights 1.43 to 1.35, 0.95 aligned. Ten minutes on 2 busy CPU cores, in parts. gpu
+        is not yet measured.
 Run     python -m experiments.rich_lazy [--preset cpu|gpu] [--task choice|match]
         python -m experiments.rich_lazy --task digits --data.path FOLDER   (the four idx files of MNIST, row after row)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,7 @@ class Config:
     """choice: which of two noisy channels has the larger mean. match: whether a stimulus comes again. digits: MNIST."""
     ranks: tuple[int, ...] = (1, 3, 10, 30, 100)
     """Ranks of the initial recurrent weights; the last counts as full. Aligned weights, of rank 1, lie along what the
-    networks of the first ended with."""
+    networks of the first learned."""
     width: int = 100
     """Units."""
     gain: float = 1.25
@@ -77,8 +79,8 @@ class Config:
     """Inputs that loss and accuracy are of."""
     least_correlation: float | None = None
     """What is asked of the rank correlations of effective rank and alignments."""
-    least_aligned: float | None = None
-    """By how much kernels of aligned networks of rank 1 are to be more aligned than of random ones."""
+    least_aligned: float = 0.2
+    """By how much kernels of aligned networks of rank 1 are to be more aligned than of others as small."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(steps=2500, batch_size=32, learning_rate=3e-3, evaluate_every=125, log_every=25)
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
@@ -104,7 +106,7 @@ PRESETS = {
     "cpu": Config(),
     # The authors' width, gain and training. Run it for two tasks.
     "gpu": Config(
-        width=300, ranks=(1, 30, 100, 300), least_correlation=0.5, least_aligned=0.2,
+        width=300, ranks=(1, 30, 100, 300), least_correlation=0.5,
         train=TrainConfig(steps=10_000, batch_size=32, learning_rate=3e-3, evaluate_every=500, log_every=100),
     ),
     # Seconds: to see that everything works.
@@ -115,6 +117,8 @@ PRESETS = {
 }  # fmt: skip
 
 MEASURES = ("kernel alignment", "representation alignment", "same signs", "weight change")
+#: Weights of rank 1 along what was learned, and others of their norm.
+SMALL = ("aligned", "unaligned")
 #: By how much the tangent kernels of full rank are more aligned; the least accuracy of all networks.
 GAP, ACCURACY = 0.15, 0.9
 
@@ -150,10 +154,8 @@ def task(config: Config) -> Task:
         of: Any = {"choice": two_choices, "match": delayed_match}[config.task]
         draw: Any = lambda key, count: of(key, num_examples=count)
         return Task(draw, draw(keys[0], config.test), draw(keys[1], config.probes)[0])
-    train, test = (
-        (jnp.asarray(digits.inputs.reshape(-1, 28, 28)), jnp.asarray(digits.labels))
-        for digits in mnist(config.data.path)
-    )
+    by_rows = lambda pixels: pixels.reshape(len(pixels), math.isqrt(pixels.shape[1]), -1)
+    train, test = ((jnp.asarray(by_rows(x.inputs)), jnp.asarray(x.labels)) for x in mnist(config.data.path))
     rows = lambda key, count: jax.random.randint(key, (count,), 0, len(train[1]))
     draw = lambda key, count: tuple(x[rows(key, count)] for x in train)
     return Task(draw, (test[0][: config.test], test[1][: config.test]), test[0][-config.probes :])
@@ -172,8 +174,10 @@ def measure(run: Run[Config]) -> None:
     names = [f"rank {rank}, {seed}" for rank in config.ranks for seed in seeds]
     before, after = trained(run, of, "random", random, names)
     lowest = (members(networks)[: config.seeds] for networks in (before, after))
-    aligned = stacked([along(*pair) for pair in zip(*lowest, strict=True)])
-    start, end = trained(run, of, "aligned", lambda _: aligned, [f"aligned, {seed}" for seed in seeds])
+    pairs = zip(*[along(*pair) for pair in zip(*lowest, strict=True)], strict=True)
+    small = stacked([network for kind in pairs for network in kind])
+    names = [f"{kind}, {seed}" for kind in SMALL for seed in seeds]
+    start, end = trained(run, of, "aligned", lambda _: small, names)
     verdict(run, members(before) + members(start), digest([after, end]))
 
 
@@ -182,10 +186,15 @@ def network(config: Config, rank: int = 1) -> Network:
 
 
 def along(before, after):
-    """A network as it began, but for recurrent weights along the largest singular vectors that it ended with."""
+    """A network as it began, but for recurrent weights of rank 1: along what it learned, and along what it began with.
+
+    Both have the norm of what was learned. At the norm that it began with, ten times as large, weights along what was
+    learned make activity explode; and the leading singular vectors that it ended with are still those it began with.
+    """
     start, end = (params["params"]["recurrent"] for params in (before, after))
-    W = low_rank(lambda *_: end, 1)(None, end.shape)
-    return {"params": before["params"] | {"recurrent": W * jnp.linalg.norm(start) / jnp.linalg.norm(W)}}
+    aligned = low_rank(lambda *_: end - start, 1)(None, start.shape)
+    unaligned = start * jnp.linalg.norm(aligned) / jnp.linalg.norm(start)
+    return [{"params": before["params"] | {"recurrent": W}} for W in (aligned, unaligned)]
 
 
 def trained(run: Run[Config], of: Task, part: str, init, names: list[str]):
@@ -242,7 +251,7 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
         | {f"{measure} then": level_rows[name][measure] for measure in MEASURES}
         for (name, of), rank in zip(rows.items(), ranks, strict=True)
     }
-    kinds = [f"rank {rank}" for rank in config.ranks] + ["aligned"]
+    kinds = [f"rank {rank}" for rank in config.ranks] + list(SMALL)
     columns = ("effective rank", "accuracy", *MEASURES, "step of equal loss", "kernel alignment then")
     mean = {
         kind: {
@@ -258,22 +267,21 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
         for measure in MEASURES
     }
     low, high = (mean[f"rank {rank}"]["kernel alignment"] for rank in (config.ranks[0], config.ranks[-1]))
-    gain = mean["aligned"]["kernel alignment"] - low
+    aligned, unaligned = (mean[kind]["kernel alignment"] for kind in SMALL)
     parts = {
         "low rank is richer": high - low >= GAP,
+        "aligned weights are lazy": aligned - unaligned >= config.least_aligned,
         "all have learned": min(row["accuracy"] for row in table.values()) >= ACCURACY,
     }
     if config.least_correlation is not None:
         parts |= {f"rank and {measure}": correlation[measure] >= config.least_correlation for measure in MEASURES[:2]}
-    if config.least_aligned is not None:
-        parts["aligned weights are lazy"] = gain >= config.least_aligned
     draw(run, table, rows)
     run.finish(
         claim="networks that began with recurrent weights of low rank learn richly, those of full rank lazily",
         measured={f"kernel alignment, {kind}": row["kernel alignment"] for kind, row in mean.items()}
         | {f"rank correlation, {measure}": value for measure, value in correlation.items()}
         | {"least accuracy": min(row["accuracy"] for row in table.values())},
-        baseline={"kernel alignment, full rank": high},
+        baseline={"kernel alignment, full rank": high, "kernel alignment, unaligned": unaligned},
         threshold={"gap": GAP, "accuracy": ACCURACY}
         | {"correlation": config.least_correlation, "aligned": config.least_aligned},
         holds=all(parts.values()),
@@ -289,7 +297,7 @@ def draw(run: Run, table, rows) -> None:
     with run.figure("rich_lazy", figsize=(13, 4)) as figure:
         *scatter, way = figure.subplots(1, 3)
         for axes, measure in zip(scatter, MEASURES[:2], strict=True):
-            for label, marker in (("rank", "o"), ("aligned", "^")):
+            for label, marker in (("rank", "o"), *zip(SMALL, "^v", strict=True)):
                 of = [row for name, row in table.items() if name.startswith(label)]
                 axes.plot(
                     [row["effective rank"] for row in of], [row[measure] for row in of], marker, label=label, alpha=0.7

@@ -1,12 +1,14 @@
 """Newton over time: that it converges and how fast, that it falls back, what it keeps, and how it is split."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -55,12 +57,17 @@ OPTIONS = {
 }
 
 
+@cache
+def by_the_loop(cell):
+    return run(*problem(1024, cell=cell), cell=cell)
+
+
 @pytest.mark.parametrize("cell", [tanh_rnn, gru])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_parallel_is_sequential(name, cell):
     """1,024 tokens, without falling back."""
     arguments, options = problem(1024, cell=cell), dict(OPTIONS[name])
-    states, gradients, none = run(*arguments, cell=cell)
+    states, gradients, none = by_the_loop(cell)
     if "guess" in options:
         options["guess"] = states
     found, slopes, done = run(*arguments, cell=cell, impl="parallel", **options)
@@ -72,7 +79,8 @@ def test_parallel_is_sequential(name, cell):
 
 
 def test_iterations_grow_slower_than_time():
-    counts = [run(*problem(length), impl="parallel")[2].iterations[0] for length in (64, 4096)]
+    solve = lambda W, xs, start: nonlinear_recurrence(partial(tanh_rnn, W), xs, start, impl="parallel", report=True)
+    counts = [int(jax.jit(solve)(*problem(length, N=4))[2].iterations[0]) for length in (64, 2048)]
     assert counts[1] <= 2 * counts[0]
 
 
@@ -85,6 +93,54 @@ def test_chaos_falls_back(jacobian):
     assert not done.converged.any() and (done.iterations == 20).all() and (done.error > 1).all()
     np.testing.assert_array_equal(found, states)
     assert all(np.isfinite(x).all() for x in slopes)
+
+
+def test_slow_convergence_is_not_taken_for_an_end():
+    """Of a rotation the diagonal knows nothing: each step does little, and many small ones are still to come."""
+    turn = 0.97 * jnp.asarray([[0.0, 1.0], [-1.0, 0.0]])
+    xs, start = (jnp.asarray(np.random.default_rng(0).standard_normal(s), jnp.float32) for s in ((1, 1024, 2), (1, 2)))
+    solve = partial(nonlinear_recurrence, lambda h, x: h @ turn + x, xs, start)
+    states, _ = solve()
+    found, _, done = jax.jit(partial(solve, impl="parallel", jacobian="diagonal", max_iterations=1024, report=True))()
+    assert 100 < done.iterations[0] < 1024
+    np.testing.assert_allclose(found, states, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(gain=st.floats(0, 4), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("options", [{}, {"jacobian": "diagonal", "block_size": 7}, {"damping": 0.5}], ids=str)
+def test_never_a_wrong_answer(solvers, options, gain, seed):
+    """Calm, chaotic or between: the loop's values, whether by Newton or, where it says so, by falling back."""
+    with jax.enable_x64(True):
+        arguments = problem(24, gain=gain, seed=seed, dtype=np.float64)
+        found, done, states = jax.device_get(solvers(**options)(*arguments))
+    assert (done.iterations <= 12).all() and (done.converged == (done.error <= 1)).all()
+    np.testing.assert_allclose(found, states, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def solvers():
+    """Programs of both forms, compiled once for all examples."""
+
+    @cache
+    def of(**options):
+        def both(W, xs, start):
+            solve = partial(nonlinear_recurrence, partial(tanh_rnn, W), xs, start)
+            found, _, done = solve(impl="parallel", max_iterations=12, report=True, **options)
+            return found, done, solve()[0]
+
+        return jax.jit(both)
+
+    return of
+
+
+@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
+def test_a_gradient_takes_no_iterations(jacobian):
+    """It is one affine scan more, in reverse: the program has no other loop than the one that solves."""
+    arguments = problem(50)
+    count = lambda f: str(jax.make_jaxpr(f)(*arguments)).count(" while[")
+    values = lambda *a: nonlinear_recurrence(partial(tanh_rnn, a[0]), *a[1:], impl="parallel", jacobian=jacobian)[0]
+    assert count(values) == count(jax.grad(lambda *a: jnp.sum(values(*a)), (0, 1, 2))) == 1
 
 
 def test_only_the_blocks_that_need_it_fall_back():
@@ -152,11 +208,11 @@ def test_blocks_bound_the_memory():
     """Of value and gradient: J of one block, not of all of time."""
 
     def temporary(size):
-        W, xs, start = problem(2048, N=32)
+        W, xs, start = problem(1024, N=24)
         lowered = jax.jit(partial(everything, impl="parallel", block_size=size)).lower(W, xs, start)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(64) < temporary(None) / 4
+    assert temporary(32) < temporary(None) / 4
 
 
 def test_wrong_arguments_are_named():
@@ -171,6 +227,16 @@ def test_wrong_arguments_are_named():
     }.items():
         with pytest.raises(ValueError, match=message):
             call(**dict([options]), impl="parallel")
+    for options, message in (
+        ({"guess": xs[:, 1:]}, r"guess has shape \(2, 4, 8\); it is \(2, 5, 8\)"),
+        ({"guess": [xs]}, r"guess is PyTreeDef\(\[\*\]\), initial_state PyTreeDef\(\*\)"),
+        ({"restart": (start,)}, "restart is PyTreeDef"),
+        ({"segment_ids": jnp.zeros((2, 4), jnp.int32)}, r"segment_ids has shape \(2, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**options)
+    with pytest.raises(ValueError, match=r"initial_state has shape \(1, 8\), .* it leads with \(2,\)"):
+        nonlinear_recurrence(partial(tanh_rnn, W), xs, start[:1])
     with pytest.raises(ValueError, match="T = 0"):
         nonlinear_recurrence(partial(tanh_rnn, W), xs[:, :0], start)
     with pytest.raises(TypeError, match="cell returned .* for a state"):

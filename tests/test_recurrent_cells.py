@@ -1,6 +1,7 @@
 """Nonlinear cells as mixers: against recorded outputs, and solved in parallel at length."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,11 @@ import numpy as np
 import optax
 import pytest
 from families import assert_close
+from jax.nn.initializers import normal
 from recorded import load, recorded
 
+from jaxseq.analysis import local_lipschitz
+from jaxseq.layers.initialisers import low_rank
 from jaxseq.mixers import ELM, GRU, ICLRNN, LSTM, LeakyRNN
 from jaxseq.mixers.leaky_rnn import LeakyRNNState
 from jaxseq.tasks import match_bits, matches_last, parity_bits, parity_of_last
@@ -34,23 +38,39 @@ def test_lstm_is_the_peers():
         np.testing.assert_allclose(last, z["lstm.low_level_last"], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_size": 128}, {"jacobian": "diagonal"}], ids=str)
-@pytest.mark.parametrize("kind", [LSTM, GRU, LeakyRNN])
+slowly = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (LSTM, {}),
+        slowly(LSTM, {"block_size": 128}),
+        slowly(LSTM, {"jacobian": "diagonal"}),
+        slowly(GRU, {}),
+        (LeakyRNN, {"jacobian": "diagonal"}),
+        slowly(partial(ELM, num_memory=8, max_tau=100.0), {}),
+        (partial(ICLRNN, hidden_sizes=(12,)), {}),
+    ],
+    ids=str,
+)
 def test_parallel_at_length(kind, options):
     """1,024 tokens, weights as they start and half as large again: equal to steps, without falling back."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1024, 8)), jnp.float32)
-    params = kind(8).init(jax.random.key(0), x)
+    params = kind(8).init(jax.random.key(0), x[:, :1])
+
+    @jax.jit
+    def both(params):
+        """Outputs and gradients of the loop and of Newton, and what this did."""
+        pairs = []
+        for module in (kind(8), kind(8, impl="parallel", **options)):
+            y, pull, sown = jax.vjp(lambda p, m=module: m.apply(p, x, mutable=["intermediates"]), params, has_aux=True)
+            pairs.append((y, pull(jnp.cos(y))))
+        return *pairs, sown["intermediates"]["newton"]
+
     for scale in (1.0, 1.5):
-        scaled = jax.tree.map(lambda w, scale=scale: scale * w, params)
-
-        def everything(module, scaled=scaled):
-            y, sown = module.apply(scaled, x, mutable=["intermediates"])
-            return y, sown, jax.grad(lambda p: jnp.sum(jnp.sin(module.apply(p, x))))(scaled)
-
-        expected, _, slopes = jax.jit(lambda: everything(kind(8)))()
-        y, sown, gradients = jax.jit(lambda: everything(kind(8, impl="parallel", **options)))()
-        (done,) = sown["intermediates"]["newton"]
-        assert done.converged.all() and done.iterations.max() <= 50
+        (expected, slopes), (y, gradients), (done,) = both(jax.tree.map(lambda w, scale=scale: scale * w, params))
+        assert done.converged.all() and done.iterations.max() <= 100
         np.testing.assert_allclose(y, expected, atol=1e-5)
         assert_close(gradients, slopes, 1e-4)
 
@@ -74,6 +94,24 @@ def test_the_leaky_network_is_the_authors(leak, tag):
             np.testing.assert_allclose(y.swapaxes(0, 1), z["h"][1:], atol=1e-9)
             out = np.einsum("bn,hon->hbo", y[:, -1], z["fcW"]) + z["fcb"][:, None]
             np.testing.assert_allclose(out, z["out"], atol=1e-9)
+
+
+@recorded
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_network_of_low_rank_is_the_recorded_one(rank):
+    """Without leak and self-connected: h_t = relu(h_{t-1} W + x_t W_in), W of a rank and of the norm of all of it."""
+    z = load("seeds_rich_lazy_measures")
+    with jax.enable_x64(True):
+        x = jnp.pad(jnp.asarray(z["x"]).swapaxes(0, 1), ((0, 0), (0, 0), (0, 7)))
+        start = low_rank(lambda *_: jnp.asarray(z["W0"].T), rank)
+        module = LeakyRNN(
+            10, slope=0.0, fixed_tau=1.0, self_connected=True, recurrent_init=start, param_dtype=jnp.float64
+        )
+        params = module.init(jax.random.key(0), x)["params"]
+        assert params.keys() == {"in_proj", "recurrent_kernel"}
+        given = {"kernel": jnp.pad(jnp.asarray(z["Win"]), ((0, 7), (0, 0))), "bias": jnp.zeros(10)}
+        y = module.apply({"params": params | {"in_proj": given}}, x)
+        np.testing.assert_allclose(y[:, -1], z[f"h_last_before_rank{rank}"], atol=1e-9)
 
 
 @recorded
@@ -108,16 +146,22 @@ def test_the_convex_network_is_the_recorded_one():
             "out_kernel": np.pad(z["raw_Wo"], ((0, 0), (0, 2))), "out_bias": np.pad(z["bo"], (0, 2)),
         }  # fmt: skip
         params = ICLRNN.contracted({"params": jax.tree.map(jnp.asarray, raw)})
-        for name, at in (("U1", "layer_0_recurrent_kernel"), ("W2", "layer_1_in_kernel")):
-            # Theirs is a power iteration, cut off.
-            np.testing.assert_allclose(params["params"][at], z[f"constrained_{name}"], atol=1e-6)
+        theirs = {
+            "layer_0_in_kernel": np.concatenate([z["constrained_W1"], 0 * z["constrained_W1"]]),
+            "layer_0_recurrent_kernel": z["constrained_U1"], "layer_1_in_kernel": z["constrained_W2"],
+            "layer_1_recurrent_kernel": z["constrained_U2"],
+            "out_kernel": np.pad(z["constrained_Wo"], ((0, 0), (0, 2))),
+        }  # fmt: skip
+        for name, kernel in theirs.items():  # theirs is a power iteration, cut off
+            np.testing.assert_allclose(params["params"][name], kernel, atol=1e-6)
+        params = {"params": params["params"] | jax.tree.map(jnp.asarray, theirs)}
         for impl in ("sequential", "parallel"):
             f = ICLRNN(4, hidden_sizes=(8, 8), impl=impl, param_dtype=jnp.float64).apply
             y = lambda x, f=f: np.asarray(f(params, jnp.asarray(x)))[..., :2]
-            np.testing.assert_allclose(y(z["x"]), z["y"], atol=1e-6)
+            np.testing.assert_allclose(y(z["x"]), z["y"], atol=1e-9)
             mix = float(z["mix"])
             gap = mix * y(z["x"]) + (1 - mix) * y(z["x_second"]) - y(mix * z["x"] + (1 - mix) * z["x_second"])
-            np.testing.assert_allclose(gap, z["convexity_gap"], atol=1e-6)
+            np.testing.assert_allclose(gap, z["convexity_gap"], atol=1e-9)
 
 
 def convexity_gaps(module, params, pairs=1000):
@@ -161,6 +205,31 @@ def test_training_stays_convex_and_contracting():
     assert gaps[ICLRNN] >= -1e-6 and gaps[LSTM] < -1e-3
 
 
+def test_the_opened_network_bounds_how_far_outputs_move():
+    """At no input is a contracted network steeper than all its units at once, one sign a channel; a raw one may be."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((40, 6, 3)), jnp.float32)
+    module = ICLRNN(3, hidden_sizes=(8, 8))
+    raw = jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape), w.dtype), module.init(jax.random.key(0), x))
+    steepest = lambda params: local_lipschitz(lambda x: module.apply(params, x[None])[0], x)
+    params = ICLRNN.contracted(raw)
+    bounds = steepest(ICLRNN.opened(params))
+    np.testing.assert_allclose(bounds, bounds[0], rtol=1e-5)
+    assert 0.1 * bounds[0] < steepest(params).max() <= bounds[0]
+    nearby = x + 1e-3 * jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+    moved = np.linalg.norm(module.apply(params, nearby) - module.apply(params, x), axis=(1, 2))
+    assert (moved <= (1 + 1e-2) * bounds[0] * np.linalg.norm(nearby - x, axis=(1, 2))).all()
+
+
+def test_steepness_is_the_norm_of_a_derivative():
+    rng = np.random.default_rng(0)
+    A, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 4), (5, 4)))
+    np.testing.assert_allclose(local_lipschitz(lambda x: A @ x, x), np.full(5, np.linalg.norm(A, 2)), rtol=1e-5)
+    np.testing.assert_allclose(local_lipschitz(lambda x: (x @ x)[None], x), 2 * np.linalg.norm(x, axis=1), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"inputs has shape \(0, 4\); local_lipschitz takes one or more"):
+        local_lipschitz(lambda x: x, x[:0])
+
+
 def test_a_projected_optimizer_needs_the_parameters():
     optimizer = projected(optax.sgd(0.1), lambda params: params)
     with pytest.raises(ValueError, match="params=None"):
@@ -171,10 +240,18 @@ def test_wrong_fields_are_named():
     x = jnp.zeros((1, 3, 4))
     for module, message in (
         (LeakyRNN(4, leak="both"), "leak='both'; LeakyRNN takes 'inside' or 'outside'"),
+        (LeakyRNN(4, slope=-0.1), "slope=-0.1; LeakyRNN takes 0 to 1"),
+        (LeakyRNN(4, fixed_tau=0.5), "fixed_tau=0.5; LeakyRNN takes 1 or more, or None"),
+        (LeakyRNN(4, recurrent_init=low_rank(normal(), 5)), r"rank=5; of a matrix of shape \(4, 4\) it is 1 to 4"),
         (ICLRNN(4, hidden_sizes=()), r"hidden_sizes=\(\); ICLRNN takes one or more layers"),
     ):
         with pytest.raises(ValueError, match=message):
             module.init(jax.random.key(0), x)
+    params = ICLRNN(4).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="margin=0.0; contracted takes a number above 0"):
+        ICLRNN.contracted(params, margin=0.0)
+    with pytest.raises(ValueError, match=r"params=\['kernel'\] hold no kernel of an ICLRNN"):
+        ICLRNN.contracted({"kernel": jnp.ones((2, 2))})
 
 
 @recorded
@@ -231,6 +308,11 @@ def test_time_constants_start_spread_and_are_learned_if_told():
         ({"num_branches": 3}, "num_branches=3 of branch_size=None"),
         ({"num_branches": 2, "routing": "random"}, "branch_size=None; ELM with routing"),
         ({"max_tau": 1.0}, "max_tau=1.0"),
+        ({"step_size": 0.0}, "step_size=0.0; ELM takes a number above 0"),
+        (
+            {"num_branches": 2, "branch_size": 1, "routing": "interleaved"},
+            "branch_size=1: 2 interleaved branches of d_model=4 channels begin 2 apart",
+        ),
     ],
 )
 def test_wrong_neurons_are_named(fields, message):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..layers.initialisers import symmetric_uniform
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, above_zero
 from ..layers.projection import fan_in_projection
 from ..layers.recurrent_cell import recurrent
 from ..ops.linear_recurrence import linear_recurrence
@@ -62,7 +62,7 @@ class ELM(Mixer):
     `num_memory` memories τ log-spaced from 1 to `max_tau`, learned if `learn_tau`. The MLP has one hidden layer of
     2 `num_memory`. Without `num_branches` every channel is a branch. With them `routing` says which channels a branch
     has: consecutive ones ("none"), `branch_size` neighbours of the two halves' channels in turn, in windows that
-    overlap or leave gaps ("interleaved", for excitatory and inhibitory halves), or `branch_size` drawn ones ("random",
+    may overlap ("interleaved", for excitatory and inhibitory halves), or `branch_size` drawn ones ("random",
     the same for all of one `d_model`).
 
     Traces are linear and memories are not: `impl="parallel"` solves these by Newton iterations, with the whole
@@ -162,6 +162,7 @@ class ELM(Mixer):
                 raise ValueError(f"{name}={value}; ELM takes 1 or more.")
         if not self.max_tau > 1:
             raise ValueError(f"max_tau={self.max_tau}; ELM takes more than 1.")
+        above_zero(self, "trace_tau", "step_size", "update_scale")
         if self.routing == "none":
             if self.d_model % branches or self.branch_size not in (None, self.d_model // branches):
                 raise ValueError(
@@ -171,4 +172,10 @@ class ELM(Mixer):
             return branches, self.d_model // branches
         if self.branch_size is None or self.branch_size < 1:
             raise ValueError(f"branch_size={self.branch_size}; ELM with routing takes 1 or more.")
+        stride = -(-self.d_model // branches)
+        if self.routing == "interleaved" and self.branch_size < stride:
+            raise ValueError(
+                f"branch_size={self.branch_size}: {branches} interleaved branches of d_model={self.d_model} channels "
+                f"begin {stride} apart; smaller ones would leave channels out."
+            )
         return branches, self.branch_size

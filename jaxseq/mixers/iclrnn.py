@@ -80,12 +80,46 @@ class ICLRNN(Mixer):
         """The parameters of one, or of a model with several, each kernel W made W⁺ / (‖W⁺‖₂ + `margin`).
 
         W⁺ = max(W, 0). Always, as the authors do: a kernel of smaller norm grows to it too.
-        """
 
-        def one(path, W):
-            if not str(getattr(path[-1], "key", "")).endswith(KERNELS):
+        Raises:
+          ValueError: `margin` is not above 0, or there is no such kernel.
+        """
+        if not margin > 0:
+            raise ValueError(f"margin={margin}; contracted takes a number above 0.")
+
+        def one(name, W):
+            if not name.endswith(KERNELS):
                 return W
             W = jnp.maximum(W, 0)
             return W / (jnp.linalg.norm(W, 2, axis=(-2, -1), keepdims=True) + margin).astype(W.dtype)
 
-        return jax.tree_util.tree_map_with_path(one, params)
+        return _by_name(one, params)
+
+    @staticmethod
+    def opened(params):
+        """The parameters of one with all its units on, x and −x pushing the same way: a linear map of its inputs.
+
+        Where kernels are ≥ 0 no entry of any Jacobian of the network is larger in size than this map's, so the norm
+        of the map, at one length of sequences, bounds the network's Lipschitz constant there.
+        """
+
+        def one(name, a):
+            if name == "layer_0_in_kernel":
+                of_x, of_minus_x = jnp.split(a, 2)
+                return jnp.concatenate([of_x, -of_minus_x])
+            return jnp.full_like(a, 1e6) if name.endswith("_bias") else a
+
+        return _by_name(one, params)
+
+
+def _by_name(one, params):
+    """`one(name, leaf)` of all parameters.
+
+    Raises:
+      ValueError: none of them is a kernel of an ICLRNN.
+    """
+    name = lambda path: str(getattr(path[-1], "key", ""))
+    names = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if not any(n.endswith(KERNELS) for n in names):
+        raise ValueError(f"params={names} hold no kernel of an ICLRNN.")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: one(name(path), leaf), params)

@@ -1,5 +1,7 @@
 """A recurrent network whose units forget at rates of their own."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,14 +22,22 @@ class LeakyRNNState(NamedTuple):
 
 
 def leaky_cell(
-    W: Float[Array, "D D"], tau: Float[Array, "D"], leak: str, state: LeakyRNNState, x: Float[Array, "B D"]
+    W: Float[Array, "D D"],
+    tau: Float[Array, "D"],
+    leak: str,
+    state: LeakyRNNState,
+    x: Float[Array, "B D"],
+    *,
+    slope: float = 0.01,
+    self_connected: bool = False,
 ) -> LeakyRNNState:
-    """One token, whose x is W_in x_t + b; units do not feed themselves, so their own memory is τ's alone."""
+    """One token, whose x is W_in x_t + b; unless told, units do not feed themselves: their own memory is τ's alone."""
     h, rate = state.hidden, 1 / jnp.maximum(tau, 1)[None]
-    drive = x + h @ (W * (1 - jnp.eye(len(W), dtype=W.dtype)))
+    phi = lambda z: jax.nn.leaky_relu(z, slope)
+    drive = x + h @ (W if self_connected else W * (1 - jnp.eye(len(W), dtype=W.dtype)))
     if leak == "inside":
-        return LeakyRNNState(jax.nn.leaky_relu((1 - rate) * h + rate * drive))
-    return LeakyRNNState((1 - rate) * h + rate * jax.nn.leaky_relu(drive))
+        return LeakyRNNState(phi((1 - rate) * h + rate * drive))
+    return LeakyRNNState((1 - rate) * h + rate * phi(drive))
 
 
 class LeakyRNN(Mixer):
@@ -37,13 +47,21 @@ class LeakyRNN(Mixer):
         h_t = (1 − 1/τ) ⊙ h_{t-1} + φ(W h_{t-1} + W_in x_t + b) / τ          "outside"
         y_t = h_t
 
-    φ is a leaky ReLU of slope 0.01; τ, in tokens, starts uniform in [1, 2] and counts as 1 where it is less; the
-    diagonal of W counts as zero. The recurrence is not linear: `impl="parallel"` solves it by Newton iterations, with
-    the whole `jacobian` or its diagonal, in blocks of `block_size` tokens.
+    φ is a leaky ReLU of `slope`; τ, in tokens, starts uniform in [1, 2], is learned, and counts as 1 where it is less,
+    or is `fixed_tau`; the diagonal of W counts as zero unless `self_connected`. W starts as `recurrent_init` says,
+    uniform where None. The networks of low rank of arXiv 2310.08513 have `slope=0.0`, `fixed_tau=1.0`,
+    `self_connected=True` and `recurrent_init=low_rank(normal(1.25 / sqrt(d_model)), rank)`.
+
+    The recurrence is not linear: `impl="parallel"` solves it by Newton iterations, with the whole `jacobian` or its
+    diagonal, in blocks of `block_size` tokens.
     """
 
     d_model: int
     leak: str = "inside"
+    slope: float = 0.01
+    fixed_tau: float | None = None
+    self_connected: bool = False
+    recurrent_init: Callable | None = None
     jacobian: str = "full"
     block_size: int | None = None
     impl: str | None = None
@@ -56,14 +74,20 @@ class LeakyRNN(Mixer):
         check_width(x, self.d_model, "LeakyRNN")
         if self.leak not in LEAKS:
             raise ValueError(f"leak={self.leak!r}; LeakyRNN takes {' or '.join(map(repr, LEAKS))}.")
+        if not 0 <= self.slope <= 1:
+            raise ValueError(f"slope={self.slope}; LeakyRNN takes 0 to 1.")
+        if self.fixed_tau is not None and not self.fixed_tau >= 1:
+            raise ValueError(f"fixed_tau={self.fixed_tau}; LeakyRNN takes 1 or more, or None.")
         state = self.start(x) if state is None else state
         inputs = fan_in_projection(self.d_model, "in_proj", self, self.d_model)(x)
         one_to_two = lambda key, shape, dtype: 1 + jax.random.uniform(key, shape, dtype)
-        tau = self.param("tau", one_to_two, (self.d_model,), self.param_dtype)
+        learned = lambda: self.param("tau", one_to_two, (self.d_model,), self.param_dtype)
         square = (self.d_model, self.d_model)
-        W = self.param("recurrent_kernel", symmetric_uniform(self.d_model**-0.5), square, self.param_dtype)
-        W, tau = (a.astype(accumulator(a.dtype)) for a in (W, tau))
-        cell = lambda state, x: leaky_cell(W, tau, self.leak, state, x)
+        start = symmetric_uniform(self.d_model**-0.5) if self.recurrent_init is None else self.recurrent_init
+        W = self.param("recurrent_kernel", start, square, self.param_dtype)
+        W = W.astype(accumulator(W.dtype))
+        tau = learned().astype(W.dtype) if self.fixed_tau is None else jnp.full(self.d_model, self.fixed_tau, W.dtype)
+        cell = partial(leaky_cell, W, tau, self.leak, slope=self.slope, self_connected=self.self_connected)
         states, final = recurrent(self, cell, inputs, state, segment_ids)
         return states.hidden.astype(x.dtype if self.dtype is None else self.dtype), final
 

@@ -28,7 +28,7 @@ JACOBIANS = ("full", "diagonal")
 
 
 class Report(NamedTuple):
-    """What Newton's iterations did in each block of time; `error` is the largest last step over tolerance."""
+    """What Newton's iterations did in each block of time; `error` is what they left at most, over the tolerance."""
 
     iterations: Int[Array, "blocks"]
     converged: Bool[Array, "blocks"]
@@ -57,7 +57,7 @@ def nonlinear_recurrence(
     jacobian: str = "full",
     damping: float = 0.0,
     tolerance: float | None = None,
-    max_iterations: int = 50,
+    max_iterations: int = 100,
     block_size: int | None = None,
     report: bool = False,
 ):
@@ -71,20 +71,22 @@ def nonlinear_recurrence(
     returned in the dtypes of `initial_state`.
 
     `sequential` is a loop over time. `parallel` takes Newton steps from `guess`, a tree of states `B T …` (the
-    initial state where None), until the largest is below `tolerance` (1 + |h|), 16 rounding errors where None. With
-    `jacobian="diagonal"` steps are cheaper, O(N) and not O(N³) of N numbers of state, and more; `damping` shrinks J to
-    (1 − damping) J, for cells that overflow on the way. Blocks of `block_size` tokens are solved one after the other
-    (all of time at once where None, and where time is split over devices): J of a block takes C N² numbers a sequence.
-    A block that has not converged after `max_iterations` is run step by step, so values are never worse than its.
+    initial state where None), until they, and what is still to come at the rate they shrink, are below `tolerance`
+    (1 + |h|), 16 rounding errors where None. With `jacobian="diagonal"` steps are cheaper, O(N) and not O(N³) of N
+    numbers of state, and more; `damping` shrinks J to (1 − damping) J, for cells that overflow on the way. Blocks of
+    `block_size` tokens are solved one after the other (all of time at once where None, and where time is split over
+    devices): J of a block takes C N² numbers a sequence. A block that has not converged after `max_iterations` is run
+    step by step, so values are never worse than its.
 
     With `report=True` a third result is a `Report`: in `sequential`, of no iterations.
 
     Raises:
-      ValueError: T = 0, or an option out of range.
+      ValueError: T = 0, an option out of range, or arguments whose batch, time or trees disagree.
       TypeError: `cell` returns another tree, other shapes or dtypes than its state.
       NotImplementedError: `impl` is none of the forms.
     """
     length = _checked(xs, jacobian, damping, tolerance, max_iterations, block_size)
+    _check_shapes(xs, initial_state, segment_ids, restart, guess)
     dtypes = jax.tree.map(lambda h: h.dtype, initial_state)
     first = jax.tree.leaves(xs)[0]
     initial_state = jax.tree.map(lambda h: zeros_from(first, h.shape, accumulator(h.dtype), plus=h), initial_state)
@@ -146,23 +148,29 @@ def parallel(cell: Cell, xs, state, newton: Newton, guess, size: int):
 
 
 def _iterate(newton: Newton, residual: Callable, guess):
-    """The last trajectory, the count of Newton steps and the size of the last, 1 being small enough.
+    """The last trajectory, the count of Newton steps and the error that is left, 1 being small enough.
 
-    What overflows in a step keeps its place, and is met again by the next.
+    A step is the error before it, if it is exact. Those that are not shrink by a factor θ, on the mean so far; behind
+    the last one, of size s, an error of s θ / (1 − θ) is left. What overflows in a step keeps its place, and is met
+    again by the next.
     """
     limit = 16 * jnp.finfo(guess.dtype).eps if newton.tolerance is None else newton.tolerance
 
     def step(carry):
-        h, count, _ = carry
+        h, count, _, largest = carry
         value, push = jax.linearize(residual, h)
         moved = h - _bidiagonal(newton, push, value)
         finite = jnp.isfinite(moved)
         moved = jnp.where(finite, moved, h)
-        error = jnp.where(finite, jnp.abs(moved - h) / (limit * (1 + jnp.abs(moved))), jnp.inf)
-        return moved, count + 1, _largest(error)
+        size = _largest(jnp.where(finite, jnp.abs(moved - h) / (limit * (1 + jnp.abs(moved))), jnp.inf))
+        largest = jnp.maximum(largest, jnp.where(jnp.isfinite(size), size, 0))
+        theta = (size / largest) ** (1 / jnp.maximum(count, 1).astype(size.dtype))
+        shrinking = jnp.where(size < largest, size * jnp.maximum(1, theta / (1 - theta)), jnp.inf)
+        return moved, count + 1, jnp.where(count == 0, size, shrinking), largest
 
     going = lambda carry: (carry[2] > 1) & (carry[1] < newton.max_iterations)
-    return lax.while_loop(going, step, (guess, jnp.int32(0), jnp.asarray(jnp.inf, guess.dtype)))
+    error, largest = (jnp.asarray(x, guess.dtype) for x in (jnp.inf, 0))
+    return lax.while_loop(going, step, (guess, jnp.int32(0), error, largest))[:3]
 
 
 def _bidiagonal(newton: Newton, matvec: Callable, b, *, reverse: bool = False):
@@ -243,6 +251,25 @@ def _checked(xs, jacobian, damping, tolerance, max_iterations, block_size) -> in
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     return length
+
+
+def _check_shapes(xs, state, segment_ids, restart, guess) -> None:
+    shape = jax.tree.leaves(xs)[0].shape[:2]
+    for name, tree, lead in (
+        ("xs", xs, shape),
+        ("initial_state", state, shape[:1]),
+        ("segment_ids", segment_ids, shape),
+    ):
+        for x in jax.tree.leaves(tree):
+            if x.shape[: len(lead)] != lead:
+                raise ValueError(f"{name} has shape {x.shape}, xs {shape} first: it leads with {lead}.")
+    structure: Any = jax.tree.structure
+    for name, tree in (("restart", restart), ("guess", guess)):
+        if tree is not None and structure(tree) != structure(state):
+            raise ValueError(f"{name} is {structure(tree)}, initial_state {structure(state)}.")
+    for x, h in zip(jax.tree.leaves(guess), jax.tree.leaves(state), strict=False):
+        if x.shape != (*shape, *h.shape[1:]):
+            raise ValueError(f"guess has shape {x.shape}; it is {(*shape, *h.shape[1:])}, a state for each token.")
 
 
 def _check_cell(cell: Cell, xs, state) -> None:
