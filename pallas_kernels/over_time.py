@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from .tiles import tile
 from .within_chunk import WithinChunk, matrix_width
 
 Arrays = dict[str, jax.Array]
@@ -47,10 +48,6 @@ class Walk(NamedTuple):
 
 Result = tuple[jax.Array, Arrays, jax.Array | None]  # carry, outputs, carries
 
-#: Tokens in a block. A TPU's matrix unit is 128 wide and deep; on a GPU a block of 64, with keys of 128, spills
-#: 7 kB a thread in its backward pass (sm_90a).
-TPU_BLOCK, GPU_BLOCK = 128, 32
-
 
 def on_platforms(f: Callable, length: int, size: int | None, *arrays):
     """`f(walk, block size, *arrays)` on the platform the program is lowered for; a CPU interprets the TPU's kernel.
@@ -62,11 +59,11 @@ def on_platforms(f: Callable, length: int, size: int | None, *arrays):
       NotImplementedError: as `check_unchecked`.
     """
     check_unchecked(arrays)
-    on = lambda walk, block: partial(f, walk, matrix_width(size or min(block, length)))
+    widest = max(x.shape[-1] for x in jax.tree.leaves(arrays))
+    block = lambda platform: matrix_width(size or min(tile("over_time", platform, widest)["block"], length))
+    on = lambda platform, walk: partial(f, walk, block(platform))
     interpreted = partial(on_tpu, interpret=True)
-    return lax.platform_dependent(
-        *arrays, cpu=on(interpreted, TPU_BLOCK), tpu=on(on_tpu, TPU_BLOCK), cuda=on(on_gpu, GPU_BLOCK)
-    )
+    return lax.platform_dependent(*arrays, cpu=on("tpu", interpreted), tpu=on("tpu", on_tpu), cuda=on("gpu", on_gpu))
 
 
 def check_unchecked(arrays) -> None:
@@ -152,9 +149,6 @@ def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------
 
-#: Columns of the carry that a program works on at once: what two matrices of 128 rows leave of 255 registers a thread.
-COLUMNS = 64
-
 
 def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any = False) -> Result:
     narrow = carry.dtype == jnp.float32 and not interpret
@@ -171,17 +165,18 @@ def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
     carry, matrices = filled(carry), {name: filled(x) for name, x in matrices.items()}
     tokens = {name: fill(x, width(name, x.shape[3]) - x.shape[3]) for name, x in tokens.items()}
     wide = walk._replace(outputs={name: (width(name, w), dtype) for name, (w, dtype) in walk.outputs.items()})
-    final, carries = _carries(step, wide, carry, tokens, matrices, interpret)
-    outputs = _outputs(step, wide, carries, tokens, matrices, interpret) if walk.outputs else {}
+    chosen = tile("over_time", "gpu", max(K, V))
+    final, carries = _carries(step, wide, chosen, carry, tokens, matrices, interpret)
+    outputs = _outputs(step, wide, chosen, carries, tokens, matrices, interpret) if walk.outputs else {}
     cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
     return final[..., :K, :V], cut, carries[..., :K, :V] if walk.keep else None
 
 
-def _carries(step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, interpret):
+def _carries(step, walk: Walk, chosen, carry, tokens: Arrays, matrices: Arrays, interpret):
     """The last carry and, of every block, the one before it: a loop over time for some of the columns."""
     batch, heads, K, V = carry.shape
     length, size = next(iter(tokens.values())).shape[1], walk.size
-    blocks, part = length // size, min(COLUMNS, V)
+    blocks, part = length // size, min(chosen["columns"], V)
 
     def token(name):
         if name in walk.columns:
@@ -209,18 +204,18 @@ def _carries(step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, interpre
             jax.ShapeDtypeStruct(carry.shape, carry.dtype),
             jax.ShapeDtypeStruct((batch, blocks, heads, K, V), carry.dtype),
         ],
-        compiler_params=_triton(),
+        compiler_params=triton_parameters(chosen),
         interpret=interpret,
     )(carry, tokens, matrices)
 
 
-def _outputs(step, walk: Walk, carries, tokens: Arrays, matrices: Arrays, interpret) -> Arrays:
+def _outputs(step, walk: Walk, chosen, carries, tokens: Arrays, matrices: Arrays, interpret) -> Arrays:
     """The outputs of all blocks, each from the carry before it.
 
     Some columns of the carry at a time: outputs that lie along them are written so, others are sums over all of them.
     """
     batch, blocks, heads, K, V = carries.shape
-    part = min(COLUMNS, V)
+    part = min(chosen["columns"], V)
     row = lambda width: pl.BlockSpec((None, walk.size, None, width), lambda b, h, i: (b, i, h, 0))
     matrix = pl.BlockSpec((None, None, None, K, V), lambda b, h, i: (b, i, h, 0, 0))
 
@@ -251,12 +246,12 @@ def _outputs(step, walk: Walk, carries, tokens: Arrays, matrices: Arrays, interp
             name: jax.ShapeDtypeStruct((batch, blocks * walk.size, heads, width), dtype)
             for name, (width, dtype) in walk.outputs.items()
         },
-        compiler_params=_triton(),
+        compiler_params=triton_parameters(chosen),
         interpret=interpret,
     )(carries, tokens, matrices)
 
 
-def _triton():
+def triton_parameters(chosen: dict[str, int]):
     from jax.experimental.pallas import triton
 
-    return triton.CompilerParams(num_warps=8, num_stages=2)
+    return triton.CompilerParams(num_warps=chosen["warps"], num_stages=chosen.get("stages", 1))

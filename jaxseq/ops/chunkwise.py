@@ -70,13 +70,13 @@ class Place(NamedTuple):
     keeps: bool
 
 
-def chunks(form: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
-    """The forms "chunked" and "pallas", of one `form` that takes a place."""
+def chunks(form: Callable, single: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
+    """The forms "chunked" and "pallas" of one `form` that takes a place; the kernel of one token alone is `single`."""
     size = chunk_size or min(CHUNK, length)
     in_kernels = lambda f, *arrays: on_platforms(f, length, chunk_size, *arrays)
     return {
         "chunked": partial(form, place=Place(lambda f, *arrays: f(in_xla, size, *arrays), keeps=True)),
-        "pallas": partial(form, place=Place(in_kernels, keeps=False)),
+        "pallas": single if length == 1 else partial(form, place=Place(in_kernels, keeps=False)),
     }
 
 

@@ -13,6 +13,7 @@ from ..sharded import across_devices, own
 from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, prepared, unless_restart
+from .one_token import one_token
 from .within_chunk import product
 
 # The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32 state
@@ -65,6 +66,18 @@ def _chunk_by_value(dtype, within, tokens, decays, S):
     o = decays.from_start * within.product("...ik,...vk->...iv", q, S, dtype) + within.diagonal(q, k) * v
     o += within.decayed_values(weights, v, decays, dtype)
     return o, decays.total * S + within.product("...iv,...ik->...vk", decays.to_end * v, k, dtype)
+
+
+def single(q, k, v, g, S, read=BY_KEY):
+    if read == BY_KEY:
+        return one_token(_token, S, {"q": q, "k": k, "g": g}, {"v": v})
+    o, after = one_token(_token, S.swapaxes(2, 3), {"q": q, "k": v}, {"v": k, "g": g})
+    return o, after.swapaxes(2, 3)
+
+
+def _token(S, of):
+    S = jnp.exp(of["g"]) * S + of["k"] * of["v"]
+    return S, jnp.sum(of["q"] * S, axis=-2, keepdims=True)
 
 
 def with_bonus(form, bonus, q, k, v, g, S):
@@ -126,7 +139,7 @@ def gated_linear_attention(
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),
-        **chunks(partial(chunked, read=read), length, chunk_size),
+        **chunks(partial(chunked, read=read), partial(single, read=read), length, chunk_size),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:
