@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked, triton_parameters
+from .over_time import check_unchecked, head_for, triton_parameters
 from .tiles import tile
 from .within_chunk import WithinChunk
 
@@ -82,7 +81,7 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
         return x.reshape(*x.shape[:2], -1, 1, block) if x.shape[3] == 1 else x
 
     def spec(x, at):
-        head = lambda h: lax.div(h, np.int32(heads // x.shape[1]))
+        head = head_for(x.shape[1], heads)
         if x.ndim == 5:
             return pl.BlockSpec((None, None, None, 1, block), lambda b, h, i, j: (b, head(h), at(i, j), 0, 0))
         return pl.BlockSpec((None, None, block, x.shape[3]), lambda b, h, i, j: (b, head(h), at(i, j), 0))
@@ -149,7 +148,7 @@ def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
     wide = interpret or any(x.dtype == jnp.float64 for x in (*first.values(), *second.values()))
     within = WithinChunk(lax.Precision.HIGHEST if wide else lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
     first, second = ({name: _filled(x, block) for name, x in of.items()} for of in (first, second))
-    head = lambda x: lambda h: lax.div(h, np.int32(heads // x.shape[2]))
+    head = lambda x: head_for(x.shape[2], heads)
     own = lambda x: pl.BlockSpec((None, block, None, x.shape[3]), lambda b, h, i: (b, i, head(x)(h), 0))
     all_of = lambda x: pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda b, h, i: (b, 0, head(x)(h), 0))
     results = {

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -29,8 +30,9 @@ Step = Callable[[WithinChunk, jax.Array, Arrays, Arrays], tuple[jax.Array, Array
 class Walk(NamedTuple):
     """What is walked over, and how: tokens `B T H W`, matrices `B N H K V` of N = T / size blocks, a carry `B H K V`.
 
-    `outputs` are widths and dtypes of outputs `B T H W`. `columns` names the tokens and outputs that lie along the
-    columns of the carry; all others are sums over these.
+    Tokens may have fewer heads, each for a run of those of the carry. `outputs` are widths and dtypes of outputs
+    `B T H W`. `columns` names the tokens and outputs that lie along the columns of the carry; all others are sums over
+    these.
     With `keep` the carries before each block are returned, in the form of matrices. A step that takes derivatives
     `differentiates`.
     """
@@ -66,6 +68,11 @@ def on_platforms(f: Callable, length: int, size: int | None, *arrays):
     return lax.platform_dependent(*arrays, cpu=on("tpu", interpreted), tpu=on("tpu", on_tpu), cuda=on("gpu", on_gpu))
 
 
+def head_for(own: int, heads: int) -> Callable:
+    """Which of its `own` heads an array has for each of all heads."""
+    return lambda h: h if own == heads else lax.div(h, np.int32(heads // own))
+
+
 def check_unchecked(arrays) -> None:
     """Raise inside a `jax.shard_map` that tracks which axes its values vary over.
 
@@ -90,13 +97,18 @@ def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
     within = WithinChunk(lax.Precision.HIGHEST, walk.differentiates)
 
     # A block is a tile of the last two axes; tokens of one channel lie along the lanes.
-    tiled = lambda x: x.swapaxes(1, 2).reshape(batch, heads, *((blocks, 1, size) if x.shape[3] == 1 else x.shape[1::2]))
+    tile_of = lambda x: (blocks, 1, size) if x.shape[3] == 1 else x.shape[1::2]
+    tiled = lambda x: x.swapaxes(1, 2).reshape(batch, x.shape[2], *tile_of(x))
     shape = lambda width: (batch, heads, *((blocks, 1, size) if width == 1 else (length, width)))
     untiled = lambda x: x.reshape(batch, heads, length, -1).swapaxes(1, 2)
     at = lambda i: walk.place(i, blocks)
-    lanes = pl.BlockSpec((None, None, None, 1, size), lambda b, h, i: (b, h, at(i), 0, 0))
-    rows = lambda width: pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, at(i), 0))
-    spec = lambda width: lanes if width == 1 else rows(width)
+
+    def spec(width: int, own: int = heads):
+        serving = head_for(own, heads)
+        if width == 1:
+            return pl.BlockSpec((None, None, None, 1, size), lambda b, h, i: (b, serving(h), at(i), 0, 0))
+        return pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, serving(h), at(i), 0))
+
     matrix = lambda x: pl.BlockSpec((None, None, None, *x.shape[3:]), lambda b, h, i: (b, at(i), h, 0, 0))
     whole = pl.BlockSpec((None, None, K, V), lambda b, h, i: (b, h, 0, 0))
 
@@ -127,7 +139,7 @@ def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
         grid=(batch, heads, blocks),
         in_specs=[
             whole,
-            {name: spec(x.shape[3]) for name, x in tokens.items()},
+            {name: spec(x.shape[3], x.shape[2]) for name, x in tokens.items()},
             {name: matrix(x) for name, x in matrices.items()},
         ],
         out_specs=[
@@ -179,9 +191,11 @@ def _carries(step, walk: Walk, chosen, carry, tokens: Arrays, matrices: Arrays, 
     blocks, part = length // size, min(chosen["columns"], V)
 
     def token(name):
+        _, _, own, width = tokens[name].shape
+        serving = head_for(own, heads)
         if name in walk.columns:
-            return pl.BlockSpec((None, length, None, part), lambda b, h, j: (b, 0, h, j))
-        return pl.BlockSpec((None, length, None, tokens[name].shape[3]), lambda b, h, j: (b, 0, h, 0))
+            return pl.BlockSpec((None, length, None, part), lambda b, h, j: (b, 0, serving(h), j))
+        return pl.BlockSpec((None, length, None, width), lambda b, h, j: (b, 0, serving(h), 0))
 
     matrix = pl.BlockSpec((None, blocks, None, K, part), lambda b, h, j: (b, 0, h, 0, j))
     state = pl.BlockSpec((None, None, K, part), lambda b, h, j: (b, h, 0, j))
@@ -216,7 +230,11 @@ def _outputs(step, walk: Walk, chosen, carries, tokens: Arrays, matrices: Arrays
     """
     batch, blocks, heads, K, V = carries.shape
     part = min(chosen["columns"], V)
-    row = lambda width: pl.BlockSpec((None, walk.size, None, width), lambda b, h, i: (b, i, h, 0))
+
+    def row(width: int, own: int = heads):
+        serving = head_for(own, heads)
+        return pl.BlockSpec((None, walk.size, None, width), lambda b, h, i: (b, i, serving(h), 0))
+
     matrix = pl.BlockSpec((None, None, None, K, V), lambda b, h, i: (b, i, h, 0, 0))
 
     def kernel(carry, token_refs, matrix_refs, outputs):
@@ -240,7 +258,11 @@ def _outputs(step, walk: Walk, chosen, carries, tokens: Arrays, matrices: Arrays
     return pl.pallas_call(
         kernel,
         grid=(batch, heads, blocks),
-        in_specs=[matrix, {name: row(x.shape[3]) for name, x in tokens.items()}, {name: matrix for name in matrices}],
+        in_specs=[
+            matrix,
+            {name: row(x.shape[3], x.shape[2]) for name, x in tokens.items()},
+            {name: matrix for name in matrices},
+        ],
         out_specs={name: row(width) for name, (width, _) in walk.outputs.items()},
         out_shape={
             name: jax.ShapeDtypeStruct((batch, blocks * walk.size, heads, width), dtype)

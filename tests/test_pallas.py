@@ -42,6 +42,11 @@ def matrix_inputs(op, length, decay="B T H K", dtype=np.float32, K=32, V=32, B=2
     return cast(inputs, dtype), jnp.asarray(segments(rng, B, length)) if length > 1 else None
 
 
+def shared(inputs):
+    """One head of queries and keys, and of what is made of them."""
+    return {k: x[:, :, :1] if k in ("query", "key", "a", "b") else x for k, x in inputs.items()}
+
+
 def channel_inputs(op, length, dtype=np.float32, B=2, D=40, N=4, complex_=False):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
@@ -149,8 +154,10 @@ def test_attention_on_a_gpu(name, on_a_gpu):
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_matrix_states_on_a_gpu(name, on_a_gpu):
+    """Of keys that heads share; those of each head are below."""
     op, decay = MATRIX[name]
-    check(op, *matrix_inputs(op, 70, decay))
+    inputs, ids = matrix_inputs(op, 70, decay)
+    check(op, shared(inputs), ids)
 
 
 @pytest.mark.parametrize("K, V", [(1, 8), (8, 1), (12, 20)])
@@ -161,6 +168,22 @@ def test_widths_that_are_no_power_of_two_on_a_gpu(name, K, V, on_a_gpu):
 
 
 WIDTHS = [*((name, 12, 40) for name in DISTINCT), ("gla per value", 1, 3), ("delta_rule per head", 1, 3)]
+
+
+def test_keys_that_heads_share():
+    op, decay = MATRIX["gla per value"]
+    inputs, ids = matrix_inputs(op, 20, decay, B=1, H=3, K=8, V=16)
+    check(op, shared(inputs), ids)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "pallas"])
+def test_keys_that_heads_share_are_not_repeated(impl):
+    """In memory, over all of the time."""
+    inputs, _ = matrix_inputs(ops.gated_linear_attention, 64, "B T H", H=6, K=24, V=16)
+    run = lambda inputs: ops.gated_linear_attention(**inputs, impl=impl)
+    repeated = "[2,64,6,24]"
+    assert repeated in str(jax.make_jaxpr(run)(inputs))
+    assert repeated not in str(jax.make_jaxpr(run)(shared(inputs)))
 
 
 @pytest.mark.parametrize("name, K, V", WIDTHS)

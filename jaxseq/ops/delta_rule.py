@@ -10,11 +10,11 @@ from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
 from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
-from .matrix_state import best, in_accumulator, prepared, total_map
+from .matrix_state import best, in_accumulator, per_head, prepared, total_map
 from .one_token import one_token
 
-# The forms take queries and keys `B T H K`, values `B T H V`, β `B T H 1`, log decays `B T H K` or `B T H 1`, and a
-# float32 state `B H K V`.
+# The forms take queries and keys `B T H K` (the last two forms of fewer heads too), values `B T H V`, β `B T H 1`, log
+# decays `B T H K` or `B T H 1`, and a float32 state `B H K V`.
 
 
 def sequential(q, k, v, beta, g, S):
@@ -42,7 +42,7 @@ ROLES = Roles(reads=("q", "a"), writes=("k",))
 def chunked(q, k, v, beta, g, S, *, place):
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     strength = lambda x: (beta.astype(S.dtype) * x.astype(S.dtype)).astype(dtype)
-    tokens = {"q": q, "k": k, "v": strength(v), "a": strength(k)}
+    tokens = {"q": q, "k": k, "v": strength(v), "a": strength(per_head(k, v.shape[2]))}
     return chunkwise(partial(_chunk, dtype), ROLES, place, tokens, g, S)
 
 

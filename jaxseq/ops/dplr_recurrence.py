@@ -13,8 +13,8 @@ from .dispatch import dispatch
 from .matrix_state import best, in_accumulator, per_head, prepared, total_map, unless_restart
 from .one_token import one_token
 
-# The forms take queries, keys, a and b `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32
-# state `B H K V`.
+# The forms take queries, keys, a and b `B T H K` (the last two forms of fewer heads too), values `B T H V`, log decays
+# `B T H K` or `B T H 1`, and a float32 state `B H K V`.
 
 
 def sequential(q, k, v, a, b, g, S):
@@ -112,7 +112,7 @@ def dplr_recurrence(
         **chunks(chunked, single, length, chunk_size),
     }
     form = dispatch("dplr_recurrence", impl, forms, *best(length))
-    v, a, b = own((value, unless_restart(per_head(a, heads), g), per_head(b, heads)))
+    v, a, b = own((value, unless_restart(per_head(a, heads), g), b))
     run = lambda v, S: form(q, k, v, a, b, g, S)
     o, final = across_devices(matrix_map, lambda: total_map(run, v, S), partial(run, v), S)
     return o.astype(value.dtype), final

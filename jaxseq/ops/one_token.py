@@ -7,13 +7,16 @@ import jax
 
 from pallas_kernels.one_token import one_token as kernel
 
+from .matrix_state import per_head
+
 
 def one_token(token: Callable, S, rows: dict[str, jax.Array], columns: dict[str, jax.Array]):
     """Read-outs `B 1 H V` and the state `B H K V` after a token: `rows` `B 1 H K|1`, `columns` `B 1 H V`.
 
     `token` takes them as columns and rows of matrices; see `pallas_kernels.one_token`.
     """
-    S, out = _run(token, S, *(jax.tree.map(lambda x: x[:, 0], of) for of in (rows, columns)))
+    alone = lambda x: per_head(x, S.shape[1])[:, 0]
+    S, out = _run(token, S, *(jax.tree.map(alone, of) for of in (rows, columns)))
     return out[:, None], S
 
 
