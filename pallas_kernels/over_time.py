@@ -85,10 +85,34 @@ def check_unchecked(arrays) -> None:
         raise NotImplementedError(f"impl='pallas' inside jax.shard_map over {axes} takes check_vma=False there.")
 
 
+def _filled_up(walked: Callable, fit: Callable, walk: Walk, carry, tokens: Arrays, matrices: Arrays) -> Result:
+    """What is `walked`, with heads that are as wide as `fit` makes of their width: channels of zeros, cut off again."""
+    K, V = carry.shape[2:]
+
+    def width(name, own: int) -> int:  # one channel that all others share stays one
+        shared = own == 1 and (V if name in walk.columns else K) > 1
+        return own if shared else fit(own)
+
+    fill = lambda x, *widths: jnp.pad(x, [(0, 0)] * (x.ndim - len(widths)) + [(0, w) for w in widths])
+    filled = lambda x: fill(x, fit(K) - K, fit(V) - V)
+    carry, matrices = filled(carry), {name: filled(x) for name, x in matrices.items()}
+    tokens = {name: fill(x, width(name, x.shape[3]) - x.shape[3]) for name, x in tokens.items()}
+    wide = walk._replace(outputs={name: (width(name, w), dtype) for name, (w, dtype) in walk.outputs.items()})
+    final, outputs, carries = walked(wide, carry, tokens, matrices)
+    cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
+    return final[..., :K, :V], cut, None if carries is None else carries[..., :K, :V]
+
+
 # ---- TPU ------------------------------------------------------------------------------------------------------------
 
 
 def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any = False) -> Result:
+    more_than_one = lambda width: max(width, 2)  # Mosaic makes a sum of a product over one channel, in its own dtype
+    walked = partial(_on_tpu, step, interpret=interpret)
+    return _filled_up(walked, more_than_one, walk, carry, tokens, matrices)
+
+
+def _on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any) -> Result:
     from jax.experimental.pallas import tpu as pltpu
 
     batch, heads, K, V = carry.shape
@@ -166,22 +190,14 @@ def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
     narrow = carry.dtype == jnp.float32 and not interpret
     exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if narrow else lax.Precision.HIGHEST
     step = partial(step, WithinChunk(exact, walk.differentiates))
-    K, V = carry.shape[2:]
 
-    def width(name, own: int) -> int:  # one channel that all others share stays one
-        shared = own == 1 and (V if name in walk.columns else K) > 1
-        return own if shared else matrix_width(own)
+    def walked(walk: Walk, carry, tokens: Arrays, matrices: Arrays) -> Result:
+        chosen = tile("over_time", "gpu", max(carry.shape[2:]))
+        final, carries = _carries(step, walk, chosen, carry, tokens, matrices, interpret)
+        outputs = _outputs(step, walk, chosen, carries, tokens, matrices, interpret) if walk.outputs else {}
+        return final, outputs, carries if walk.keep else None
 
-    fill = lambda x, *widths: jnp.pad(x, [(0, 0)] * (x.ndim - len(widths)) + [(0, w) for w in widths])
-    filled = lambda x: fill(x, matrix_width(K) - K, matrix_width(V) - V)
-    carry, matrices = filled(carry), {name: filled(x) for name, x in matrices.items()}
-    tokens = {name: fill(x, width(name, x.shape[3]) - x.shape[3]) for name, x in tokens.items()}
-    wide = walk._replace(outputs={name: (width(name, w), dtype) for name, (w, dtype) in walk.outputs.items()})
-    chosen = tile("over_time", "gpu", max(K, V))
-    final, carries = _carries(step, wide, chosen, carry, tokens, matrices, interpret)
-    outputs = _outputs(step, wide, chosen, carries, tokens, matrices, interpret) if walk.outputs else {}
-    cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
-    return final[..., :K, :V], cut, carries[..., :K, :V] if walk.keep else None
+    return _filled_up(walked, matrix_width, walk, carry, tokens, matrices)
 
 
 def _carries(step, walk: Walk, chosen, carry, tokens: Arrays, matrices: Arrays, interpret):

@@ -1,7 +1,7 @@
 """Every kernel through the compiler of an accelerator that is not there; `test_kernel_compilers.py` runs it.
 
 Prints a line of JSON for each: what it is, its scoped memory on a TPU, its registers and spilled bytes a thread on an
-H100, and the seconds. A process of its own, as a compiler may take it down.
+H100, and the seconds; of kernels by name, or of all. A process of its own, as a compiler may take it down.
 """
 
 import json
@@ -23,7 +23,7 @@ from test_pallas import ATTENTION, CHANNELS, DISTINCT, MATRIX, attention_inputs,
 
 from jaxseq import ops
 
-PLATFORM, DUMP = sys.argv[1:]
+PLATFORM, DUMP, *NAMES = sys.argv[1:]
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -61,7 +61,7 @@ def call(name: str, width: int):
         op, complex_ = CHANNELS[name]
         inputs, _ = channel_inputs(op, 256, D=8 * width, N=16, complex_=complex_)
     else:
-        name, _, single = name.partition(STEP)
+        name, single, _ = name.partition(STEP)
         op, decay = MATRIX[name]
         inputs, _ = matrix_inputs(op, 1 if single else 256, decay, K=width, V=width)
         narrow = inputs.keys() - {"log_decay", "initial_state"}
@@ -101,7 +101,7 @@ def on_gpu() -> dict:
 def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
-    for name in (*DISTINCT, *(name + STEP for name in DISTINCT), *CHANNELS, *ATTENTION):
+    for name in NAMES or (*DISTINCT, *(name + STEP for name in DISTINCT), *CHANNELS, *ATTENTION):
         for width in (64, 128):
             op, inputs = call(name, width)
             if name in CHANNELS and width > 64:

@@ -160,8 +160,11 @@ def test_matrix_states_on_a_gpu(name, on_a_gpu):
     check(op, shared(inputs), ids)
 
 
-@pytest.mark.parametrize("K, V", [(1, 8), (8, 1), (12, 20)])
-@pytest.mark.parametrize("name", ["gla per channel", "gla per head", "gla per value", "delta_rule per head"])
+FILLED_UP = [(name, 12, 20) for name in ("gla per channel", "gla per head", "gla per value", "delta_rule per head")]
+FILLED_UP += [("gla per value", 1, 8), ("delta_rule per head", 8, 1)]
+
+
+@pytest.mark.parametrize("name, K, V", FILLED_UP)
 def test_widths_that_are_no_power_of_two_on_a_gpu(name, K, V, on_a_gpu):
     op, decay = MATRIX[name]
     check(op, *matrix_inputs(op, 33, decay, B=1, K=K, V=V))
@@ -197,6 +200,17 @@ def test_single_tokens(name, K, V, monkeypatch):
     monkeypatch.setattr("jaxseq.ops.one_token.kernel", on_a_gpu)
     with tried("one_token", "gpu", columns=16):
         check(op, inputs, ids)
+
+
+@pytest.mark.parametrize("name, K, V", [("gla per head", 1, 8), ("delta_rule per channel", 8, 1)])
+def test_widths_of_one(name, K, V):
+    """And in bfloat16 a TPU takes no product over one channel."""
+    op, decay = MATRIX[name]
+    inputs, ids = matrix_inputs(op, 20, decay, B=1, K=K, V=V)
+    check(op, inputs, ids)
+    narrow = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim == 4 else x.dtype)
+    traced = everything(op, ids, "pallas").trace(jax.tree.map(narrow, inputs))
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 @pytest.mark.parametrize("name", CHANNELS)

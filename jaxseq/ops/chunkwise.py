@@ -123,7 +123,8 @@ def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o
 
     def step(within, d_after, here, beside):
         here = here.copy()
-        d_out, decays = here.pop("d_o"), within.decays_of(here.pop("g"))
+        d_out, logs = here.pop("d_o"), here.pop("g")
+        decays = within.decays_of(logs)
         here = {name: x.astype(d_after.dtype) for name, x in here.items()}
         (o, after), pull_back = jax.vjp(lambda tokens, S: chunk(within, tokens, decays, S), here, beside["S"])
         d_here, d_S = pull_back((d_out, d_after))
@@ -132,7 +133,7 @@ def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o
         if roles.early_reads:
             moved += within.advanced(along(roles.early_reads))  # read before the decay: after that of the one before
         d_total = jnp.sum(after * d_after, -1, keepdims=True).swapaxes(-1, -2)
-        if g.shape[-1] == 1:
+        if logs.shape[-1] == 1:
             moved, d_total = (jnp.sum(x, -1, keepdims=True) for x in (moved, d_total))
         return d_S, d_here | {"g": d_total + within.later(moved)}
 
