@@ -2,8 +2,8 @@
 
 Claim   On an accelerator, forward and backward of `impl="pallas"` is at least as fast as the hand-tuned kernels of
         flash-linear-attention for gated linear attention, SSD and the delta rule, as torch's attention, and as our own
-        chunked form of every op; `linear_recurrence` moves its arrays at 80 % of the speed of a copy. Errors stay
-        within the ops' tolerances.
+        chunked form of every op; `linear_recurrence` moves its arrays at 80 % of the speed of a copy, and a decoding
+        step is as fast as the plain one. Errors stay within the ops' tolerances.
 Source  flash-linear-attention (the package `fla`) and torch, where they are installed: the peers. The copy and the
         matrix product are measured in the same run. 32,768 tokens of 2,048 channels, sequences of 2,048 to 65,536.
 Expect  Not measured on an accelerator yet. On a CPU the kernels are interpreted: errors hold, speeds say nothing.
@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.nn import log_sigmoid, sigmoid, softplus
 
 from jaxseq import ops
 from jaxseq.analysis import in_turns, timed
 from jaxseq.layers.normalised import unit
+from jaxseq.shapes import accumulator
 from jaxseq.train import MetricsWriter, Run, main
 from jaxseq.train.files import write_json
 
@@ -49,6 +51,10 @@ class Config:
     """States a channel of the selective scan, and an eighth of those a head of SSD."""
     most_attended: int = 128
     """Longer sequences are left out of attention."""
+    decoded: int = 2
+    """Sequences that are decoded at once, by the ops whose names end in `step`."""
+    steps: int = 4
+    """Tokens of each of them, one call each."""
     copied_mib: int = 16
     """Size of the array that is copied to measure the bandwidth."""
     product: int = 512
@@ -66,6 +72,8 @@ class Config:
             "channels",
             "states",
             "most_attended",
+            "decoded",
+            "steps",
             "copied_mib",
             "product",
             "error_length",
@@ -84,26 +92,36 @@ class Config:
 
 NAMES = (
     ["gla", "retention", "delta_rule", "gated_delta_rule", "kda", "dplr"]  # in MATRIX
-    + ["ssd", "selective_scan", "linear_recurrence", "attention"]
+    + ["ssd", "selective_scan", "linear_recurrence", "attention", "gla_step", "gated_delta_rule_step"]
 )
 PRESETS = {
     "cpu": Config(),
     "gpu": Config(
         tokens=32_768, lengths=(2048, 8192, 32_768, 65_536), channels=2048, widths=(64, 128), most_attended=8192,
-        copied_mib=2048, product=8192, error_length=512, repeats=7, seconds=0.2,
+        decoded=256, steps=16, copied_mib=2048, product=8192, error_length=512, repeats=7, seconds=0.2,
     ),
 }  # fmt: skip
 
 
 class Kernel(NamedTuple):
-    """An op at one size; `flops` a forward pass, in matrix products, and the library that has a kernel for it too."""
+    """An op at one size, and the kernel it runs in: `width` is that of its heads, or the states of a channel.
+
+    `flops` of a forward pass are those of matrix products, `carried` the bytes of states between calls. The first of
+    the `forms` is what the others are compared with.
+    """
 
     name: str
     length: int
+    runs_in: str  # a table of pallas_kernels/tiles.json
+    width: int
     op: Callable
     draw: Callable[[int, Any], tuple]  # (batch, key) -> inputs
+    batch: int
     flops: float = 0.0
     peer: tuple[str, Callable] | None = None  # in fla.ops, or torch's own where "", and (function, inputs) -> output
+    forms: tuple[str, ...] = ("chunked", "pallas")
+    stages: tuple[str, ...] = ("forward", "training")
+    carried: float = 0.0
 
 
 def normals(key, *shapes):
@@ -174,22 +192,51 @@ def attention_of_torch(f, q, k, v):
     return f(*(x.swapaxes(1, 2) for x in (q, k, v)), is_causal=True).swapaxes(1, 2)
 
 
+def decoding(op, *inputs, impl):
+    """A call for every token: the state is read and written each time."""
+    batch, _, heads, width = inputs[2].shape
+    time_first = lambda x: x.swapaxes(0, 1)
+
+    def step(S, token):
+        o, S = op(*(x[:, None] for x in token), initial_state=S, impl=impl)
+        return S, o[:, 0]
+
+    start = jnp.zeros((batch, heads, inputs[1].shape[-1], width), accumulator(inputs[2].dtype))
+    S, o = lax.scan(step, start, tuple(map(time_first, inputs)))
+    return time_first(o), S
+
+
 def kernels(config: Config) -> Iterator[Kernel]:
+    D, fused = config.channels, ("fused",) * (jax.default_backend() == "gpu")
     for T in config.lengths:
-        tokens, D = max(config.tokens, T), config.channels
+        batch = max(1, config.tokens // T)
+        tokens = batch * T
         for K in config.widths:
-            shape = T, D // K, K
+            shape, heads = (T, D // K, K), D // K
             for name, (op, gate, beta, peer) in MATRIX.items():
-                inputs = partial(matrix_inputs, shape, K, gate, beta, None)
-                yield Kernel(f"{name}/{K}", T, op, inputs, products(tokens, D // K, K, K, beta), peer)
+                inputs, flops = partial(matrix_inputs, shape, K, gate, beta, None), products(tokens, heads, K, K, beta)
+                yield Kernel(f"{name}/{K}", T, "over_time", K, op, inputs, batch, flops, peer)
+            if config.most_attended >= T:
+                inputs, flops = partial(matrix_inputs, shape, K, None, False, None), tokens * T * 2.0 * D
+                forms, peer = ("chunked", "pallas", *fused), ("", attention_of_torch)
+                yield Kernel(f"attention/{K}", T, "over_pairs", K, attention, inputs, batch, flops, peer, forms)
         V, N = config.widths[0], 8 * config.states
         inputs, flops = partial(matrix_inputs, (T, D // V, V), N, "head", False, 1), products(tokens, D // V, N, V)
-        yield Kernel("ssd", T, ops.gated_linear_attention, inputs, flops, ("simple_gla:chunk_simple_gla", ssd_of_fla))
-        if config.most_attended >= T:
-            inputs = partial(matrix_inputs, (T, D // V, V), V, None, False, None)
-            yield Kernel("attention", T, attention, inputs, tokens * T * 2.0 * D, ("", attention_of_torch))
-        yield Kernel("selective_scan", T, ops.selective_scan, partial(selective_inputs, T, D, config.states))
-        yield Kernel("linear_recurrence", T, ops.linear_recurrence, partial(recurrence_inputs, T, D))
+        peer = "simple_gla:chunk_simple_gla", ssd_of_fla
+        yield Kernel("ssd", T, "over_time", max(N, V), ops.gated_linear_attention, inputs, batch, flops, peer)
+        inputs = partial(selective_inputs, T, D, config.states)
+        yield Kernel("selective_scan", T, "by_token", config.states, ops.selective_scan, inputs, batch)
+        inputs = partial(recurrence_inputs, T, D)
+        yield Kernel("linear_recurrence", T, "by_token", 1, ops.linear_recurrence, inputs, batch)
+    for K in config.widths:
+        for name in ("gla", "gated_delta_rule"):
+            op, gate, beta, _ = MATRIX[name]
+            inputs = partial(matrix_inputs, (config.steps, D // K, K), K, gate, beta, None)
+            yield Kernel(
+                f"{name}_step/{K}", config.steps, "one_token", K, partial(decoding, op), inputs, config.decoded,
+                forms=("sequential", "pallas"), stages=("forward",),
+                carried=config.steps * config.decoded * 2.0 * 4 * D * K,
+            )  # fmt: skip
 
 
 # ---- programs: forward, and with every gradient ---------------------------------------------------------------------
@@ -243,24 +290,40 @@ def peer_of(kernel: Kernel) -> Callable | None:
 
 
 def errors(config: Config, kernel: Kernel) -> dict[str, float]:
-    """The largest relative error of output and gradients, against the definition in float64 on the same numbers."""
+    """How far off each form is."""
+    arguments, exact = reference(config, kernel)
+    found = {impl: relative_error(jax.jit(trained(kernel, impl))(*arguments), exact) for impl in kernel.forms}
+    if call := peer_of(kernel):
+        program = Torch(call, "training")
+        of_peer = jax.tree.map(lambda x: x.float().cpu().numpy(), program(*program.prepare(*arguments)))
+        found["peer"] = relative_error(of_peer, exact)
+    return found
+
+
+def reference(config: Config, kernel: Kernel) -> tuple[tuple, list]:
+    """A cotangent and inputs of one short sequence; output and gradients of the definition in float64 on these."""
     key = jax.random.key(config.seed)
     short = kernel.draw(1, key)
     short = tuple(x[:, : config.error_length] if x.ndim > 2 else x for x in short)
-    cotangent = jax.random.normal(key, forward_shape(kernel, short).shape, forward_shape(kernel, short).dtype)
-    wide = [np.asarray(x, np.float64) for x in (cotangent, *short)]
+    out = forward_shape(kernel, short)
+    arguments = jax.random.normal(key, out.shape, out.dtype), *short
+    wide = [np.asarray(x, np.float64) for x in arguments]
     with jax.enable_x64(True):
-        exact = jax.tree.leaves(jax.device_get(jax.jit(partial(training, kernel.op, "sequential"))(*wide)))
+        return arguments, jax.tree.leaves(jax.device_get(jax.jit(trained(kernel, "sequential"))(*wide)))
+
+
+def relative_error(found, exact: list) -> float:
+    """The largest among output and gradients."""
     apart = lambda a, b: float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
-    found = {impl: jax.jit(partial(training, kernel.op, impl))(cotangent, *short) for impl in ("chunked", "pallas")}
-    if call := peer_of(kernel):
-        program = Torch(call, "training")
-        found["peer"] = jax.tree.map(lambda x: x.float().cpu().numpy(), program(*program.prepare(cotangent, *short)))
-    return {name: max(map(apart, jax.tree.leaves(of), exact)) for name, of in found.items()}
+    return max(map(apart, jax.tree.leaves(found), exact))
+
+
+def trained(kernel: Kernel, impl: str) -> Callable:
+    return partial(training, kernel.op, impl)
 
 
 def forward_shape(kernel: Kernel, inputs):
-    return jax.eval_shape(partial(forward, kernel.op, "chunked", None), *inputs)
+    return jax.eval_shape(partial(forward, kernel.op, kernel.forms[0], None), *inputs)
 
 
 class Machine(NamedTuple):
@@ -274,6 +337,7 @@ class Machine(NamedTuple):
         moved = (
             sum(x.nbytes for x in arrays) * (3 if stage == "training" else 1) - (stage == "training") * arrays[0].nbytes
         )
+        moved += kernel.carried
         return max(moved / self.bytes_per_ms, kernel.flops * (3 if stage == "training" else 1) / self.flops_per_ms)
 
 
@@ -286,32 +350,42 @@ def machine(config: Config) -> Machine:
     return Machine(2 * array.nbytes / best(copy, array), 2 * config.product**3 / best(product, square))
 
 
-def rows_of(config: Config, kernel: Kernel, best: Machine) -> Iterator[dict[str, Any]]:
-    """A row for each form: milliseconds, share of what the machine allows, MiB beside inputs and outputs, error."""
-    batch = max(1, config.tokens // kernel.length)
-    programs: dict[tuple[str, str], Any] = {}
+def drawn(seed: int, kernel: Kernel) -> Callable[[int], tuple]:
+    """The cotangent and the inputs of a round."""
 
     @jax.jit
     def draw(turn):
-        key = jax.random.fold_in(jax.random.key(config.seed), turn)
-        inputs = kernel.draw(batch, key)
+        key = jax.random.fold_in(jax.random.key(seed), turn)
+        inputs = kernel.draw(kernel.batch, key)
         out = forward_shape(kernel, inputs)
         return jax.random.normal(jax.random.fold_in(key, 99), out.shape, out.dtype), *inputs
 
+    return draw
+
+
+def compiled(kernel: Kernel, impl: str, stage: str, arrays):
+    return jax.jit(partial(STAGES[stage], kernel.op, impl)).lower(*arrays).compile()
+
+
+def rows_of(config: Config, kernel: Kernel, best: Machine) -> Iterator[dict[str, Any]]:
+    """A row for each form: milliseconds, share of what the machine allows, MiB beside inputs and outputs, error."""
+    programs: dict[tuple[str, str], Any] = {}
+    draw = drawn(config.seed, kernel)
     arrays = draw(0)
-    for impl in ("chunked", "pallas"):
-        for stage, function in STAGES.items():
-            programs[impl, stage] = jax.jit(partial(function, kernel.op, impl)).lower(*arrays).compile()
+    for impl in kernel.forms:
+        for stage in kernel.stages:
+            programs[impl, stage] = compiled(kernel, impl, stage, arrays)
     mib = {key: program.memory_analysis().temp_size_in_bytes / 2**20 for key, program in programs.items()}
     if call := peer_of(kernel):
-        programs |= {("peer", stage): Torch(call, stage) for stage in STAGES}
+        programs |= {("peer", stage): Torch(call, stage) for stage in kernel.stages}
     ms = in_turns(programs, draw, seed=config.seed, repeats=config.repeats, seconds=config.seconds)
     apart = errors(config, kernel)
     for form in dict.fromkeys(form for form, _ in programs):
         row = {"op": kernel.name, "length": kernel.length, "form": form, "error": apart[form]}
         for stage in STAGES:
-            row |= {f"{stage}_ms": ms[form, stage], f"{stage}_mib": mib.get((form, stage), float("nan"))}
-            row |= {f"{stage}_of_best": best.floor(kernel, arrays, stage) / ms[form, stage]}
+            time, space = (of.get((form, stage), float("nan")) for of in (ms, mib))
+            row |= {f"{stage}_ms": time, f"{stage}_of_best": best.floor(kernel, arrays, stage) / time}
+            row |= {f"{stage}_mib": space}
         yield row
 
 
@@ -334,10 +408,11 @@ def draw_plot(run: Run, rows: list[dict]) -> None:
         for axes, name in zip(panels, names, strict=False):
             for form in dict.fromkeys(row["form"] for row in rows if row["op"] == name):
                 of = [row for row in rows if row["op"] == name and row["form"] == form]
+                stage = "forward" if "_step" in name else "training"
                 axes.plot(
-                    [row["length"] for row in of], [row["training_ms"] for row in of], "o-", label=form, markersize=3
+                    [row["length"] for row in of], [row[f"{stage}_ms"] for row in of], "o-", label=form, markersize=3
                 )
-            axes.set(xscale="log", yscale="log", xlabel="T", ylabel="ms, forward and backward")
+            axes.set(xscale="log", yscale="log", xlabel="T", ylabel=f"ms, {stage}")
             axes.set_title(name, fontsize="small")
             axes.legend(fontsize="x-small", frameon=False)
         for axes in panels:
@@ -365,11 +440,12 @@ def verdict(run: Run[Config], rows: list[dict]) -> None:
     of = {(row["op"], row["length"], row["form"]): row for row in rows}
     judged = jax.default_backend() != "cpu"  # an interpreter's speed is nobody's claim
     checks: dict[str, tuple[float, float]] = {}
-    for other in ("peer", "chunked") if judged else ():
-        for name in dict.fromkeys(row["op"] for row in rows):
+    for name in dict.fromkeys(row["op"] for row in rows) if judged else ():
+        stage = "forward_ms" if "_step" in name else "training_ms"
+        for other in ("peer", "chunked", "sequential"):
             ratios = [
-                of[name, T, other]["training_ms"] / of[name, T, "pallas"]["training_ms"]
-                for T in run.config.lengths
+                of[name, T, other][stage] / of[name, T, "pallas"][stage]
+                for T in dict.fromkeys(row["length"] for row in rows)
                 if (name, T, other) in of
             ]
             if ratios:

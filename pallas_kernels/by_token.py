@@ -8,16 +8,18 @@ A program has W channels of one sequence: on a GPU all of their time, on a TPU a
 comes while the one before is worked on.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked
+from .over_time import check_unchecked, triton_parameters
+from .tiles import tile
 
 Arrays = dict[str, jax.Array]
 #: (states, fixed, rows) → (states, outputs)
@@ -26,13 +28,13 @@ Token = Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
 #: Tokens between states that are kept: their states are in registers at once in the backward pass, and the code of a
 #: stride is straight.
 STRIDE = 16
-#: Strides in a block of a TPU: rows enough to outlast what it costs to start on a block.
-TPU_STRIDES = 8
+#: Longer times are filled up to so many strides, whatever the platform; a TPU's blocks divide what they come to.
+WHOLE = 8
 
 
 def whole(length: int) -> int:
-    """The length in whole strides and, where there are several, blocks."""
-    unit = STRIDE * TPU_STRIDES if length > STRIDE * TPU_STRIDES else STRIDE
+    """The length in whole strides, or eights of them."""
+    unit = STRIDE * WHOLE if length > STRIDE * WHOLE else STRIDE
     return length + -length % unit
 
 
@@ -63,23 +65,14 @@ def pulled_back(
 
 def _on_platforms(f, *args):
     check_unchecked(args)
-    on = lambda width, strides, interpret: partial(f, partial(_call, width, strides, interpret))
-    return lax.platform_dependent(
-        *args,
-        cpu=on(_tpu_width, TPU_STRIDES, True),
-        tpu=on(_tpu_width, TPU_STRIDES, False),
-        cuda=on(_gpu_width, None, False),
-    )
+    on = lambda platform, interpret=False: partial(f, partial(_call, platform, interpret))
+    return lax.platform_dependent(*args, cpu=on("tpu", True), tpu=on("tpu"), cuda=on("gpu"))
 
 
-def _tpu_width(channels: int, depth: int) -> int:
-    """Whole lanes; of states of one row, which leave seven of a tile's eight empty, four tiles at once."""
-    return min(128 if depth > 1 else 512, -(-channels // 128) * 128)
-
-
-def _gpu_width(channels: int, depth: int) -> int:
-    """A thread for each channel, or a few for each; what a warp reads in one go, at least."""
-    return min(64 if depth > 1 else 128, max(32, 1 << (channels - 1).bit_length()))
+def _width(platform: str, most: int, channels: int) -> int:
+    """Channels of a program, no more than there are: whole lanes of a TPU, of a GPU what a warp reads in one go."""
+    whole = -(-channels // 128) * 128 if platform == "tpu" else max(32, 1 << (channels - 1).bit_length())
+    return min(most, whole)
 
 
 def _forward(token: Token, outputs, reverse: bool, keep: bool, call, inputs: Inputs):
@@ -158,15 +151,16 @@ def _rows(refs, t) -> Arrays:
     return {name: ref[t, :] for name, ref in (refs["rows"] | refs["shared"]).items()}
 
 
-def _call(width: Callable, most: int | None, interpret: bool, body: Callable, reverse: bool, carry, reads, writes):
+def _call(platform: str, interpret: Any, body: Callable, reverse: bool, carry, reads, writes):
     """`body(refs, refs to write, carry, strides) -> carry` in one program for W channels of a sequence, or several in a
     row for as many blocks of time."""
     channels = jax.tree.leaves(carry)[0].shape[-1]
-    depth = max(x.shape[-2] for x in jax.tree.leaves(carry))
-    W = width(channels, depth)
+    chosen = tile("by_token", platform, max(x.shape[-2] for x in jax.tree.leaves(carry)))
+    W = _width(platform, chosen["width"], channels)
     batch, length = next(iter(reads["rows"].values())).shape[:2]
     strides, parts = length // STRIDE, -(-channels // W)
-    block = min(most or strides, strides)
+    most = chosen.get("strides", strides)
+    block = strides if strides <= most else math.gcd(strides, most)
     blocks, tokens = strides // block, block * STRIDE
     at = lambda i: blocks - 1 - i if reverse else i
     forms = {
@@ -208,18 +202,14 @@ def _call(width: Callable, most: int | None, interpret: bool, body: Callable, re
         in_specs=[at_carry(spec), over(reads, spec)],
         out_specs=[at_carry(spec), over(writes, spec)],
         out_shape=[at_carry(result), over(writes, result)],
-        compiler_params=_parameters(most is not None, depth > 1),
+        compiler_params=_on_tpu() if platform == "tpu" else triton_parameters(chosen),
         interpret=interpret,
     )(at_carry(filled), over(reads, filled))
     cut = lambda kind, x: x[..., :channels] if kind in of_channels else x
     return jax.tree.map(lambda x: cut("carry", x), final), over(written, cut)
 
 
-def _parameters(tpu: bool, deep: bool):
-    if tpu:
-        from jax.experimental.pallas import tpu as pltpu
+def _on_tpu():
+    from jax.experimental.pallas import tpu as pltpu
 
-        return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-    from jax.experimental.pallas import triton
-
-    return triton.CompilerParams(num_warps=8 if deep else 4, num_stages=1)
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))

@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked
+from .over_time import check_unchecked, head_for, triton_parameters
+from .tiles import tile
 from .within_chunk import WithinChunk
 
 Arrays = dict[str, jax.Array]
-
-#: Positions in a block: a TPU's matrix unit is 128 wide; on a GPU the logits of a block are in registers.
-TPU_BLOCK, GPU_BLOCK = 128, 64
 
 
 class Fold(NamedTuple):
@@ -62,14 +59,19 @@ def _sizes(first: Arrays, second: Arrays):
     return batch, heads, length, next(iter(second.values())).shape[1]
 
 
+def _tile(platform: str, first: Arrays, second: Arrays) -> dict[str, int]:
+    return tile("over_pairs", platform, max(x.shape[3] for x in (*first.values(), *second.values())))
+
+
 def _filled(x, block: int):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
 
 
-def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = TPU_BLOCK, interpret: Any = False) -> Arrays:
+def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False) -> Arrays:
     from jax.experimental.pallas import tpu as pltpu
 
     batch, heads, length, other = _sizes(first, second)
+    block = _tile("tpu", first, second)["block"]
     rows, columns = -(-length // block), -(-other // block)
     within = WithinChunk(lax.Precision.HIGHEST)
 
@@ -79,10 +81,15 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = TPU_BLOCK,
         return x.reshape(*x.shape[:2], -1, 1, block) if x.shape[3] == 1 else x
 
     def spec(x, at):
-        head = lambda h: lax.div(h, np.int32(heads // x.shape[1]))
+        head = head_for(x.shape[1], heads)
         if x.ndim == 5:
             return pl.BlockSpec((None, None, None, 1, block), lambda b, h, i, j: (b, head(h), at(i, j), 0, 0))
         return pl.BlockSpec((None, None, block, x.shape[3]), lambda b, h, i, j: (b, head(h), at(i, j), 0))
+
+    def met(i, j):
+        """Block j, or the nearest one that is met: what is there already is not fetched again."""
+        begin, end = fold.meets(i, block)
+        return jnp.maximum(jnp.minimum(jnp.maximum(j, begin), jnp.minimum(end, columns) - 1), 0)
 
     first, second = ({name: tiled(x) for name, x in of.items()} for of in (first, second))
     carry = jax.eval_shape(lambda: fold.start(block))
@@ -121,7 +128,7 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = TPU_BLOCK,
         grid=(batch, heads, rows, columns),
         in_specs=[
             {name: spec(x, lambda i, j: i) for name, x in first.items()},
-            {name: spec(x, lambda i, j: j) for name, x in second.items()},
+            {name: spec(x, met) for name, x in second.items()},
         ],
         out_specs={name: spec(x, lambda i, j: i) for name, x in results.items()},
         out_shape=results,
@@ -133,13 +140,15 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = TPU_BLOCK,
     return {name: whole(x) for name, x in outputs.items()}
 
 
-def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = GPU_BLOCK, interpret: Any = False) -> Arrays:
+def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False) -> Arrays:
     batch, heads, length, other = _sizes(first, second)
+    chosen = _tile("gpu", first, second)
+    block = chosen["block"]
     rows, columns = -(-length // block), -(-other // block)
     wide = interpret or any(x.dtype == jnp.float64 for x in (*first.values(), *second.values()))
     within = WithinChunk(lax.Precision.HIGHEST if wide else lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
     first, second = ({name: _filled(x, block) for name, x in of.items()} for of in (first, second))
-    head = lambda x: lambda h: lax.div(h, np.int32(heads // x.shape[2]))
+    head = lambda x: head_for(x.shape[2], heads)
     own = lambda x: pl.BlockSpec((None, block, None, x.shape[3]), lambda b, h, i: (b, i, head(x)(h), 0))
     all_of = lambda x: pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda b, h, i: (b, 0, head(x)(h), 0))
     results = {
@@ -161,15 +170,13 @@ def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, block: int = GPU_BLOCK,
         for name, value in fold.finish(carry).items():
             outputs[name][...] = value.astype(outputs[name].dtype)
 
-    from jax.experimental.pallas import triton
-
     outputs = pl.pallas_call(
         kernel,
         grid=(batch, heads, rows),
         in_specs=[{name: own(x) for name, x in first.items()}, {name: all_of(x) for name, x in second.items()}],
         out_specs={name: own(x) for name, x in results.items()},
         out_shape=results,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton_parameters(chosen),
         interpret=interpret,
     )(first, second)
     return {name: x[:, :length] for name, x in outputs.items()}

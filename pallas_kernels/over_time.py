@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from .tiles import tile
 from .within_chunk import WithinChunk, matrix_width
 
 Arrays = dict[str, jax.Array]
@@ -28,8 +30,9 @@ Step = Callable[[WithinChunk, jax.Array, Arrays, Arrays], tuple[jax.Array, Array
 class Walk(NamedTuple):
     """What is walked over, and how: tokens `B T H W`, matrices `B N H K V` of N = T / size blocks, a carry `B H K V`.
 
-    `outputs` are widths and dtypes of outputs `B T H W`. `columns` names the tokens and outputs that lie along the
-    columns of the carry; all others are sums over these.
+    Tokens may have fewer heads, each for a run of those of the carry. `outputs` are widths and dtypes of outputs
+    `B T H W`. `columns` names the tokens and outputs that lie along the columns of the carry; all others are sums over
+    these.
     With `keep` the carries before each block are returned, in the form of matrices. A step that takes derivatives
     `differentiates`.
     """
@@ -47,10 +50,6 @@ class Walk(NamedTuple):
 
 Result = tuple[jax.Array, Arrays, jax.Array | None]  # carry, outputs, carries
 
-#: Tokens in a block. A TPU's matrix unit is 128 wide and deep; on a GPU a block of 64, with keys of 128, spills
-#: 7 kB a thread in its backward pass (sm_90a).
-TPU_BLOCK, GPU_BLOCK = 128, 32
-
 
 def on_platforms(f: Callable, length: int, size: int | None, *arrays):
     """`f(walk, block size, *arrays)` on the platform the program is lowered for; a CPU interprets the TPU's kernel.
@@ -62,11 +61,16 @@ def on_platforms(f: Callable, length: int, size: int | None, *arrays):
       NotImplementedError: as `check_unchecked`.
     """
     check_unchecked(arrays)
-    on = lambda walk, block: partial(f, walk, matrix_width(size or min(block, length)))
+    widest = max(x.shape[-1] for x in jax.tree.leaves(arrays))
+    block = lambda platform: matrix_width(size or min(tile("over_time", platform, widest)["block"], length))
+    on = lambda platform, walk: partial(f, walk, block(platform))
     interpreted = partial(on_tpu, interpret=True)
-    return lax.platform_dependent(
-        *arrays, cpu=on(interpreted, TPU_BLOCK), tpu=on(on_tpu, TPU_BLOCK), cuda=on(on_gpu, GPU_BLOCK)
-    )
+    return lax.platform_dependent(*arrays, cpu=on("tpu", interpreted), tpu=on("tpu", on_tpu), cuda=on("gpu", on_gpu))
+
+
+def head_for(own: int, heads: int) -> Callable:
+    """Which of its `own` heads an array has for each of all heads."""
+    return lambda h: h if own == heads else lax.div(h, np.int32(heads // own))
 
 
 def check_unchecked(arrays) -> None:
@@ -81,10 +85,34 @@ def check_unchecked(arrays) -> None:
         raise NotImplementedError(f"impl='pallas' inside jax.shard_map over {axes} takes check_vma=False there.")
 
 
+def _filled_up(walked: Callable, fit: Callable, walk: Walk, carry, tokens: Arrays, matrices: Arrays) -> Result:
+    """What is `walked`, with heads that are as wide as `fit` makes of their width: channels of zeros, cut off again."""
+    K, V = carry.shape[2:]
+
+    def width(name, own: int) -> int:  # one channel that all others share stays one
+        shared = own == 1 and (V if name in walk.columns else K) > 1
+        return own if shared else fit(own)
+
+    fill = lambda x, *widths: jnp.pad(x, [(0, 0)] * (x.ndim - len(widths)) + [(0, w) for w in widths])
+    filled = lambda x: fill(x, fit(K) - K, fit(V) - V)
+    carry, matrices = filled(carry), {name: filled(x) for name, x in matrices.items()}
+    tokens = {name: fill(x, width(name, x.shape[3]) - x.shape[3]) for name, x in tokens.items()}
+    wide = walk._replace(outputs={name: (width(name, w), dtype) for name, (w, dtype) in walk.outputs.items()})
+    final, outputs, carries = walked(wide, carry, tokens, matrices)
+    cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
+    return final[..., :K, :V], cut, None if carries is None else carries[..., :K, :V]
+
+
 # ---- TPU ------------------------------------------------------------------------------------------------------------
 
 
 def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any = False) -> Result:
+    more_than_one = lambda width: max(width, 2)  # Mosaic makes a sum of a product over one channel, in its own dtype
+    walked = partial(_on_tpu, step, interpret=interpret)
+    return _filled_up(walked, more_than_one, walk, carry, tokens, matrices)
+
+
+def _on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any) -> Result:
     from jax.experimental.pallas import tpu as pltpu
 
     batch, heads, K, V = carry.shape
@@ -93,13 +121,18 @@ def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
     within = WithinChunk(lax.Precision.HIGHEST, walk.differentiates)
 
     # A block is a tile of the last two axes; tokens of one channel lie along the lanes.
-    tiled = lambda x: x.swapaxes(1, 2).reshape(batch, heads, *((blocks, 1, size) if x.shape[3] == 1 else x.shape[1::2]))
+    tile_of = lambda x: (blocks, 1, size) if x.shape[3] == 1 else x.shape[1::2]
+    tiled = lambda x: x.swapaxes(1, 2).reshape(batch, x.shape[2], *tile_of(x))
     shape = lambda width: (batch, heads, *((blocks, 1, size) if width == 1 else (length, width)))
     untiled = lambda x: x.reshape(batch, heads, length, -1).swapaxes(1, 2)
     at = lambda i: walk.place(i, blocks)
-    lanes = pl.BlockSpec((None, None, None, 1, size), lambda b, h, i: (b, h, at(i), 0, 0))
-    rows = lambda width: pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, h, at(i), 0))
-    spec = lambda width: lanes if width == 1 else rows(width)
+
+    def spec(width: int, own: int = heads):
+        serving = head_for(own, heads)
+        if width == 1:
+            return pl.BlockSpec((None, None, None, 1, size), lambda b, h, i: (b, serving(h), at(i), 0, 0))
+        return pl.BlockSpec((None, None, size, width), lambda b, h, i: (b, serving(h), at(i), 0))
+
     matrix = lambda x: pl.BlockSpec((None, None, None, *x.shape[3:]), lambda b, h, i: (b, at(i), h, 0, 0))
     whole = pl.BlockSpec((None, None, K, V), lambda b, h, i: (b, h, 0, 0))
 
@@ -130,7 +163,7 @@ def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
         grid=(batch, heads, blocks),
         in_specs=[
             whole,
-            {name: spec(x.shape[3]) for name, x in tokens.items()},
+            {name: spec(x.shape[3], x.shape[2]) for name, x in tokens.items()},
             {name: matrix(x) for name, x in matrices.items()},
         ],
         out_specs=[
@@ -152,41 +185,33 @@ def on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, i
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------
 
-#: Columns of the carry that a program works on at once: what two matrices of 128 rows leave of 255 registers a thread.
-COLUMNS = 64
-
 
 def on_gpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, interpret: Any = False) -> Result:
     narrow = carry.dtype == jnp.float32 and not interpret
     exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if narrow else lax.Precision.HIGHEST
     step = partial(step, WithinChunk(exact, walk.differentiates))
-    K, V = carry.shape[2:]
 
-    def width(name, own: int) -> int:  # one channel that all others share stays one
-        shared = own == 1 and (V if name in walk.columns else K) > 1
-        return own if shared else matrix_width(own)
+    def walked(walk: Walk, carry, tokens: Arrays, matrices: Arrays) -> Result:
+        chosen = tile("over_time", "gpu", max(carry.shape[2:]))
+        final, carries = _carries(step, walk, chosen, carry, tokens, matrices, interpret)
+        outputs = _outputs(step, walk, chosen, carries, tokens, matrices, interpret) if walk.outputs else {}
+        return final, outputs, carries if walk.keep else None
 
-    fill = lambda x, *widths: jnp.pad(x, [(0, 0)] * (x.ndim - len(widths)) + [(0, w) for w in widths])
-    filled = lambda x: fill(x, matrix_width(K) - K, matrix_width(V) - V)
-    carry, matrices = filled(carry), {name: filled(x) for name, x in matrices.items()}
-    tokens = {name: fill(x, width(name, x.shape[3]) - x.shape[3]) for name, x in tokens.items()}
-    wide = walk._replace(outputs={name: (width(name, w), dtype) for name, (w, dtype) in walk.outputs.items()})
-    final, carries = _carries(step, wide, carry, tokens, matrices, interpret)
-    outputs = _outputs(step, wide, carries, tokens, matrices, interpret) if walk.outputs else {}
-    cut = {name: outputs[name][..., :width] for name, (width, _) in walk.outputs.items()}
-    return final[..., :K, :V], cut, carries[..., :K, :V] if walk.keep else None
+    return _filled_up(walked, matrix_width, walk, carry, tokens, matrices)
 
 
-def _carries(step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, interpret):
+def _carries(step, walk: Walk, chosen, carry, tokens: Arrays, matrices: Arrays, interpret):
     """The last carry and, of every block, the one before it: a loop over time for some of the columns."""
     batch, heads, K, V = carry.shape
     length, size = next(iter(tokens.values())).shape[1], walk.size
-    blocks, part = length // size, min(COLUMNS, V)
+    blocks, part = length // size, min(chosen["columns"], V)
 
     def token(name):
+        _, _, own, width = tokens[name].shape
+        serving = head_for(own, heads)
         if name in walk.columns:
-            return pl.BlockSpec((None, length, None, part), lambda b, h, j: (b, 0, h, j))
-        return pl.BlockSpec((None, length, None, tokens[name].shape[3]), lambda b, h, j: (b, 0, h, 0))
+            return pl.BlockSpec((None, length, None, part), lambda b, h, j: (b, 0, serving(h), j))
+        return pl.BlockSpec((None, length, None, width), lambda b, h, j: (b, 0, serving(h), 0))
 
     matrix = pl.BlockSpec((None, blocks, None, K, part), lambda b, h, j: (b, 0, h, 0, j))
     state = pl.BlockSpec((None, None, K, part), lambda b, h, j: (b, h, 0, j))
@@ -209,19 +234,23 @@ def _carries(step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, interpre
             jax.ShapeDtypeStruct(carry.shape, carry.dtype),
             jax.ShapeDtypeStruct((batch, blocks, heads, K, V), carry.dtype),
         ],
-        compiler_params=_triton(),
+        compiler_params=triton_parameters(chosen),
         interpret=interpret,
     )(carry, tokens, matrices)
 
 
-def _outputs(step, walk: Walk, carries, tokens: Arrays, matrices: Arrays, interpret) -> Arrays:
+def _outputs(step, walk: Walk, chosen, carries, tokens: Arrays, matrices: Arrays, interpret) -> Arrays:
     """The outputs of all blocks, each from the carry before it.
 
     Some columns of the carry at a time: outputs that lie along them are written so, others are sums over all of them.
     """
     batch, blocks, heads, K, V = carries.shape
-    part = min(COLUMNS, V)
-    row = lambda width: pl.BlockSpec((None, walk.size, None, width), lambda b, h, i: (b, i, h, 0))
+    part = min(chosen["columns"], V)
+
+    def row(width: int, own: int = heads):
+        serving = head_for(own, heads)
+        return pl.BlockSpec((None, walk.size, None, width), lambda b, h, i: (b, i, serving(h), 0))
+
     matrix = pl.BlockSpec((None, None, None, K, V), lambda b, h, i: (b, i, h, 0, 0))
 
     def kernel(carry, token_refs, matrix_refs, outputs):
@@ -245,18 +274,22 @@ def _outputs(step, walk: Walk, carries, tokens: Arrays, matrices: Arrays, interp
     return pl.pallas_call(
         kernel,
         grid=(batch, heads, blocks),
-        in_specs=[matrix, {name: row(x.shape[3]) for name, x in tokens.items()}, {name: matrix for name in matrices}],
+        in_specs=[
+            matrix,
+            {name: row(x.shape[3], x.shape[2]) for name, x in tokens.items()},
+            {name: matrix for name in matrices},
+        ],
         out_specs={name: row(width) for name, (width, _) in walk.outputs.items()},
         out_shape={
             name: jax.ShapeDtypeStruct((batch, blocks * walk.size, heads, width), dtype)
             for name, (width, dtype) in walk.outputs.items()
         },
-        compiler_params=_triton(),
+        compiler_params=triton_parameters(chosen),
         interpret=interpret,
     )(carries, tokens, matrices)
 
 
-def _triton():
+def triton_parameters(chosen: dict[str, int]):
     from jax.experimental.pallas import triton
 
-    return triton.CompilerParams(num_warps=8, num_stages=2)
+    return triton.CompilerParams(num_warps=chosen["warps"], num_stages=chosen.get("stages", 1))

@@ -1,7 +1,7 @@
 """Every kernel through the compiler of an accelerator that is not there; `test_kernel_compilers.py` runs it.
 
 Prints a line of JSON for each: what it is, its scoped memory on a TPU, its registers and spilled bytes a thread on an
-H100, and the seconds. A process of its own, as a compiler may take it down.
+H100, and the seconds; of kernels by name, or of all. A process of its own, as a compiler may take it down.
 """
 
 import json
@@ -19,11 +19,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_pallas import ATTENTION, CHANNELS, MATRIX, attention_inputs, channel_inputs, matrix_inputs
+from test_pallas import ATTENTION, CHANNELS, DISTINCT, MATRIX, attention_inputs, channel_inputs, matrix_inputs
 
 from jaxseq import ops
 
-PLATFORM, DUMP = sys.argv[1:]
+PLATFORM, DUMP, *NAMES = sys.argv[1:]
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -39,6 +39,10 @@ dnn_version_info { major: 9 minor: 8 patch: 0 }
 runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+
+#: What the name of a decoding step ends in.
+STEP = ", one token"
 
 
 def device():
@@ -57,8 +61,9 @@ def call(name: str, width: int):
         op, complex_ = CHANNELS[name]
         inputs, _ = channel_inputs(op, 256, D=8 * width, N=16, complex_=complex_)
     else:
+        name, single, _ = name.partition(STEP)
         op, decay = MATRIX[name]
-        inputs, _ = matrix_inputs(op, 256, decay, K=width, V=width)
+        inputs, _ = matrix_inputs(op, 1 if single else 256, decay, K=width, V=width)
         narrow = inputs.keys() - {"log_decay", "initial_state"}
         inputs = {k: x.astype(jnp.bfloat16) if k in narrow else x for k, x in inputs.items()}
     return op, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
@@ -96,13 +101,14 @@ def on_gpu() -> dict:
 def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
-    same = {"gla no decay", "delta_rule"}  # as with a decay a head
-    for name in [name for name in (*MATRIX, *CHANNELS, *ATTENTION) if name not in same]:
+    for name in NAMES or (*DISTINCT, *(name + STEP for name in DISTINCT), *CHANNELS, *ATTENTION):
         for width in (64, 128):
             op, inputs = call(name, width)
             if name in CHANNELS and width > 64:
                 continue
             for direction, function in functions(op).items():
+                if direction == "backward" and name.endswith(STEP):
+                    continue  # which is XLA's
                 start = time.perf_counter()
                 lowered = jax.jit(function, in_shardings=whole, out_shardings=whole).trace(inputs)
                 platform = "cuda" if PLATFORM == "cuda" else "tpu"

@@ -35,7 +35,7 @@ def test_compiles(extra, package, platforms, tmp_path, capfd):
             print()
             for row in rows:
                 print("  ".join(f"{name} {value}" for name, value in row.items()))
-        assert len(rows) == 42
+        assert len(rows) == 54
         for row in rows:
             assert row["kernels"] >= (2 if row["direction"] == "backward" else 1), row
             if platform == "cuda":

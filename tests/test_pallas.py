@@ -4,6 +4,7 @@ What an op's family says of the form "pallas" stands in `test_ops.py`; here are 
 in use, the GPU's way through time, races, and the compilers' front ends.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -16,9 +17,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels.by_token as by_token
+import pallas_kernels.one_token as one_token
 import pallas_kernels.over_pairs as over_pairs
 import pallas_kernels.over_time as over_time
 from jaxseq import ops
+from pallas_kernels.tiles import tried
 
 KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms and member.sweep]
 
@@ -37,6 +40,11 @@ def matrix_inputs(op, length, decay="B T H K", dtype=np.float32, K=32, V=32, B=2
         inputs |= {"a": -inputs["key"], "b": rng.uniform(0, 1, (B, length, H, 1)) * inputs["key"]}
     inputs |= {"initial_state": draw(B, H, K, V)}
     return cast(inputs, dtype), jnp.asarray(segments(rng, B, length)) if length > 1 else None
+
+
+def shared(inputs):
+    """One head of queries and keys, and of what is made of them."""
+    return {k: x[:, :, :1] if k in ("query", "key", "a", "b") else x for k, x in inputs.items()}
 
 
 def channel_inputs(op, length, dtype=np.float32, B=2, D=40, N=4, complex_=False):
@@ -80,13 +88,13 @@ def check(op, inputs, ids, tolerance="float32 strong"):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """The GPU's kernels, interpreted, with several parts of the columns."""
-    monkeypatch.setattr(over_time, "COLUMNS", 16)
     walk = partial(over_time.on_gpu, interpret=True)
     monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 32, *arrays))
-    call = partial(by_token._call, by_token._gpu_width, None, True)
+    call = partial(by_token._call, "gpu", True)
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(call, *arrays))
-    pairs = partial(over_pairs.on_gpu, block=32, interpret=True)
-    monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", pairs)
+    monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", partial(over_pairs.on_gpu, interpret=True))
+    with tried("over_time", "gpu", columns=16), tried("over_pairs", "gpu", block=32):
+        yield
 
 
 MATRIX = {
@@ -99,6 +107,8 @@ MATRIX = {
     "delta_rule per channel": (ops.delta_rule, "B T H K"),
     "dplr_recurrence": (ops.dplr_recurrence, "B T H K"),
 }
+#: To a kernel no decay is one of each head.
+DISTINCT = [name for name in MATRIX if name not in ("gla no decay", "delta_rule")]
 CHANNELS = {
     "linear_recurrence": (ops.linear_recurrence, False),
     "linear_recurrence complex": (ops.linear_recurrence, True),
@@ -122,23 +132,85 @@ def test_attention_in_many_blocks(name):
         check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(70, past=200, B=1), None)
 
 
+def test_a_tpu_fetches_only_blocks_that_are_met(monkeypatch):
+    """Nine of sixteen pairs of blocks: in its order of programs the others change no block."""
+    calls, call = [], over_pairs.pl.pallas_call
+    monkeypatch.setattr(over_pairs.pl, "pallas_call", lambda *args, **of: calls.append(of) or call(*args, **of))
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), attention_inputs(512, B=1))
+    jax.eval_shape(everything(partial(ops.softmax_attention, window=200), None, "pallas"), inputs)
+    of_a_tpu = [of for of in calls if len(of["grid"]) == 4]
+    assert len(of_a_tpu) == 3 * 2  # out, to queries and to keys; on a TPU, and interpreted
+    for of in of_a_tpu:
+        for at in (spec.index_map for spec in of["in_specs"][1].values()):
+            places = [int(at(0, 0, np.int32(i), np.int32(j))[2]) for i in range(4) for j in range(4)]
+            assert of["grid"][2:] == (4, 4) and sum(a != b for a, b in itertools.pairwise(places)) < 9
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_on_a_gpu(name, on_a_gpu):
     ids = jnp.asarray(segments(np.random.default_rng(0), 2, 100))
     check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(100), ids)
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_matrix_states_on_a_gpu(name, on_a_gpu):
+    """Of keys that heads share; those of each head are below."""
     op, decay = MATRIX[name]
-    check(op, *matrix_inputs(op, 70, decay))
+    inputs, ids = matrix_inputs(op, 70, decay)
+    check(op, shared(inputs), ids)
 
 
-@pytest.mark.parametrize("K, V", [(1, 8), (8, 1), (12, 20)])
-@pytest.mark.parametrize("name", ["gla per channel", "gla per head", "gla per value", "delta_rule per head"])
+FILLED_UP = [(name, 12, 20) for name in ("gla per channel", "gla per head", "gla per value", "delta_rule per head")]
+FILLED_UP += [("gla per value", 1, 8), ("delta_rule per head", 8, 1)]
+
+
+@pytest.mark.parametrize("name, K, V", FILLED_UP)
 def test_widths_that_are_no_power_of_two_on_a_gpu(name, K, V, on_a_gpu):
     op, decay = MATRIX[name]
     check(op, *matrix_inputs(op, 33, decay, B=1, K=K, V=V))
+
+
+WIDTHS = [*((name, 12, 40) for name in DISTINCT), ("gla per value", 1, 3), ("delta_rule per head", 1, 3)]
+
+
+def test_keys_that_heads_share():
+    op, decay = MATRIX["gla per value"]
+    inputs, ids = matrix_inputs(op, 20, decay, B=1, H=3, K=8, V=16)
+    check(op, shared(inputs), ids)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "pallas"])
+def test_keys_that_heads_share_are_not_repeated(impl):
+    """In memory, over all of the time."""
+    inputs, _ = matrix_inputs(ops.gated_linear_attention, 64, "B T H", H=6, K=24, V=16)
+    run = lambda inputs: ops.gated_linear_attention(**inputs, impl=impl)
+    repeated = "[2,64,6,24]"
+    assert repeated in str(jax.make_jaxpr(run)(inputs))
+    assert repeated not in str(jax.make_jaxpr(run)(shared(inputs)))
+
+
+@pytest.mark.parametrize("name, K, V", WIDTHS)
+def test_single_tokens(name, K, V, monkeypatch):
+    """On both kinds of accelerator, the state in several parts, with gradients; one of the sequences restarts."""
+    op, decay = MATRIX[name]
+    inputs, ids = matrix_inputs(op, 1, decay, K=K, V=V, B=3)
+    inputs["log_decay"] = inputs["log_decay"].at[0].set(-jnp.inf)
+    check(op, inputs, ids)
+    on_a_gpu = lambda token, *arrays: one_token._call(token, "gpu", True, *arrays)
+    monkeypatch.setattr("jaxseq.ops.one_token.kernel", on_a_gpu)
+    with tried("one_token", "gpu", columns=16):
+        check(op, inputs, ids)
+
+
+@pytest.mark.parametrize("name, K, V", [("gla per head", 1, 8), ("delta_rule per channel", 8, 1)])
+def test_widths_of_one(name, K, V):
+    """And in bfloat16 a TPU takes no product over one channel."""
+    op, decay = MATRIX[name]
+    inputs, ids = matrix_inputs(op, 20, decay, B=1, K=K, V=V)
+    check(op, inputs, ids)
+    narrow = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim == 4 else x.dtype)
+    traced = everything(op, ids, "pallas").trace(jax.tree.map(narrow, inputs))
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 @pytest.mark.parametrize("name", CHANNELS)
@@ -149,10 +221,10 @@ def test_channels_on_a_gpu(name, on_a_gpu):
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["gla per channel", "delta_rule per channel"])
-def test_lengths_of_chunks_in_use(name, length, monkeypatch):
-    monkeypatch.setattr(over_time, "TPU_BLOCK", 64)
+def test_lengths_of_chunks_in_use(name, length):
     op, decay = MATRIX[name]
-    check(op, *matrix_inputs(op, length, decay, H=1, K=16, V=24))
+    with tried("over_time", "tpu", block=64):
+        check(op, *matrix_inputs(op, length, decay, H=1, K=16, V=24))
 
 
 @pytest.mark.parametrize("length", [15, 33, 150])
@@ -187,14 +259,15 @@ def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
     careful = pltpu.InterpretParams(detect_races=True)
     walk = partial(over_time.on_tpu, interpret=careful)
     monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 16, *arrays))
-    call = partial(by_token._call, by_token._tpu_width, 1, careful)
+    call = partial(by_token._call, "tpu", careful)
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(call, *arrays))
     if name in MATRIX:
         op, decay = MATRIX[name]
         check(op, *matrix_inputs(op, 33, decay, B=1, H=1, K=16, V=16))
     else:
         op, _ = CHANNELS[name]
-        check(op, *channel_inputs(op, 33, B=1, D=8))
+        with tried("by_token", "tpu", strides=1):
+            check(op, *channel_inputs(op, 33, B=1, D=8))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
     assert not interpreter.races.races_found
@@ -226,7 +299,7 @@ SHAPES = {"odd": (2, 131, 2, 24, 48), "wide": (1, 64, 1, 256, 256)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", [*MATRIX, *CHANNELS, *ATTENTION])
+@pytest.mark.parametrize("name", [*DISTINCT, *CHANNELS, *ATTENTION])
 def test_lowers_for_tpu_and_gpu(name, shape):
     (B, T, H, K, V), dtype = SHAPES[shape], jnp.bfloat16
     if name in MATRIX:
@@ -243,6 +316,23 @@ def test_lowers_for_tpu_and_gpu(name, shape):
     traced = everything(op, ids, "pallas").trace(inputs)
     for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
         assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    "name, K, V",
+    [("gla per channel", 24, 48), ("gla per value", 256, 256), ("delta_rule", 1, 1), ("dplr_recurrence", 24, 48)],
+)
+def test_single_tokens_lower_and_stay_in_place(name, K, V):
+    """The state becomes the one after it."""
+    op, decay = MATRIX[name]
+    inputs, _ = matrix_inputs(op, 1, decay, H=3, K=K, V=V)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    step = jax.jit(lambda S, inputs: op(**inputs, initial_state=S, impl="pallas")[::-1], donate_argnums=0)
+    traced = step.trace(inputs.pop("initial_state"), inputs)
+    assert "input_output_aliases=((0, 0),)" in str(traced.jaxpr)
+    for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
+        (line,) = [line for line in traced.lower(lowering_platforms=(platform,)).as_text().splitlines() if call in line]
+        assert "output_operand_alias<output_tuple_indices = [0], operand_index = 0" in line
 
 
 def test_inside_shard_map():

@@ -15,8 +15,9 @@ from jax import lax
 
 from pallas_kernels.over_time import Walk, on_platforms
 
-from ..shapes import zeros_from
+from ..shapes import accumulator, zeros_from
 from . import within_chunk
+from .matrix_state import per_head
 
 #: Tokens in a chunk: on CPU 16 to 64 are as fast, for all ops; see experiments/README.md.
 CHUNK = 32
@@ -41,14 +42,15 @@ def in_xla(step, walk: Walk, S, tokens, matrices):
     Blocks are read and written where they stay: no copy of an array in another order.
     """
     first = next(iter(tokens.values()))
-    (batch, length, heads, _), size = first.shape, walk.size
+    (batch, heads), length, size = S.shape[:2], first.shape[1], walk.size
     blocks = length // size
     zeros = lambda shape, dtype: zeros_from(first, shape, dtype)
 
     def block(n, state):
         S, outputs, carries = state
         i = walk.place(n, blocks)
-        here = {name: lax.dynamic_slice_in_dim(x, i * size, size, 1).swapaxes(1, 2) for name, x in tokens.items()}
+        here = {name: lax.dynamic_slice_in_dim(x, i * size, size, 1) for name, x in tokens.items()}
+        here = {name: per_head(x, heads).swapaxes(1, 2) for name, x in here.items()}
         beside = {name: lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for name, x in matrices.items()}
         after, found = step(within_chunk, S, here, beside)
         write = lambda x, new: lax.dynamic_update_slice_in_dim(x, new.swapaxes(1, 2).astype(x.dtype), i * size, 1)
@@ -70,13 +72,13 @@ class Place(NamedTuple):
     keeps: bool
 
 
-def chunks(form: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
-    """The forms "chunked" and "pallas", of one `form` that takes a place."""
+def chunks(form: Callable, single: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
+    """The forms "chunked" and "pallas" of one `form` that takes a place; the kernel of one token alone is `single`."""
     size = chunk_size or min(CHUNK, length)
     in_kernels = lambda f, *arrays: on_platforms(f, length, chunk_size, *arrays)
     return {
         "chunked": partial(form, place=Place(lambda f, *arrays: f(in_xla, size, *arrays), keeps=True)),
-        "pallas": partial(form, place=Place(in_kernels, keeps=False)),
+        "pallas": single if length == 1 else partial(form, place=Place(in_kernels, keeps=False)),
     }
 
 
@@ -84,7 +86,8 @@ def chunks(form: Callable, length: int, chunk_size: int | None) -> dict[str, Cal
 def chunkwise(chunk: Callable, roles: Roles, place: Place, tokens: dict[str, jax.Array], g, S):
     """Read-outs `B T H V` and the final state, of tokens `B T H …` with values "v", log decays `B T H K|1`, a state.
 
-    The backward pass computes each chunk again, from the state before it.
+    Tokens may have fewer heads, each for a run of those of the state. The backward pass computes each chunk again, from
+    the state before it.
     """
     return place.run(partial(_forward, chunk, roles, False), tokens, g, S)[:2]
 
@@ -120,7 +123,8 @@ def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o
 
     def step(within, d_after, here, beside):
         here = here.copy()
-        d_out, decays = here.pop("d_o"), within.decays_of(here.pop("g"))
+        d_out, logs = here.pop("d_o"), here.pop("g")
+        decays = within.decays_of(logs)
         here = {name: x.astype(d_after.dtype) for name, x in here.items()}
         (o, after), pull_back = jax.vjp(lambda tokens, S: chunk(within, tokens, decays, S), here, beside["S"])
         d_here, d_S = pull_back((d_out, d_after))
@@ -129,15 +133,23 @@ def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o
         if roles.early_reads:
             moved += within.advanced(along(roles.early_reads))  # read before the decay: after that of the one before
         d_total = jnp.sum(after * d_after, -1, keepdims=True).swapaxes(-1, -2)
-        if g.shape[-1] == 1:
+        if logs.shape[-1] == 1:
             moved, d_total = (jnp.sum(x, -1, keepdims=True) for x in (moved, d_total))
         return d_S, d_here | {"g": d_total + within.later(moved)}
 
     outputs = {name: (x.shape[-1], x.dtype) for name, x in (tokens | {"g": g}).items()}
     path = Walk(size, outputs, roles.columns, reverse=True, differentiates=True)
     d_S, d_tokens, _ = walk(step, path, d_S, _filled(size, tokens | {"g": g, "d_o": d_o}), {"S": states})
-    d_tokens = {name: d[:, : g.shape[1]] for name, d in d_tokens.items()}
+    d_tokens = {name: _together(d[:, : g.shape[1]], (tokens | {"g": g})[name]) for name, d in d_tokens.items()}
     return d_tokens, d_tokens.pop("g"), d_S
+
+
+def _together(d, x):
+    """The gradient of x, whose heads each have a part from every value head they serve."""
+    if d.shape[2] == x.shape[2]:
+        return d
+    parts = d.reshape(*x.shape[:3], -1, d.shape[3]).astype(accumulator(d.dtype))
+    return jnp.sum(parts, axis=3).astype(d.dtype)
 
 
 def _filled(size: int, tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:

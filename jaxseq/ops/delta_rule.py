@@ -10,10 +10,11 @@ from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
 from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
-from .matrix_state import best, in_accumulator, prepared, total_map
+from .matrix_state import best, in_accumulator, per_head, prepared, total_map
+from .one_token import one_token
 
-# The forms take queries and keys `B T H K`, values `B T H V`, β `B T H 1`, log decays `B T H K` or `B T H 1`, and a
-# float32 state `B H K V`.
+# The forms take queries and keys `B T H K` (the last two forms of fewer heads too), values `B T H V`, β `B T H 1`, log
+# decays `B T H K` or `B T H 1`, and a float32 state `B H K V`.
 
 
 def sequential(q, k, v, beta, g, S):
@@ -41,7 +42,7 @@ ROLES = Roles(reads=("q", "a"), writes=("k",))
 def chunked(q, k, v, beta, g, S, *, place):
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     strength = lambda x: (beta.astype(S.dtype) * x.astype(S.dtype)).astype(dtype)
-    tokens = {"q": q, "k": k, "v": strength(v), "a": strength(k)}
+    tokens = {"q": q, "k": k, "v": strength(v), "a": strength(per_head(k, v.shape[2]))}
     return chunkwise(partial(_chunk, dtype), ROLES, place, tokens, g, S)
 
 
@@ -58,6 +59,17 @@ def _chunk(dtype, within, tokens, decays, S):
     o = within.product("...ij,...jv->...iv", A_qk, u, dtype) + within.diagonal(q, k) * u
     o += within.product("...ik,...kv->...iv", decays.from_start * q, S, dtype)
     return o, decays.total * S + within.product("...ik,...iv->...kv", decays.to_end * k, u, dtype)
+
+
+def single(q, k, v, beta, g, S):
+    return one_token(_token, S, {"q": q, "k": k, "beta": beta, "g": g}, {"v": v})
+
+
+def _token(S, of):
+    S = jnp.exp(of["g"]) * S
+    error = of["v"] - jnp.sum(of["k"] * S, axis=-2, keepdims=True)
+    S = S + of["beta"] * of["k"] * error
+    return S, jnp.sum(of["q"] * S, axis=-2, keepdims=True)
 
 
 @typed
@@ -93,7 +105,7 @@ def delta_rule(
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),
-        **chunks(chunked, length, chunk_size),
+        **chunks(chunked, single, length, chunk_size),
     }
     form = dispatch("delta_rule", impl, forms, *best(length))
     v, beta = own((value, beta[..., None]))

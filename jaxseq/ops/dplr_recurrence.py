@@ -11,9 +11,10 @@ from ..sharded import across_devices, own
 from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
 from .matrix_state import best, in_accumulator, per_head, prepared, total_map, unless_restart
+from .one_token import one_token
 
-# The forms take queries, keys, a and b `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32
-# state `B H K V`.
+# The forms take queries, keys, a and b `B T H K` (the last two forms of fewer heads too), values `B T H V`, log decays
+# `B T H K` or `B T H 1`, and a float32 state `B H K V`.
 
 
 def sequential(q, k, v, a, b, g, S):
@@ -64,6 +65,16 @@ def _chunk(dtype, within, tokens, decays, S):
     return o, after
 
 
+def single(q, k, v, a, b, g, S):
+    return one_token(_token, S, {"q": q, "k": k, "a": a, "b": b, "g": g}, {"v": v})
+
+
+def _token(S, of):
+    read = jnp.sum(of["a"] * S, axis=-2, keepdims=True)
+    S = jnp.exp(of["g"]) * S + of["b"] * read + of["k"] * of["v"]
+    return S, jnp.sum(of["q"] * S, axis=-2, keepdims=True)
+
+
 @typed
 def dplr_recurrence(
     query: Float[Array, "B T Hk K"],
@@ -98,10 +109,10 @@ def dplr_recurrence(
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),
-        **chunks(chunked, length, chunk_size),
+        **chunks(chunked, single, length, chunk_size),
     }
     form = dispatch("dplr_recurrence", impl, forms, *best(length))
-    v, a, b = own((value, unless_restart(per_head(a, heads), g), per_head(b, heads)))
+    v, a, b = own((value, unless_restart(per_head(a, heads), g), b))
     run = lambda v, S: form(q, k, v, a, b, g, S)
     o, final = across_devices(matrix_map, lambda: total_map(run, v, S), partial(run, v), S)
     return o.astype(value.dtype), final

@@ -12,12 +12,13 @@ from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
 from .chunkwise import Roles, chunks, chunkwise
 from .dispatch import dispatch
-from .matrix_state import advanced, best, delayed, in_accumulator, prepared, unless_restart
+from .matrix_state import advanced, best, delayed, in_accumulator, per_head, prepared, unless_restart
+from .one_token import one_token
 from .within_chunk import product
 
-# The forms take queries and keys `B T H K`, values `B T H V`, log decays `B T H K` or `B T H 1`, and a float32 state
-# `B H K V`. With decays of values `B T H V` keys and values change places, the state is Sᵀ, and a query reads along its
-# other axis.
+# The forms take queries and keys `B T H K` (the last two forms of fewer heads too), values `B T H V`, log decays
+# `B T H K` or `B T H 1`, and a float32 state `B H K V`. With decays of values `B T H V` keys and values change places,
+# the state is Sᵀ, and a query reads along its other axis.
 
 BY_KEY, BY_VALUE = "...kv,...k->...v", "...kv,...v->...k"
 
@@ -65,6 +66,18 @@ def _chunk_by_value(dtype, within, tokens, decays, S):
     o = decays.from_start * within.product("...ik,...vk->...iv", q, S, dtype) + within.diagonal(q, k) * v
     o += within.decayed_values(weights, v, decays, dtype)
     return o, decays.total * S + within.product("...iv,...ik->...vk", decays.to_end * v, k, dtype)
+
+
+def single(q, k, v, g, S, read=BY_KEY):
+    if read == BY_KEY:
+        return one_token(_token, S, {"q": q, "k": k, "g": g}, {"v": v})
+    o, after = one_token(_token, S.swapaxes(2, 3), {"q": q, "k": v}, {"v": k, "g": g})
+    return o, after.swapaxes(2, 3)
+
+
+def _token(S, of):
+    S = jnp.exp(of["g"]) * S + of["k"] * of["v"]
+    return S, jnp.sum(of["q"] * S, axis=-2, keepdims=True)
 
 
 def with_bonus(form, bonus, q, k, v, g, S):
@@ -126,10 +139,11 @@ def gated_linear_attention(
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),
-        **chunks(partial(chunked, read=read), length, chunk_size),
+        **chunks(partial(chunked, read=read), partial(single, read=read), length, chunk_size),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:
+        q, k = (per_head(x, value.shape[2]) for x in (q, k))
         form = partial(with_bonus, form, own(zeros_from(value, bonus.shape, bonus.dtype, plus=bonus)[None, None]))
     o, final = across_devices(outer_product, partial(_total, k, v, g), partial(form, q, k, v, g), S)
     return o.astype(value.dtype), final.swapaxes(2, 3) if by_value else final
@@ -137,6 +151,7 @@ def gated_linear_attention(
 
 def _total(k, v, g) -> OuterProduct:
     """All tokens as one element: each key decayed to the end."""
+    k, v = (per_head(x, g.shape[2]) for x in (k, v))
     to_end = lax.cumsum(g, axis=1, reverse=True)
     later = jnp.pad(to_end[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
     return OuterProduct(to_end[:, 0], product("bthk,bthv->bhkv", jnp.exp(later) * k.astype(g.dtype), v, g.dtype))

@@ -13,7 +13,9 @@ from ..sharded import own
 
 
 class Prepared(NamedTuple):
-    """Arguments with one head a value head: queries scaled, log decays `B T H K|1`, a state of at least float32."""
+    """Queries, scaled, and keys, with as many heads as they came with; and of every value head the log decays
+    `B T H K|1` and a state of at least float32.
+    """
 
     q: jax.Array
     k: jax.Array
@@ -29,10 +31,9 @@ def prepared(op, query, key, value, log_decay, scale, initial_state, segment_ids
     g = _per_channel(log_decay, value, groups, dtype)
     if segment_ids is not None:
         g = jnp.where(segment_starts(segment_ids)[:, :, None, None], -jnp.inf, g)
-    q, k = per_head(query, heads), per_head(key, heads)
-    q = q * jnp.asarray(K**-0.5 if scale is None else scale, q.dtype)
+    q = query * jnp.asarray(K**-0.5 if scale is None else scale, query.dtype)
     S = zeros_from(value, (batch, heads, K, V), dtype, plus=initial_state)
-    return Prepared(*own((q, k, zeros_from(value, g.shape, dtype, plus=g), S)))
+    return Prepared(*own((q, key, zeros_from(value, g.shape, dtype, plus=g), S)))
 
 
 def check_inputs(op: str, query, key, value, log_decay, chunk_size: int | None) -> None:
@@ -48,7 +49,7 @@ def check_inputs(op: str, query, key, value, log_decay, chunk_size: int | None) 
 
 def per_head(x, heads: int):
     """Each of the heads `B T G …` for a run of consecutive value heads: `B T H …`."""
-    return jnp.repeat(x, heads // x.shape[2], axis=2)
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def _per_channel(log_decay, value, groups, dtype):
@@ -73,8 +74,9 @@ def best(length: int) -> tuple[dict[str, str], str]:
 
 
 def in_accumulator(form, S):
-    """The form on tokens in the precision of the state."""
-    return lambda *tokens_and_state: form(*(x.astype(S.dtype) for x in tokens_and_state))
+    """The form on tokens of every value head, in the precision of the state."""
+    wide = lambda x: per_head(x, S.shape[1]).astype(S.dtype)
+    return lambda *tokens_and_state: form(*map(wide, tokens_and_state[:-1]), tokens_and_state[-1].astype(S.dtype))
 
 
 def total_map(run, v, S) -> MatrixMap:

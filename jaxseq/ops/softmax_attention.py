@@ -11,6 +11,7 @@ from ..shapes import Array, Float, Int, accumulator, check_log_decay, typed
 from ..sharded import first_position, halo, is_split
 from .dispatch import dispatch
 from .flash_attention import Sight, flash_attention
+from .fused_attention import fused_attention
 from .ring_attention import ring_attention
 from .visibility import (
     NOWHERE,
@@ -96,6 +97,10 @@ def in_kernel(sight: Sight, q, k, v, positions, segments, fading):
     return o.reshape(*q.shape[:-1], v.shape[-1])
 
 
+def fused(q, k, v, positions, segments, fading, causal, window, beyond):
+    return fused_attention(q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, causal, window, beyond).reshape(q.shape)
+
+
 @typed
 def softmax_attention(
     query: Float[Array, "B T H K"],
@@ -130,11 +135,15 @@ def softmax_attention(
     `scale` is K^-½ when None, `logit_softcap` c is off when None. A query that may see no key returns zero. With time
     split over devices, keys of a causal window come from the device before, others go round a ring, in blocks of
     `chunk_size` queries.
+    `fused` is the platform's own attention, cuDNN's on an NVIDIA GPU: of one segment in bfloat16 or float16, with as
+    many keys as queries where it is causal, and nothing that fades or is capped. Its gradient has no second one, and
+    differs from run to run by rounding unless XLA is told otherwise: None does not pick it.
 
     Raises:
       ValueError: shapes disagree, G does not divide H, T > S, window < 1, look_back < 0, ramp ≤ 0, segments of queries
         alone, decays or spans where it is not causal, or a log decay known to be above 0.
-      NotImplementedError: `impl` is none of the forms, or S > T with time split over devices.
+      NotImplementedError: `impl` is none of the forms, "fused" is not for this call or not there, or S > T with time
+        split over devices.
     """
     (batch, length, heads, width), (_, size, groups, _) = query.shape, key.shape
     check_heads(key, heads)
@@ -192,10 +201,14 @@ def softmax_attention(
         "parallel": partial(parallel, rules=rules),
         "chunked": partial(chunked, rules=rules, chunk_size=min(chunk_size, length), reach=reach),
     }
-    if not is_split() and look_back == 0 and fading is None:  # the kernel compares segments for equality
-        behind = None if window is None or window >= size else window - 1
-        sight = Sight(size - length, size, behind, 0 if causal else behind, logit_softcap)
-        forms["pallas"] = partial(in_kernel, sight)
+    if not is_split():
+        given = {"segment_ids": segments, "log_decay": log_decay, "span": span, "logit_softcap": logit_softcap}
+        beyond = [name for name, argument in given.items() if argument is not None]
+        forms["fused"] = partial(fused, causal=causal, window=window, beyond=beyond)
+        if look_back == 0 and fading is None:  # the kernel compares segments for equality
+            behind = None if window is None or window >= size else window - 1
+            sight = Sight(size - length, size, behind, 0 if causal else behind, logit_softcap)
+            forms["pallas"] = partial(in_kernel, sight)
     best = "parallel" if length * size <= chunk_size * 4 * chunk_size and reach is None else "chunked"
     return finish(dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments, fading))
 
