@@ -19,9 +19,8 @@ from math import exp, fsum, log
 
 import jax
 
-from experiments import bench_kernels
-from experiments.bench_kernels import Kernel, compiled, drawn, reference, relative_error, trained
 from jaxseq.analysis import in_turns
+from jaxseq.analysis.kernel_programs import Kernel, Sizes, compiled, drawn, kernels, reference, relative_error, trained
 from jaxseq.train import Run, main
 from jaxseq.train.files import write_text
 from pallas_kernels import tiles
@@ -63,11 +62,9 @@ class Config:
     def names(self) -> list[str]:
         return [name.strip() for name in self.kernels.split(",")] if self.kernels else [*SEARCHED]
 
-    def bench(self) -> bench_kernels.Config:
+    def bench(self) -> Sizes:
         sizes = ("seed", "tokens", "channels", "widths", "states", "decoded", "steps", "error_length")
-        return bench_kernels.Config(
-            **{name: getattr(self, name) for name in sizes}, lengths=(self.length,), most_attended=self.length
-        )
+        return Sizes(**{name: getattr(self, name) for name in sizes}, lengths=(self.length,), most_attended=self.length)
 
 
 #: What is tried, beside what the table says. Mosaic wants whole tiles; more than these never fit on a chip.
@@ -150,7 +147,7 @@ def search(run: Run[Config]) -> None:
     platform = "gpu" if jax.default_backend() == "gpu" else "tpu"  # whose kernel a CPU interprets
     tables = tiles.parsed(tiles.PATH.read_text(encoding="utf-8"), str(tiles.PATH))
     found: dict[str, float] = {}
-    ops = list(bench_kernels.kernels(config.bench()))
+    ops = list(kernels(config.bench()))
     for name, width in dict.fromkeys((op.runs_in, op.width) for op in ops):
         if name not in config.names():
             continue

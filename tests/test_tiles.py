@@ -9,8 +9,9 @@ import pytest
 
 import pallas_kernels.one_token as one_token
 import pallas_kernels.tiles as tiles
-from experiments import bench_kernels, tune_kernels
+from experiments import tune_kernels
 from jaxseq import ops
+from jaxseq.analysis.kernel_programs import kernels
 from jaxseq.train import Run, open_run
 
 TEXT = tiles.PATH.read_text()
@@ -79,7 +80,7 @@ def test_the_search_keeps_what_runs_and_is_right(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(one_token, "_call", call)
     config = tune_kernels.Config(kernels="one_token", most=3, steps=1, error_length=1)
-    kernel = next(kernel for kernel in bench_kernels.kernels(config.bench()) if kernel.name == "gla_step/16")
+    kernel = next(kernel for kernel in kernels(config.bench()) if kernel.name == "gla_step/16")
     kernel = kernel._replace(op=ops.gated_linear_attention)  # of one token, without a loop
     monkeypatch.setattr(bench_kernels, "kernels", lambda config: [kernel])
     run = open_run(config, "tune_kernels", tmp_path / "run")

@@ -57,7 +57,7 @@ class ModelConfig:
             if name not in known:
                 raise ValueError(f"model.mixers={self.mixers}: no mixer is called {name!r}; choose {', '.join(known)}.")
         options = {"num_heads": self.heads, "conv_window": self.conv_window}
-        slots = {name: _with_options(known[name], options) for name in names}
+        slots: dict[str, Any] = {name: _with_options(known[name], options) for name in names}
         depth = max(self.depth, len(names))
 
         def slot(layer: int) -> Slot:

@@ -202,8 +202,8 @@ def softmax_attention(
         "chunked": partial(chunked, rules=rules, chunk_size=min(chunk_size, length), reach=reach),
     }
     if not is_split():
-        given = {"segment_ids": segments, "log_decay": log_decay, "span": span, "logit_softcap": logit_softcap}
-        beyond = [name for name, argument in given.items() if argument is not None]
+        further = {"segment_ids": segments, "log_decay": log_decay, "span": span, "logit_softcap": logit_softcap}
+        beyond = [name for name, argument in further.items() if argument is not None]
         forms["fused"] = partial(fused, causal=causal, window=window, beyond=beyond)
         if look_back == 0 and fading is None:  # the kernel compares segments for equality
             behind = None if window is None or window >= size else window - 1
