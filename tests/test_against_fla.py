@@ -163,6 +163,8 @@ OPS = {
 }
 #: The widest of each family: in float32 by default too.
 WIDEST = ("fla_gla", "fla_kda", "fla_dplr", "fla_forgetting_attn", "fla_path_attn")
+#: In float32 the gradient of A_log, a sum over all tokens, loses more.
+LONG_SUMS = {"fla_mamba2_ssd": 1e-5}
 PRECISIONS = [
     pytest.param(file, form, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and file not in WIDEST))
     for file, case in OPS.items()
@@ -185,7 +187,7 @@ def test_op(file, impl, precision):
         numbers = {name: float(a) if a.ndim == 0 else cast(a, dtype) for name, a in constant.items()}
         op = lambda i: case.op(i | numbers, impl=impl)
         cotangents = cast(tuple(z[f"d{name}"] for name in names), dtype)
-        bound = 1e-12 if precision == "float64" else 2e-6
+        bound = 1e-12 if precision == "float64" else LONG_SUMS.get(file, 2e-6)
         assert_close(with_gradients(op, cast(inputs, dtype), cotangents), expected, bound)
 
 

@@ -95,6 +95,15 @@ def test_chaos_falls_back(jacobian):
     assert all(np.isfinite(x).all() for x in slopes)
 
 
+@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
+def test_chaos_over_few_tokens_falls_back(jacobian):
+    """A step a token would end, in a trajectory that rounding has turned away from the loop's."""
+    arguments = problem(64, gain=8.0)
+    found, _, done = run(*arguments, impl="parallel", jacobian=jacobian)
+    assert not done.converged.any() and (done.iterations == 48).all()
+    np.testing.assert_array_equal(found, run(*arguments)[0])
+
+
 def test_slow_convergence_is_not_taken_for_an_end():
     """Of a rotation the diagonal knows nothing: each step does little, and many small ones are still to come."""
     turn = 0.97 * jnp.asarray([[0.0, 1.0], [-1.0, 0.0]])

@@ -75,8 +75,8 @@ def nonlinear_recurrence(
     (1 + |h|), 16 rounding errors where None. With `jacobian="diagonal"` steps are cheaper, O(N) and not O(N³) of N
     numbers of state, and more; `damping` shrinks J to (1 − damping) J, for cells that overflow on the way. Blocks of
     `block_size` tokens are solved one after the other (all of time at once where None, and where time is split over
-    devices): J of a block takes C N² numbers a sequence. A block that has not converged after `max_iterations` is run
-    step by step, so values are never worse than its.
+    devices): J of a block takes C N² numbers a sequence. A block that has not converged after `max_iterations`, or
+    after three for every four of its tokens, is run step by step, so values are never worse than its.
 
     With `report=True` a third result is a `Report`: in `sequential`, of no iterations.
 
@@ -168,7 +168,10 @@ def _iterate(newton: Newton, residual: Callable, guess):
         shrinking = jnp.where(size < largest, size * jnp.maximum(1, theta / (1 - theta)), jnp.inf)
         return moved, count + 1, jnp.where(count == 0, size, shrinking), largest
 
-    going = lambda carry: (carry[2] > 1) & (carry[1] < newton.max_iterations)
+    # Each step makes one token more exact at least: what takes about a step a token has found nothing, and where the
+    # cell is chaotic it ends in a trajectory that rounding has turned away from the loop's.
+    most = min(newton.max_iterations, max(16, 3 * guess.shape[1] * devices() // 4))
+    going = lambda carry: (carry[2] > 1) & (carry[1] < most)
     error, largest = (jnp.asarray(x, guess.dtype) for x in (jnp.inf, 0))
     return lax.while_loop(going, step, (guess, jnp.int32(0), error, largest))[:3]
 
