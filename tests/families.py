@@ -615,7 +615,6 @@ MIXERS = {
         ),
         extreme={"A_log": 20.0},
         gradient="mixer strong",
-        slow=True,
     ),
     "GatedDeltaNet householders": MixerMember(
         partial(
@@ -777,7 +776,10 @@ MIXERS = {
     ),
     # A transform mixes all of time, and steps leave what has been given so far in other places than a call does.
     "Hyena": MixerMember(
-        partial(Hyena, WIDTH, max_length=50, order=3, filter_width=4), same_state=False, causal_to_rounding=True
+        partial(Hyena, WIDTH, max_length=50, order=3, filter_width=4),
+        same_state=False,
+        causal_to_rounding=True,
+        slow=True,
     ),
     "BaseConv": MixerMember(partial(BaseConv, WIDTH), slow=True, reach=3),
     "BaseConv long": MixerMember(
@@ -800,9 +802,10 @@ MIXERS = {
         partial(ELM, WIDTH, num_memory=6, num_branches=2, max_tau=20.0, learn_tau=True),
         extreme={"synapses": 1e4},
         gradient="mixer strong",
+        slow=True,
     ),
     "LeakyRNN": MixerMember(
-        partial(LeakyRNN, WIDTH), extreme={"in_proj/bias": -1e4, "tau": 1e4}, gradient="mixer strong"
+        partial(LeakyRNN, WIDTH), extreme={"in_proj/bias": -1e4, "tau": 1e4}, gradient="mixer strong", slow=True
     ),
     "ICLRNN": MixerMember(
         partial(ICLRNN, WIDTH, hidden_sizes=(24, 24)), extreme={"layer_0_bias": 1e4}, gradient="mixer strong", slow=True
@@ -823,6 +826,7 @@ MIXERS = {
         partial(ForgettingAttention, WIDTH, num_heads=4, num_kv_heads=2),
         recurrent=False,
         extreme={"q_proj/kernel": 30.0, "forget_proj/kernel": 300.0},
+        slow=True,
     ),
     "ForgettingAttention window": MixerMember(
         partial(ForgettingAttention, WIDTH, num_heads=2, window=4), cheap=True, reach=4
@@ -864,7 +868,9 @@ MIXERS = {
         partial(KroneckerAttention, WIDTH, num_heads=2, ordered=True), recurrent=False, cheap=True
     ),
     "KroneckerAttention polynomial": MixerMember(
-        partial(KroneckerAttention, WIDTH, num_heads=4, degree=2), extreme={"q_proj/kernel": 1e4, "k1_proj/kernel": 1e4}
+        partial(KroneckerAttention, WIDTH, num_heads=4, degree=2),
+        extreme={"q_proj/kernel": 1e4, "k1_proj/kernel": 1e4},
+        slow=True,
     ),
     "KroneckerAttention polynomial ordered": MixerMember(
         partial(KroneckerAttention, WIDTH, num_heads=4, degree=2, ordered=True), cheap=True

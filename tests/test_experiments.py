@@ -288,6 +288,7 @@ def test_mqar_trains_side_by_side_and_resumes(run, tmp_path):
     assert refused.returncode == 2 and "no mixer is called 'nothing'" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_bench_of_a_checkpoint(run, tmp_path):
     done = run("experiments.bench_checkpoint", "--preset", "debug", "--kind", "mamba2", "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
@@ -295,6 +296,7 @@ def test_the_bench_of_a_checkpoint(run, tmp_path):
     assert measured["forward"] > 0 and measured["decoding"] > 0
 
 
+@pytest.mark.slow
 def test_the_bench_of_kernels(run, tmp_path):
     out = tmp_path / "r"
     sizes = "--tokens 40 --lengths 40 --error-length 40 --repeats 1 --copied-mib 1 --product 16"
@@ -357,6 +359,7 @@ def test_the_gap_of_recall(run, texts, tmp_path):
     assert refused.returncode == 2 and "none is called 'transformer'; choose attention, convolution" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_token_of_a_long_convolution(run, tmp_path):
     done = run("experiments.long_convolution", "--preset", "debug", "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr

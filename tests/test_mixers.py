@@ -237,7 +237,9 @@ def test_state(name, built):
     assert jax.tree.structure(half) == jax.tree.structure(module.init_state(3, max_length=4))
 
 
-@pytest.mark.parametrize("name", FULL_MIXERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(*m.values, marks=[pytest.mark.slow] * (m.values != ("GLA",))) for m in FULL_MIXERS]
+)
 def test_inside_other_things(name, built):
     """`nn.Sequential`, `vmap`, an NNX model, and `shard_map` with the batch over eight devices."""
     module, params = built(name)

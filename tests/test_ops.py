@@ -185,7 +185,11 @@ def matrix_inputs(op, level, keys, per_head=False, bonus=False, width=16, T=131)
 
 
 MATRIX_OPS = (ops.gated_linear_attention, ops.delta_rule, ops.dplr_recurrence)
-IN_USE = [(op, keys, level, {}) for op, keys, level in product(MATRIX_OPS, KEYS, (-20, 0, "mixed"))]
+LEVELS = (-20, 0, "mixed")
+IN_USE: list = [
+    pytest.param(op, keys, level, {}, marks=[pytest.mark.slow] * (KEYS.index(keys) != LEVELS.index(level)))
+    for op, keys, level in product(MATRIX_OPS, KEYS, LEVELS)
+]
 IN_USE += [(op, keys, "mixed", {"per_head": True}) for op, keys in zip(MATRIX_OPS, KEYS, strict=True)]
 IN_USE += [(ops.gated_linear_attention, "norm 1", level, {"bonus": True}) for level in (-20, "mixed")]
 IN_USE += [

@@ -67,8 +67,11 @@ def test_any_monoid(name, devices, run, reverse, wide, seed):
 
 @pytest.mark.parametrize(
     "name, devices",
-    [(name, (2, 8, 4)[i % 3]) for i, name in enumerate(OPS) if not OPS[name].whole and "delta_rule" not in name]
-    + [("delta_rule per channel", 8)],
+    [
+        pytest.param(name, (2, 8, 4)[i % 3], marks=[pytest.mark.slow] * (not OPS[name].sweep))
+        for i, name in enumerate(OPS)
+        if not OPS[name].whole
+    ],
 )
 def test_every_op_in_value_and_gradient(name, devices):
     member = OPS[name]
