@@ -5,7 +5,8 @@ Claim   Chimera, trained on the normal part alone, ranks anomalous points of a s
         would rate a score drawn at random above every score's own F1.
 Source  Chimera (arXiv 2406.04320), section 4, anomaly detection; against point adjustment, arXiv 2109.05257. Series and
         windows of the Numenta benchmark, not its weighted score; SMD; ECG5000, whose class 1 is normal.
-Expect  Not measured yet.
+Expect  ECG5000, three seeds: Chimera 0.971, a moving z-score 0.978, other rules 0.945 at most: the claim does not hold.
+        Four minutes on 2 busy CPU cores. The Numenta benchmark and gpu are not yet measured.
 Run     python -m experiments.anomaly --data.path FOLDER [--preset cpu|ecg|gpu] [--data.kind nab|smd|class]
         FOLDER holds the Numenta benchmark; the machines of SMD; or a set of the UCR archive, --data.name.
 """
