@@ -7,8 +7,8 @@ Claim   Time and temporary memory of the linear ones grow with the length at mos
         subsets of `budget` tokens, and read densely.
 Source  A practical survey on faster and lighter transformers (arXiv 2103.14636), and its closing comparison from the
         Long Range Arena. All mixers see the whole sequence: recurrent ones read it both ways.
-Expect  Of cpu, the times of a layer: exponents of the linear ones 0.86 to 1.18 forward (BigBird), 0.95 to 1.17 in training
-        (RG-LRU), so the claim does not hold in its first part; attention 2.1 to 2.2. Quality is not yet measured.
+Expect  Times of the cpu preset: exponents of the linear ones 0.86 to 1.18 forward (BigBird), 0.95 to 1.17 in training
+        (RG-LRU), attention's 2.1 to 2.2; so the first part of the claim does not hold. Quality is not yet measured.
 Run     python -m experiments.efficient_transformers [--preset cpu|gpu|debug] [--mixers attention,bigbird,performer]
         The text is the Python standard library unless --data.path is given.
 """
