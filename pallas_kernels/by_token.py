@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked, triton_parameters
+from .over_time import check_unchecked, tpu_parameters, triton_parameters
 from .tiles import tile
 
 Arrays = dict[str, jax.Array]
@@ -196,20 +196,15 @@ def _call(platform: str, interpret: Any, body: Callable, reverse: bool, carry, r
     over = lambda tree, f: {kind: {name: f(kind, x) for name, x in arrays.items()} for kind, arrays in tree.items()}
     spec = lambda kind, x: forms[kind](x)
     at_carry = lambda f: jax.tree.map(lambda x: f("carry", x), carry)
+    parameters = tpu_parameters("parallel", "parallel", "arbitrary") if platform == "tpu" else triton_parameters(chosen)
     final, written = pl.pallas_call(
         kernel,
         grid=(batch, parts, blocks),
         in_specs=[at_carry(spec), over(reads, spec)],
         out_specs=[at_carry(spec), over(writes, spec)],
         out_shape=[at_carry(result), over(writes, result)],
-        compiler_params=_on_tpu() if platform == "tpu" else triton_parameters(chosen),
+        compiler_params=parameters,
         interpret=interpret,
     )(at_carry(filled), over(reads, filled))
     cut = lambda kind, x: x[..., :channels] if kind in of_channels else x
     return jax.tree.map(lambda x: cut("carry", x), final), over(written, cut)
-
-
-def _on_tpu():
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked, triton_parameters
+from .over_time import check_unchecked, tpu_parameters, triton_parameters
 from .tiles import tile
 
 Arrays = dict[str, jax.Array]
@@ -71,13 +71,7 @@ def _call(token: Token, platform: str, interpret: Any, S, rows: Arrays, columns:
             jax.ShapeDtypeStruct((states.shape[0], 1, states.shape[2]), S.dtype),
         ],
         input_output_aliases={0: 0},
-        compiler_params=_on_tpu() if platform == "tpu" else triton_parameters(chosen),
+        compiler_params=tpu_parameters("parallel", "parallel") if platform == "tpu" else triton_parameters(chosen),
         interpret=interpret,
     )(states, rows, columns)
     return after[:, :K, :V].reshape(S.shape), outputs[:, 0, :V].reshape(batch, heads, V)
-
-
-def _on_tpu():
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"))

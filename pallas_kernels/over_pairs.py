@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked, head_for, triton_parameters
+from .over_time import check_unchecked, head_for, tpu_parameters, triton_parameters
 from .tiles import tile
 from .within_chunk import WithinChunk
 
@@ -133,7 +133,7 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
         out_specs={name: spec(x, lambda i, j: i) for name, x in results.items()},
         out_shape=results,
         scratch_shapes=[pltpu.VMEM(x.shape, x.dtype) for x in leaves],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        compiler_params=tpu_parameters("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
     )(first, second)
     whole = lambda x: x.reshape(batch, heads, rows * block, -1).swapaxes(1, 2)[:, :length]

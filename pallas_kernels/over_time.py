@@ -11,7 +11,7 @@ compiler leaves it out.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def _on_tpu(step: Step, walk: Walk, carry, tokens: Arrays, matrices: Arrays, *, 
             kept if walk.keep else None,
         ],
         scratch_shapes=[pltpu.VMEM((K, V), carry.dtype)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=tpu_parameters("parallel", "parallel", "arbitrary"),
         interpret=interpret,
     )(carry, {name: tiled(x) for name, x in tokens.items()}, matrices)
     return final, {name: untiled(x) for name, x in outputs.items()}, carries
@@ -287,6 +287,12 @@ def _outputs(step, walk: Walk, chosen, carries, tokens: Arrays, matrices: Arrays
         compiler_params=triton_parameters(chosen),
         interpret=interpret,
     )(carries, tokens, matrices)
+
+
+def tpu_parameters(*semantics: Literal["parallel", "arbitrary"]):
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.CompilerParams(dimension_semantics=semantics)
 
 
 def triton_parameters(chosen: dict[str, int]):

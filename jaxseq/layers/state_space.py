@@ -106,7 +106,7 @@ class StateSpace(Mixer):
         return "bidirectional=True" if self.bidirectional else None
 
 
-def counted(x: Array, mask: Array | None) -> Array:
+def zeroed(x: Array, mask: Array | None) -> Array:
     """x with zeros at tokens that `mask` leaves out: a state of zeros stays one over them."""
     return x if mask is None else jnp.where(mask[..., None], x, 0)
 
@@ -120,9 +120,11 @@ def state_space_layer(
     the module is bidirectional. D is a parameter.
 
     Raises:
+      ValueError: there is a mask, and the module is causal.
       NotImplementedError: the module is bidirectional, and there is a state or time is split over devices.
     """
-    u = counted(x, mask).astype(accumulator(x.dtype))
+    module.check_mask(mask)
+    u = zeroed(x, mask).astype(accumulator(x.dtype))
     if module.bidirectional:
         if state is not None:
             module.check_causal()

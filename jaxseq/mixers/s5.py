@@ -11,7 +11,7 @@ from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS, gated_output
 from ..layers.hippo import eigenbasis, hippo
 from ..layers.initialisers import log_uniform
-from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, counted, parameter
+from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, parameter, zeroed
 from ..ops.state_space import DISCRETISATIONS
 from ..shapes import Array, Bool, Complex, Float, Int, accumulator, check_width, promoted, typed
 from ..sharded import check_whole
@@ -62,7 +62,8 @@ class S5(StateSpace):
         self._check()
         if state is not None:
             self.check_causal()
-        u = counted(x, mask).astype(accumulator(x.dtype))
+        self.check_mask(mask)
+        u = zeroed(x, mask).astype(accumulator(x.dtype))
         decay, B, C, D = self._discrete(u.dtype)
         N = decay.shape[0]
         run = lambda C, **options: ops.mimo_state_space(
