@@ -21,10 +21,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxseq import S4D, Mamba
-from jaxseq.analysis import alarm_rates, auroc, average_precision, point_adjusted, runs_found
+from jaxseq.analysis import (
+    ANOMALY_RULES,
+    alarm_rates,
+    anomaly_rules,
+    auroc,
+    average_precision,
+    point_adjusted,
+    runs_found,
+)
 from jaxseq.data import Recording, nab_recordings, one_class_recordings, pooled, smd_recordings
+from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
 from jaxseq.layers.mlp import MLP
 from jaxseq.layers.self_attention import SelfAttention
@@ -105,89 +115,17 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "lookback", "horizon", "stride", "width", "cell_width", "depth", "states", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "lookback", "horizon", "stride", "width", "cell_width", "depth", "states", "heads")
         if self.stride > self.horizon:
             raise ValueError(f"stride={self.stride} must be at most horizon={self.horizon}: each row is forecast.")
         if not 0 < self.false_alarms < 1:
             raise ValueError(f"false_alarms={self.false_alarms}; a share is above 0 and below 1.")
-        if unknown := set(self.names()) - set(MODELS):
-            raise ValueError(f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join(MODELS)}.")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.models.split(",")] if self.models else list(MODELS)
+        return chosen("models", self.models, MODELS)
 
 
-def last_value(config: Config, recordings: Sequence[Recording]) -> list[np.ndarray]:
-    """How far from the value before."""
-    ahead = lambda x: np.concatenate([x[:1], x[:-1]])
-    return [np.mean((r.values - ahead(r.values)) ** 2, axis=1) for r in recordings]
-
-
-def moving_z_score(config: Config, recordings: Sequence[Recording]) -> list[np.ndarray]:
-    """How many deviations from the mean of the window before."""
-
-    def score(values):
-        windows = np.lib.stride_tricks.sliding_window_view(values.astype(float), config.lookback, axis=0)[:-1]
-        squares = (values[config.lookback :] - windows.mean(axis=-1)) ** 2 / (windows.var(axis=-1) + 1e-5)
-        return np.concatenate([np.full(config.lookback, np.nan), squares.mean(axis=1)])
-
-    return [score(recording.values) for recording in recordings]
-
-
-def a_day_before(config: Config, recordings: Sequence[Recording]) -> list[np.ndarray]:
-    """How far from the last value a day ago or more, from the value before where there is none."""
-
-    def score(r: Recording) -> np.ndarray:
-        assert r.dates is not None
-        times = np.maximum.accumulate(r.dates)  # clocks were set back in some
-        place = np.searchsorted(times, times - np.timedelta64(1, "D"), side="right") - 1
-        before = np.where(place < 0, np.maximum(np.arange(len(times)) - 1, 0), place)
-        return np.mean((r.values - r.values[before]) ** 2, axis=1)
-
-    return [score(recording) for recording in recordings]
-
-
-def mean_series(config: Config, recordings: Sequence[Recording]) -> list[np.ndarray]:
-    """How far from the mean, at the same row, of the series to train on."""
-    mean = lambda length: np.mean([r.values[:length] for r in recordings if r.fitted >= length], axis=0)
-    return [np.mean((r.values - mean(len(r.values))) ** 2, axis=1) for r in recordings]
-
-
-def nearest_window(config: Config, recordings: Sequence[Recording]) -> list[np.ndarray]:
-    """How far the window that a row ends is from the nearest one to train on, of the same recording if it has any."""
-
-    def flat(values):
-        view = np.lib.stride_tricks.sliding_window_view(values, config.lookback, axis=0)
-        return view.reshape(len(view), -1)
-
-    series = [flat(r.values) for r in recordings if r.fitted == len(r.values)]
-    shared = np.concatenate(series) if series else None
-
-    def score(r: Recording) -> np.ndarray:
-        windows = flat(r.values)
-        known = flat(r.values[: r.fitted]) if shared is None else shared
-        size = np.sum(known**2, axis=1)
-        least = [np.min(size - 2 * part @ known.T, axis=1) for part in np.array_split(windows, 1 + len(windows) // 512)]
-        squares = np.maximum(np.concatenate(least) + np.sum(windows**2, axis=1), 0) / windows.shape[1]
-        return np.concatenate([np.full(config.lookback - 1, np.nan), squares])
-
-    return [score(recording) for recording in recordings]
-
-
-def at_random(config: Config, recordings: Sequence[Recording]) -> list[np.ndarray]:
-    rng = np.random.default_rng(config.seed)
-    return [rng.uniform(size=len(r.values)) for r in recordings]
-
-
-RULES: dict[str, Callable[[Config, Sequence[Recording]], list[np.ndarray]]] = {
-    "last value": last_value,
-    "moving z-score": moving_z_score,
-    "a day before": a_day_before,
-    "mean series": mean_series,
-    "nearest window": nearest_window,
-}
 axes = lambda c, head, variates: partial(head, state_size=c.states, bidirectional=variates > 1)
 MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
     "rlinear": lambda c, variates: LinearForecaster(c.horizon, window=None, normalise=True),
@@ -206,13 +144,6 @@ MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
 }
 
 
-def rules(recordings: Sequence[Recording]) -> list[str]:
-    """Those that apply: days need dates, and a mean of series needs whole series to train on."""
-    dated = all(r.dates is not None for r in recordings)
-    whole = any(r.fitted == len(r.values) for r in recordings)
-    return [name for name in RULES if (name != "a day before" or dated) and (name != "mean series" or whole)]
-
-
 PRESETS = {
     "cpu": Config(),
     "ecg": Config(data=DataConfig(kind="class")),
@@ -227,6 +158,13 @@ PRESETS = {
         train=TrainConfig(steps=3, batch_size=8, learning_rate=2e-3, log_every=1),
     ),
 }  # fmt: skip
+
+
+def ruled(config: Config, name: str, recordings: Sequence[Recording]) -> list[np.ndarray]:
+    if name == "random":
+        rng = np.random.default_rng(config.seed)
+        return [rng.uniform(size=len(r.values)) for r in recordings]
+    return ANOMALY_RULES[name](recordings, config.lookback)
 
 
 def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
@@ -325,9 +263,8 @@ def measure(run: Run[Config]) -> None:
         f"{len(recordings)} recordings, rows: {', '.join(f'{n:,} to {part}' for part, n in rows.items())}", flush=True
     )
     scores: dict[str, list[dict[str, float]]] = {}
-    for name in ("random", *rules(recordings)):
-        rule = RULES.get(name, at_random)
-        row = mean_of(run.kept(name, lambda rule=rule: detected(config, recordings, rule(config, recordings))))  # type: ignore[misc]
+    for name in ("random", *anomaly_rules(recordings)):
+        row = mean_of(run.kept(name, lambda name=name: detected(config, recordings, ruled(config, name, recordings))))  # type: ignore[misc]
         scores[name] = [row]
         show(name, row)
     params = {}
@@ -362,7 +299,7 @@ def show(name: str, row: dict[str, float]) -> None:
 def verdict(run: Run[Config], scores: dict[str, list[dict[str, float]]], params) -> None:
     mean = {name: mean_of({str(n): row for n, row in enumerate(rows)}) for name, rows in scores.items()}
     ap = {name: row["AP"] for name, row in mean.items() if "AP" in row}
-    tried = [name for name in ("random", *RULES) if name in mean]
+    tried = [name for name in ("random", *ANOMALY_RULES) if name in mean]
     most = max((ap[name] for name in tried if name in ap), default=0.0)
     parts = {}
     if "chimera" in ap:
@@ -378,9 +315,7 @@ def verdict(run: Run[Config], scores: dict[str, list[dict[str, float]]], params)
         holds=bool(parts) and all(parts.values()),
         parts=parts,
         spread={name: float(np.std([row.get("AP", np.nan) for row in scores[name]])) for name in run.config.names()},
-        parameters={
-            name: sum(x.size for x in jax.tree.leaves(params[name])) // run.config.seeds for name in run.config.names()
-        },
+        parameters={name: optax.tree.size(params[name]) // run.config.seeds for name in run.config.names()},
         parameters_digest=digest(params),
     )
 
@@ -394,8 +329,8 @@ def draw(run: Run[Config], recordings: Sequence[Recording], scores, params) -> N
     # Series that are scored whole: four normal ones, then four that are not.
     whole = [r for r in recordings if not r.calibrated and not r.anomalous.any()][:4] + marked[:4]
     shown = whole if config.data.kind == "class" else (named or marked or list(recordings))[:1]
-    rule, model = best(rules(recordings)), best(config.names())
-    of_rule = dict(zip((r.name for r in recordings), RULES[rule](config, recordings), strict=True))
+    rule, model = best(anomaly_rules(recordings)), best(config.names())
+    of_rule = dict(zip((r.name for r in recordings), ruled(config, rule, recordings), strict=True))
     lines = {
         rule: [of_rule[r.name] for r in shown],
         f"{model}, one seed": errors(config, model, params[model], shown)[0],

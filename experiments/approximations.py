@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxseq.fields import check_counts
 from jaxseq.layers import random_features
 from jaxseq.mixers import Linformer, Performer, Reformer
 from jaxseq.ops import softmax_attention
@@ -58,9 +59,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("length", "width", "draws", "bucket_size", "clusters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "length", "width", "draws", "bucket_size", "clusters")
         for name in ("features", "ranks", "rounds"):
             budgets = getattr(self, name)
             if len(budgets) < 2 or list(budgets) != sorted(set(budgets)) or budgets[0] < 1:

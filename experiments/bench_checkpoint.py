@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxseq import LanguageModel, Mamba
 from jaxseq.decode import generate
+from jaxseq.fields import check_counts
 from jaxseq.interop import load_huggingface, save_huggingface
 from jaxseq.mixers import Mamba2
 from jaxseq.train import Run, main
@@ -50,9 +51,7 @@ class Config:
     """Rounds over both libraries, after one to warm up; speeds are of the median."""
 
     def __post_init__(self):
-        for name in ("width", "depth", "vocabulary", "length", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "width", "depth", "vocabulary", "length", "new_tokens", "repeats")
 
 
 PRESETS = {

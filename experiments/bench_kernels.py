@@ -21,6 +21,7 @@ from jaxseq.analysis import in_turns, timed
 from jaxseq.analysis.kernel_programs import (
     STAGES,
     Kernel,
+    Sizes,
     Torch,
     compiled,
     drawn,
@@ -28,67 +29,29 @@ from jaxseq.analysis.kernel_programs import (
     kernels,
     peer_of,
 )
+from jaxseq.fields import check_counts, chosen
 from jaxseq.train import MetricsWriter, Run, main
 from jaxseq.train.files import write_json
 
 
 @dataclass(frozen=True)
-class Config:
-    """Sizes of the inputs, and how long to measure."""
+class Config(Sizes):
+    """Which kernels, at which sizes, beside what the machine does at best."""
 
     ops: str = ""
     """Kernels by name, with commas between them; all where none is given."""
-    seed: int = 0
-    """Seed of the inputs, drawn anew for every round, and of the order of calls in it."""
-    tokens: int = 128
-    """Tokens of all sequences together; longer ones come alone."""
-    lengths: tuple[int, ...] = (128,)
-    """Tokens of a sequence."""
-    channels: int = 32
-    """Channels of all heads together."""
-    widths: tuple[int, ...] = (16,)
-    """Channels of a head: of keys and of values."""
-    states: int = 16
-    """States a channel of the selective scan, and an eighth of those a head of SSD."""
-    most_attended: int = 128
-    """Longer sequences are left out of attention."""
-    decoded: int = 2
-    """Sequences that are decoded at once, by the ops whose names end in `step`."""
-    steps: int = 4
-    """Tokens of each of them, one call each."""
     copied_mib: int = 16
     """Size of the array that is copied to measure the bandwidth."""
     product: int = 512
     """Side of the matrices that are multiplied to measure the rate."""
-    error_length: int = 100
-    """Tokens of the sequence that errors are measured on."""
-    repeats: int = 2
-    """Rounds over all programs of an op, after one to warm up; times are medians over all calls."""
-    seconds: float = 0.01
-    """A round calls each program for this long, once at least."""
 
     def __post_init__(self):
-        for name in (
-            "tokens",
-            "channels",
-            "states",
-            "most_attended",
-            "decoded",
-            "steps",
-            "copied_mib",
-            "product",
-            "error_length",
-            "repeats",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if unknown := set(self.names()) - set(NAMES):
-            raise ValueError(f"ops={self.ops}: none is called {min(unknown)!r}; choose {', '.join(NAMES)}.")
-        if wide := [width for width in self.widths if width < 1 or self.channels % width]:
-            raise ValueError(f"widths={self.widths}: {wide[0]} does not divide channels={self.channels}.")
+        super().__post_init__()
+        check_counts(self, "copied_mib", "product")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.ops.split(",")] if self.ops else [*NAMES]
+        return chosen("ops", self.ops, NAMES)
 
 
 NAMES = (

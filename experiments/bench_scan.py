@@ -24,6 +24,7 @@ from jax.nn import log_sigmoid, log_softmax, sigmoid, softplus
 
 from jaxseq import ops
 from jaxseq.analysis import Case, Timing, exponent, side_by_side
+from jaxseq.fields import check_counts
 from jaxseq.layers.normalised import unit
 from jaxseq.train import MetricsWriter, Run, main
 from jaxseq.train.files import write_json
@@ -69,9 +70,7 @@ class Config:
     """A recurrence slower than a raw scan by up to this fraction counts as equal: medians vary by as much."""
 
     def __post_init__(self):
-        for name in ("batch", "width", "states", "hidden", "variates", "heads", "head_width", "window", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "batch", "width", "states", "hidden", "variates", "heads", "head_width", "window", "repeats")
         for name in ("lengths", "other_lengths"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be one or more numbers of at least 1.")

@@ -22,9 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxseq.analysis import Case, TokenNats, exponent, side_by_side
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, masked
+from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import Bidirectional
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import (
@@ -103,20 +105,17 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("repeats", "width", "heads", "depth", "test_windows", "recall_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "repeats", "width", "heads", "depth", "test_windows", "recall_steps")
         if self.budget < 8 or self.budget % 8:
             raise ValueError(f"budget={self.budget} must be a multiple of 8: blocks and buckets are an eighth of it.")
         if not 0 < self.hidden < 1:
             raise ValueError(f"hidden={self.hidden} must be a share of the bytes, above 0 and below 1.")
         if self.data.packed:
             raise ValueError("data.packed=True: mixers of a low rank do not keep documents apart.")
-        if unknown := set(self.names()) - set(KINDS):
-            raise ValueError(f"mixers={self.mixers}: none is called {min(unknown)!r}; choose {', '.join(KINDS)}.")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.mixers.split(",")] if self.mixers else list(KINDS)
+        return chosen("mixers", self.mixers, KINDS)
 
 
 def both_ways(mixer: Callable, **fields) -> Callable:
@@ -285,7 +284,7 @@ def quality(run: Run[Config], name: str, kind: str, task: dict[str, Any], train:
         scores = nats(params, inputs, np.maximum(labels, 0))[asked]
         found = {
             "text bits": float(scores.mean() / np.log(2)),
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "parameters": optax.tree.size(params),
         }
     else:
         answer = lambda params, row: jnp.argmax(jnp.asarray(model.apply(params, row[None]))[0], axis=-1)

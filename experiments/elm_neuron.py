@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from jaxseq.data import mnist
+from jaxseq.fields import check_counts
 from jaxseq.mixers import ELM, LSTM
 from jaxseq.tasks import spike_adding, spike_templates
 from jaxseq.train import (
@@ -61,9 +62,7 @@ class DataConfig:
     """Sequences to test on."""
 
     def __post_init__(self):
-        for name in ("pool", "templates", "length", "channels", "test"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "pool", "templates", "length", "channels", "test", section="data.")
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "memories"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "memories")
 
 
 PRESETS = {
@@ -161,7 +158,7 @@ def task(config: Config) -> Task:
 
 
 def parameters(model: nn.Module, x) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), x)))
+    return optax.tree.size(jax.eval_shape(model.init, jax.random.key(0), x))
 
 
 def models(config: Config, of: Task) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ import optax
 
 from jaxseq import S4D, Attention, Mamba
 from jaxseq.data import ETT_HOURLY, Series, Table, Windows, forecasting_series, read_table
+from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
 from jaxseq.layers.mlp import MLP
 from jaxseq.layers.self_attention import SelfAttention
@@ -104,18 +105,13 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "lookback", "horizon", "period", "width", "depth", "heads", "cell_width", "states"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "lookback", "horizon", "period", "width", "depth", "heads", "cell_width", "states")
         if self.period > self.lookback:
             raise ValueError(f"period={self.period} must be at most lookback={self.lookback}.")
-        if unknown := set(self.names()) - set(NAIVE) - set(MODELS):
-            raise ValueError(
-                f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join((*NAIVE, *MODELS))}."
-            )
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.models.split(",")] if self.models else [*NAIVE, *MODELS]
+        return chosen("models", self.models, (*NAIVE, *MODELS))
 
 
 NAIVE: dict[str, Callable[[Config], Callable]] = {

@@ -24,8 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxseq.analysis import exponent, in_turns, num_parameters
+from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import KroneckerAttention
@@ -65,14 +67,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "length", "modulus", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if unknown := set(self.names()) - set(KINDS):
-            raise ValueError(f"kinds={self.kinds}: none is called {min(unknown)!r}; choose {', '.join(KINDS)}.")
+        check_counts(self, "seeds", "length", "modulus", "width", "heads")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.kinds.split(",")] if self.kinds else list(KINDS)
+        return chosen("kinds", self.kinds, KINDS)
 
 
 #: The one layer under test.
@@ -200,7 +199,7 @@ def measure(run: Run[Config]) -> None:
                 outputs = np.asarray(jax.jit(model.apply)(params[part], test["inputs"]))
                 accuracy = balanced_accuracy(outputs, test["labels"])
                 run.record(config.train.steps, f"test/{part}", {"accuracy": accuracy})
-                return {"accuracy": accuracy, "parameters": sum(x.size for x in jax.tree.leaves(params[part]))}
+                return {"accuracy": accuracy, "parameters": optax.tree.size(params[part])}
 
             table[part] = run.kept(part, tested)
             print(f"{part:<20}{table[part]['accuracy']:.4f}  {table[part]['parameters']:,} parameters", flush=True)

@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from jaxseq.analysis import local_lipschitz
+from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import ICLRNN, LSTM
 from jaxseq.tasks import decaying_peaks, reactor, reactor_energy, reactor_path
 from jaxseq.tasks.reactor import LARGEST, REGION
@@ -76,18 +77,15 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "width", "test", "periods"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "width", "test", "periods")
         if min((self.examples, PEAKS)) < self.train.batch_size:
             raise ValueError(f"train.batch_size={self.train.batch_size} is more than the samples to train on.")
         if not self.noises or min(self.noises) < 0:
             raise ValueError(f"noises={self.noises}; give one or more, none of them negative.")
-        if unknown := set(self.names()) - set(TASKS):
-            raise ValueError(f"tasks={self.tasks}: none is called {min(unknown)!r}; choose {', '.join(TASKS)}.")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.tasks.split(",")]
+        return chosen("tasks", self.tasks, TASKS)
 
 
 PEAKS, TASKS = 256, ("peaks", "reactor")

@@ -16,6 +16,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxseq.analysis import BitsPerByte
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, baselines, decode, encode, evaluation_windows
@@ -81,7 +82,7 @@ def measure(run: Run[Config]) -> None:
     windows = TextWindows(text.train, context, config.train.batch_size, config.seed, packed=config.data.packed)
     held_out = {split: evaluation_windows(getattr(text, split), context) for split in ("validation", "test")}
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
-    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    size = optax.tree.size(jax.eval_shape(init, jax.random.key(0)))
     run.require_same(text=hashlib.sha256(windows.text.tobytes()).hexdigest()[:16])
     print(f"{text.rule}, {text.skipped} files skipped: {windows.text.size:,} bytes to train on")
     print(f"{config.model.mixers} with {size:,} parameters")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxseq.analysis.timing import exponent, in_turns
+from jaxseq.fields import check_counts
 from jaxseq.mixers import Hyena, LongConv
 from jaxseq.train import Run, main
 
@@ -41,9 +42,7 @@ class Config:
     """Rounds, in which each runs in turn; the median counts."""
 
     def __post_init__(self):
-        for name in ("width", "batch", "window_length", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "width", "batch", "window_length", "repeats")
         if len(self.lengths) < 2 or min(self.lengths) < 2:
             raise ValueError(f"lengths={self.lengths}; give two or more, each of 2 tokens or more.")
 

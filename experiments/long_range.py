@@ -28,6 +28,7 @@ import optax
 
 from jaxseq import S4D, Attention, Classifier, Mamba
 from jaxseq.data import Labelled, listops_table, mnist, spoken_digits
+from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
 from jaxseq.mixers import DSS, LRU, S4, S5
 from jaxseq.tasks import listops
@@ -54,9 +55,7 @@ class DataConfig:
     """Sequences to test on, at most."""
 
     def __post_init__(self):
-        for name in ("pool", "length", "examples", "test_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "pool", "length", "examples", "test_examples", section="data.")
 
     def read(self, keep_every: int = 1) -> tuple[Labelled, Labelled]:
         """Train and test; of recordings every `keep_every`-th sample."""
@@ -114,16 +113,13 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "width", "depth", "states", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "width", "depth", "states", "heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be 0 or more and below 1.")
-        if unknown := set(self.names()) - set(MODELS):
-            raise ValueError(f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join(MODELS)}.")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.models.split(",")] if self.models else list(MODELS)
+        return chosen("models", self.models, MODELS)
 
     def runs(self) -> list[tuple[str, int]]:
         """Models and seeds."""

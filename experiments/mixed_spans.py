@@ -25,6 +25,7 @@ import numpy as np
 from jaxseq import Attention, LanguageModel
 from jaxseq.analysis import Case, TokenNats, bootstrap, side_by_side
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, with_begin
+from jaxseq.fields import check_counts
 from jaxseq.models.block import Slot
 from jaxseq.models.mixed_spans import (
     attention_cost,
@@ -87,9 +88,7 @@ class Config:
 
     def __post_init__(self):
         counts = ("width", "depth", "full_layers", "heads", "span", "short_context", "long_steps", "test_windows")
-        for name in (*counts, "timing_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, *counts, "timing_length")
         if self.depth % self.full_layers:
             raise ValueError(f"full_layers={self.full_layers} does not divide depth={self.depth}.")
         if self.data.context <= 2 * self.span:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxseq.analysis import BitsPerByte, decoding_speeds, num_parameters, state_bytes
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, joined
+from jaxseq.fields import check_counts
 from jaxseq.layers import GatedMLP
 from jaxseq.models import ModelConfig, mixer_names, named_language_model
 from jaxseq.models.named import slot_fields
@@ -45,9 +46,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("parameters", "test_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "parameters", "test_windows")
         if not 0 < self.contexts[0] < self.contexts[1]:
             raise ValueError(f"contexts={self.contexts} must be few tokens, and then more.")
         for name in self.names():

@@ -27,6 +27,7 @@ import optax
 
 from jaxseq import Attention, LanguageModel
 from jaxseq.analysis import state_bytes
+from jaxseq.fields import check_counts
 from jaxseq.mixers import BaseConv
 from jaxseq.models import ModelConfig
 from jaxseq.tasks import mqar
@@ -95,9 +96,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("vocab_size", "heads", "seeds", "test_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "vocab_size", "heads", "seeds", "test_examples")
         for name in ("tasks", "widths", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} is empty; give one at least.")

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxseq import Classifier
 from jaxseq.data import mnist
+from jaxseq.fields import check_counts
 from jaxseq.mixers import Orchid
 from jaxseq.tasks import associative_recall
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
@@ -42,9 +43,7 @@ class DataConfig:
     """Vocabulary: keys, values and the question."""
 
     def __post_init__(self):
-        for name in ("pool", "examples", "test_examples", "length", "letters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "pool", "examples", "test_examples", "length", "letters", section="data.")
 
 
 @dataclass(frozen=True)

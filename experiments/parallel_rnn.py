@@ -6,9 +6,7 @@ Claim   Newton's iterations over five nonlinear cells, as they start and trained
 Source  DEER (arXiv 2309.12252), full Jacobian; quasi-DEER (arXiv 2407.19115), its diagonal.
 Expect  Of LSTM and GRU 5 to 10 iterations with the full Jacobian, 15 to 66 with its diagonal, outputs to 2e-6,
         gradients to 1e-6; of the leaky network, so far, 5 and 14 to 19. On a CPU it never pays: a third of the loop's
-        speed at best. Chaotic cells fall back over 256 and 1,024 tokens; over 64 they converge in as many iterations as
-        there are tokens, an LSTM with its diagonal to another trajectory. No run of all five cells is complete; gpu is
-        not yet measured.
+        speed at best. Chaotic cells fall back. No run of all five cells is complete; gpu is not yet measured.
 Run     python -m experiments.parallel_rnn [--preset cpu|gpu] [--cells lstm,gru] [--data.path FILE_OR_FOLDER]
 """
 
@@ -25,6 +23,7 @@ import numpy as np
 from jaxseq import LanguageModel
 from jaxseq.analysis import in_turns
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, with_begin
+from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import ELM, GRU, ICLRNN, LSTM, LeakyRNN
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, projected
 from jaxseq.train.optimizer import make_optimizer
@@ -86,16 +85,13 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("width", "batch", "block_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "width", "batch", "block_size", "repeats")
         if not self.lengths or min(self.lengths) < 2:
             raise ValueError(f"lengths={self.lengths}; give one or more, each of 2 tokens or more.")
-        if unknown := set(self.names()) - set(CELLS):
-            raise ValueError(f"cells={self.cells}: none is called {min(unknown)!r}; choose {', '.join(CELLS)}.")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.cells.split(",")]
+        return chosen("cells", self.cells, CELLS)
 
 
 PRESETS = {

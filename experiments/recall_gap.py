@@ -19,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxseq import GLA, Attention, LanguageModel
 from jaxseq.analysis import TokenNats, gap_closed, recall_hits, share_of_gap, sliced_perplexity
 from jaxseq.data import TextConfig, byte_pairs, encoded, token_batches, whole_windows
+from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import BaseConv, Mamba2, SelectiveAttention
 from jaxseq.models.block import Slot
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
@@ -77,14 +79,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if unknown := set(self.names()) - set(MIXERS):
-            raise ValueError(f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join(MIXERS)}.")
+        check_counts(self, "width", "depth", "heads")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.models.split(",")] if self.models else list(MIXERS)
+        return chosen("models", self.models, MIXERS)
 
 
 #: The mixer above a short convolution. Attention has no positions, as the recall of a pair needs none.
@@ -182,7 +181,7 @@ def trained(run: Run[Config], name: str, stream: np.ndarray, contexts: np.ndarra
     draw = token_batches(stream, length, config.train.batch_size, config.seed)
     params = run.fit(loss, init, draw, tokens_per_step=config.train.batch_size * length, part=name).params
     scores = {name: nats(model, params, contexts)}
-    about: dict[str, Any] = {"parameters": sum(x.size for x in jax.tree.leaves(params)), "digest": digest(params)}
+    about: dict[str, Any] = {"parameters": optax.tree.size(params), "digest": digest(params)}
     if name == "hybrid":
         share = length**-0.5
         about["threshold"] = threshold(model, params, draw(0)["inputs"], share)

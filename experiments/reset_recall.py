@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseq import GLA, LanguageModel
+from jaxseq.fields import check_counts
 from jaxseq.tasks import reset_recall
 from jaxseq.tasks.reset_recall import vocabulary
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
@@ -34,9 +35,7 @@ class TaskConfig:
     """Sequences to test on."""
 
     def __post_init__(self):
-        for name in ("length", "keys", "values", "test_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"task.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "length", "keys", "values", "test_sequences", section="task.")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 
 from jaxseq.analysis import effective_rank, gram_alignment, representation_alignment
 from jaxseq.data import mnist
+from jaxseq.fields import check_counts
 from jaxseq.layers.initialisers import low_rank
 from jaxseq.ops import nonlinear_recurrence
 from jaxseq.tasks import delayed_match, two_choices
@@ -87,9 +88,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "width", "probes", "test"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "width", "probes", "test")
         if self.task not in CLASSES:
             raise ValueError(f"task={self.task!r}; choose {', '.join(CLASSES)}.")
         if (self.task == "digits") != (self.data.path is not None):

@@ -22,9 +22,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxseq.analysis.timing import Case, side_by_side
 from jaxseq.data import inertial_motion
+from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import LSTM, S4D, Mamba
 from jaxseq.models import FlatRegressor, HiSS, Stack
 from jaxseq.tasks import drifting_sensor
@@ -49,9 +51,7 @@ class DataConfig:
     """The part to test on, at its end."""
 
     def __post_init__(self):
-        for name in ("chunk", "chunks", "examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "chunk", "chunks", "examples", section="data.")
         for name in ("train_seconds", "test_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be above 0.")
@@ -79,14 +79,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "width", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if unknown := set(self.names()) - set(KINDS):
-            raise ValueError(f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join(KINDS)}.")
+        check_counts(self, "seeds", "width", "layers")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.models.split(",")]
+        return chosen("models", self.models, KINDS)
 
 
 class Kind(NamedTuple):
@@ -211,7 +208,7 @@ def measure(run: Run[Config]) -> None:
             def tested(model=model, part=part):
                 error = float(jax.jit(squared_error)(jax.jit(model.apply)(params[part], test[0]), test[1]))
                 run.record(config.train.steps, f"test/{part}", {"loss": error})
-                return {"error": error, "parameters": sum(x.size for x in jax.tree.leaves(params[part]))}
+                return {"error": error, "parameters": optax.tree.size(params[part])}
 
             table[part] = run.kept(part, tested)
             print(f"{part:<16}{table[part]['error']:.4f}   {table[part]['parameters']:,} parameters", flush=True)

@@ -26,6 +26,7 @@ import numpy as np
 from jaxseq import LanguageModel
 from jaxseq.analysis import Case, TokenNats, self_ensemble, side_by_side
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, with_begin
+from jaxseq.fields import check_counts
 from jaxseq.mixers import SubsampledAttention
 from jaxseq.ops import softmax_attention, subsampled_attention, subsets
 from jaxseq.ops.subsampled_attention import num_scores
@@ -70,9 +71,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "width", "depth", "heads", "ratio", "test_windows", "timing_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "width", "depth", "heads", "ratio", "test_windows", "timing_length")
         if not 0 <= self.dense_layers < self.depth:
             raise ValueError(f"dense_layers={self.dense_layers} must be 0 or more and below depth={self.depth}.")
         if not 0 < self.tuning < 1:

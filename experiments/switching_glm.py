@@ -26,6 +26,7 @@ import optax
 
 from jaxseq.analysis import matched_states
 from jaxseq.data import spike_counts
+from jaxseq.fields import check_counts
 from jaxseq.learn import best_fit, expectation_maximisation, gradient_ascent, hidden_markov_start
 from jaxseq.models import SwitchingGLM, one_hot_parameters
 from jaxseq.models.switching_glm import THRESHOLD
@@ -54,9 +55,7 @@ class DataConfig:
     """Sequences held out."""
 
     def __post_init__(self):
-        for name in ("neurons", "length", "test_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "neurons", "length", "test_sequences", section="data.")
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,7 @@ class Config:
     train: FitConfig = FitConfig()
 
     def __post_init__(self):
-        if self.seeds < 1 or self.states < 1:
-            raise ValueError(f"seeds={self.seeds} and states={self.states} must be at least 1.")
+        check_counts(self, "seeds", "states")
         if not self.training or min(self.training) < 1:
             raise ValueError(f"training={self.training} must be one or more numbers of at least 1.")
 

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from jaxseq.analysis import autocorrelation_timescale
+from jaxseq.fields import check_counts, chosen
 from jaxseq.layers.initialisers import symmetric_uniform
 from jaxseq.mixers.leaky_rnn import LeakyRNNState, leaky_cell
 from jaxseq.ops import nonlinear_recurrence
@@ -88,16 +89,13 @@ class Config:
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self):
-        for name in ("seeds", "width", "test", "units"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "seeds", "width", "test", "units")
         if self.last < 2:
             raise ValueError(f"last={self.last}; N starts at 2.")
-        if unknown := set(self.names()) - set(TASKS):
-            raise ValueError(f"tasks={self.tasks}: none is called {min(unknown)!r}; choose {', '.join(TASKS)}.")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.tasks.split(",")]
+        return chosen("tasks", self.tasks, TASKS)
 
 
 PRESETS = {

@@ -21,14 +21,15 @@ import jax
 
 from jaxseq.analysis import in_turns
 from jaxseq.analysis.kernel_programs import Kernel, Sizes, compiled, drawn, kernels, reference, relative_error, trained
+from jaxseq.fields import check_counts, chosen
 from jaxseq.train import Run, main
 from jaxseq.train.files import write_text
 from pallas_kernels import tiles
 
 
 @dataclass(frozen=True)
-class Config:
-    """Which kernels at which sizes, and how long to measure; sizes are those of `bench_kernels`."""
+class Config(Sizes):
+    """Which kernels, and at which sizes."""
 
     kernels: str = ""
     """Kernels by name, with commas between them; all where none is given."""
@@ -38,33 +39,14 @@ class Config:
     """Candidates of a kernel at a width, the table's own among them; others are drawn from all there are."""
     error: float = 2e-2
     """The largest relative error, against the definition in float64, of a candidate that is kept."""
-    seed: int = 0
-    """Seed of the inputs, of the order of calls, and of the candidates that are drawn."""
-    tokens: int = 64
-    length: int = 64
-    channels: int = 16
-    widths: tuple[int, ...] = (16,)
-    states: int = 2
-    decoded: int = 2
-    steps: int = 2
-    error_length: int = 33
-    repeats: int = 1
-    seconds: float = 0.0
 
     def __post_init__(self):
-        for name in ("most", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if unknown := set(self.names()) - set(tiles.CHOICES):
-            raise ValueError(f"kernels={self.kernels}: none is called {min(unknown)!r}; choose {', '.join(SEARCHED)}.")
-        self.bench()
+        super().__post_init__()
+        check_counts(self, "most")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.kernels.split(",")] if self.kernels else [*SEARCHED]
-
-    def bench(self) -> Sizes:
-        sizes = ("seed", "tokens", "channels", "widths", "states", "decoded", "steps", "error_length")
-        return Sizes(**{name: getattr(self, name) for name in sizes}, lengths=(self.length,), most_attended=self.length)
+        return chosen("kernels", self.kernels, SEARCHED)
 
 
 #: What is tried, beside what the table says. Mosaic wants whole tiles; more than these never fit on a chip.
@@ -88,10 +70,13 @@ SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
 }
 
 PRESETS = {
-    "cpu": Config(),
+    "cpu": Config(
+        tokens=64, lengths=(64,), most_attended=64, channels=16, states=2, steps=2, error_length=33, repeats=1,
+        seconds=0.0,
+    ),
     "gpu": Config(
-        rewrite=True, most=1000, tokens=32_768, length=8192, channels=2048, widths=(64, 128), states=16, decoded=256,
-        steps=16, error_length=512, repeats=5, seconds=0.05,
+        rewrite=True, most=1000, tokens=32_768, lengths=(8192,), most_attended=8192, channels=2048, widths=(64, 128),
+        states=16, decoded=256, steps=16, error_length=512, repeats=5, seconds=0.05,
     ),
 }  # fmt: skip
 
@@ -112,7 +97,7 @@ def measured(config: Config, name: str, platform: str, width: int, ops: list[Ker
     speeds: dict[int, list[float]] = {i: [] for i in choices}
     for kernel in ops:
         draw, programs = drawn(config.seed, kernel), {}
-        arguments, exact = reference(config.bench(), kernel)
+        arguments, exact = reference(config, kernel)
         for i in list(speeds):
             try:
                 with tiles.tried(name, platform, **choices[i]):
@@ -147,7 +132,7 @@ def search(run: Run[Config]) -> None:
     platform = "gpu" if jax.default_backend() == "gpu" else "tpu"  # whose kernel a CPU interprets
     tables = tiles.parsed(tiles.PATH.read_text(encoding="utf-8"), str(tiles.PATH))
     found: dict[str, float] = {}
-    ops = list(kernels(config.bench()))
+    ops = list(kernels(config))
     for name, width in dict.fromkeys((op.runs_in, op.width) for op in ops):
         if name not in config.names():
             continue

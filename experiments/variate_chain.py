@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxseq.analysis import exponent
 from jaxseq.analysis.timing import in_turns
+from jaxseq.fields import chosen
 from jaxseq.mixers import Chimera
 from jaxseq.tasks import variate_chain
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main
@@ -73,11 +74,10 @@ class Config:
         for name in ("timed_lengths", "timed_variates"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be sizes of at least 1.")
-        if unknown := set(self.names()) - set(MODELS):
-            raise ValueError(f"models={self.models}: none is called {min(unknown)!r}; choose {', '.join(MODELS)}.")
+        self.names()
 
     def names(self) -> list[str]:
-        return [name.strip() for name in self.models.split(",")] if self.models else list(MODELS)
+        return chosen("models", self.models, MODELS)
 
 
 class Chain(NamedTuple):

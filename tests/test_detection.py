@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxseq.analysis import alarm_rates, auroc, average_precision, point_adjusted, runs_found
+from jaxseq.analysis import alarm_rates, anomaly_scores, auroc, average_precision, point_adjusted, runs_found
+from jaxseq.data import Recording
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40).filter(
     lambda points: len({anomalous for _, anomalous in points}) == 2
@@ -76,3 +77,29 @@ def test_wrong_input_is_named(measure):
         measure(np.arange(3.0), np.array([True, False]))
     with pytest.raises(ValueError, match="anomalous holds no run"):
         runs_found(np.ones(2, bool), np.zeros(2, bool))
+
+
+def recording(values, fitted=0, calibrated=0, dates=None):
+    values = np.asarray(values, np.float32)[:, None]
+    return Recording("r", values, np.zeros(len(values), bool), fitted, calibrated, dates)
+
+
+def test_rules_score_what_they_say():
+    """Each by a loop over rows; a fixed weekday's value comes again a day later, where clocks went back too."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(30)
+    (z,) = anomaly_scores.moving_z_score([recording(x)], 4)
+    expected = [(x[t] - x[t - 4 : t].mean()) ** 2 / (x[t - 4 : t].var() + 1e-5) for t in range(4, 30)]
+    assert np.isnan(z[:4]).all()
+    np.testing.assert_allclose(z[4:], expected, rtol=1e-4)
+    (near,) = anomaly_scores.nearest_window([recording(x, fitted=12)], 4)
+    window = lambda t: x[t - 3 : t + 1]
+    distances = [min(np.mean((window(t) - window(s)) ** 2) for s in range(3, 12)) for t in range(3, 30)]
+    np.testing.assert_allclose(near[3:], distances, atol=1e-5)
+    hours = np.datetime64("2020-01-01T00:00:00") + np.arange(72) * np.timedelta64(3600, "s")
+    hours[50] = hours[40]
+    (day,) = anomaly_scores.a_day_before([recording(np.arange(72) % 24, dates=hours)], 4)
+    assert np.flatnonzero(day[24:]).tolist() == [26]
+    whole = [recording(x, fitted=30, calibrated=30), recording(-x, fitted=30, calibrated=30), recording(x)]
+    np.testing.assert_allclose(anomaly_scores.mean_series(whole, 4)[2], x.astype(np.float32) ** 2, rtol=1e-5)
+    assert anomaly_scores.anomaly_rules(whole) == ["last value", "moving z-score", "mean series", "nearest window"]

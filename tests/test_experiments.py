@@ -617,27 +617,6 @@ def recording(values, fitted=0, calibrated=0, dates=None):
     return Recording("r", values, np.zeros(len(values), bool), fitted, calibrated, dates)
 
 
-def test_rules_score_what_they_say():
-    """Each by a loop over rows; a fixed weekday's value comes again a day later, where clocks went back too."""
-    config, rng = anomaly.Config(lookback=4), np.random.default_rng(0)
-    x = rng.standard_normal(30)
-    (z,) = anomaly.moving_z_score(config, [recording(x)])
-    expected = [(x[t] - x[t - 4 : t].mean()) ** 2 / (x[t - 4 : t].var() + 1e-5) for t in range(4, 30)]
-    assert np.isnan(z[:4]).all()
-    np.testing.assert_allclose(z[4:], expected, rtol=1e-4)
-    (near,) = anomaly.nearest_window(config, [recording(x, fitted=12)])
-    window = lambda t: x[t - 3 : t + 1]
-    distances = [min(np.mean((window(t) - window(s)) ** 2) for s in range(3, 12)) for t in range(3, 30)]
-    np.testing.assert_allclose(near[3:], distances, atol=1e-5)
-    hours = np.datetime64("2020-01-01T00:00:00") + np.arange(72) * np.timedelta64(3600, "s")
-    hours[50] = hours[40]
-    (day,) = anomaly.a_day_before(config, [recording(np.arange(72) % 24, dates=hours)])
-    assert np.flatnonzero(day[24:]).tolist() == [26]
-    whole = [recording(x, fitted=30, calibrated=30), recording(-x, fitted=30, calibrated=30), recording(x)]
-    np.testing.assert_allclose(anomaly.mean_series(config, whole)[2], x.astype(np.float32) ** 2, rtol=1e-5)
-    assert anomaly.rules(whole) == ["last value", "moving z-score", "mean series", "nearest window"]
-
-
 def test_a_row_is_scored_by_all_its_forecasts(key):
     """Of every seed and recording, from windows that end before it, by a loop over windows."""
     config = anomaly.Config(seeds=2, lookback=4, horizon=2, stride=1)

@@ -80,7 +80,7 @@ def test_the_search_keeps_what_runs_and_is_right(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(one_token, "_call", call)
     config = tune_kernels.Config(kernels="one_token", most=3, steps=1, error_length=1)
-    kernel = next(kernel for kernel in kernels(config.bench()) if kernel.name == "gla_step/16")
+    kernel = next(kernel for kernel in kernels(config) if kernel.name == "gla_step/16")
     kernel = kernel._replace(op=ops.gated_linear_attention)  # of one token, without a loop
     monkeypatch.setattr(tune_kernels, "kernels", lambda config: [kernel])
     run = open_run(config, "tune_kernels", tmp_path / "run")

@@ -1,5 +1,7 @@
 """Measures on models and what they infer."""
 
+from .anomaly_scores import ANOMALY_RULES as ANOMALY_RULES
+from .anomaly_scores import anomaly_rules as anomaly_rules
 from .associative_recall import Interval as Interval
 from .associative_recall import bootstrap as bootstrap
 from .associative_recall import gap_closed as gap_closed

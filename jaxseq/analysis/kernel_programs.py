@@ -14,29 +14,44 @@ from jax import lax
 from jax.nn import log_sigmoid, sigmoid, softplus
 
 from .. import ops
+from ..fields import check_counts
 from ..layers.normalised import unit
 from ..shapes import accumulator
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What `kernels` reads of a config: see that of `bench_kernels`."""
+    """Sizes of the inputs, and how long to measure."""
 
-    seed: int
-    tokens: int
-    lengths: tuple[int, ...]
-    channels: int
-    widths: tuple[int, ...]
-    states: int
-    most_attended: int
-    decoded: int
-    steps: int
-    error_length: int
+    seed: int = 0
+    """Seed of the inputs, drawn anew for every round, and of the order of calls in it."""
+    tokens: int = 128
+    """Tokens of all sequences together; longer ones come alone."""
+    lengths: tuple[int, ...] = (128,)
+    """Tokens of a sequence."""
+    channels: int = 32
+    """Channels of all heads together."""
+    widths: tuple[int, ...] = (16,)
+    """Channels of a head: of keys and of values."""
+    states: int = 16
+    """States a channel of the selective scan, and an eighth of those a head of SSD."""
+    most_attended: int = 128
+    """Longer sequences are left out of attention."""
+    decoded: int = 2
+    """Sequences that are decoded at once, by the ops whose names end in `step`."""
+    steps: int = 4
+    """Tokens of each of them, one call each."""
+    error_length: int = 100
+    """Tokens of the sequence that errors are measured on."""
+    repeats: int = 2
+    """Rounds over all programs of an op, after one to warm up; times are medians over all calls."""
+    seconds: float = 0.01
+    """A round calls each program for this long, once at least."""
 
     def __post_init__(self):
-        for name in ("tokens", "channels", "states", "most_attended", "decoded", "steps", "error_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_counts(
+            self, "tokens", "channels", "states", "most_attended", "decoded", "steps", "error_length", "repeats"
+        )
         if wide := [width for width in self.widths if width < 1 or self.channels % width]:
             raise ValueError(f"widths={self.widths}: {wide[0]} does not divide channels={self.channels}.")
 
@@ -144,7 +159,7 @@ def decoding(op, *inputs, impl):
     return time_first(o), S
 
 
-def kernels(config: Any) -> Iterator[Kernel]:
+def kernels(config: Sizes) -> Iterator[Kernel]:
     D, fused = config.channels, ("fused",) * (jax.default_backend() == "gpu")
     for T in config.lengths:
         batch = max(1, config.tokens // T)
@@ -227,7 +242,7 @@ def peer_of(kernel: Kernel) -> Callable | None:
     return partial(kernel.peer[1], getattr(importlib.import_module(f"fla.ops.{module}"), name))
 
 
-def errors(config: Any, kernel: Kernel) -> dict[str, float]:
+def errors(config: Sizes, kernel: Kernel) -> dict[str, float]:
     """How far off each form is."""
     arguments, exact = reference(config, kernel)
     found = {impl: relative_error(jax.jit(trained(kernel, impl))(*arguments), exact) for impl in kernel.forms}
@@ -238,7 +253,7 @@ def errors(config: Any, kernel: Kernel) -> dict[str, float]:
     return found
 
 
-def reference(config: Any, kernel: Kernel) -> tuple[tuple, list]:
+def reference(config: Sizes, kernel: Kernel) -> tuple[tuple, list]:
     """A cotangent and inputs of one short sequence; output and gradients of the definition in float64 on these."""
     key = jax.random.key(config.seed)
     short = kernel.draw(1, key)

@@ -2,9 +2,10 @@
 
 import flax.linen as nn
 import jax
+import optax
 
 
 def num_parameters(module: nn.Module, *inputs) -> int:
     """Parameters of a module that is called with such inputs; none are made."""
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    return sum(x.size for x in jax.tree.leaves(variables["params"]))
+    return optax.tree.size(variables["params"])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..fields import check_counts
 from .corpus import Corpus
 
 
@@ -22,9 +23,7 @@ class TextConfig:
     """Windows of the validation split used while training; the test split is always used whole."""
 
     def __post_init__(self):
-        for name in ("context", "evaluation_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "context", "evaluation_windows", section="data.")
 
     def corpus(self) -> Corpus:
         """The documents, split by file."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import mixers
+from ..fields import check_counts
 from ..layers.mixer import Mixer
 from .block import Slot
 from .language import LanguageModel
@@ -39,9 +40,7 @@ class ModelConfig:
             raise ValueError(f"model.ngrams={self.ngrams} must be sizes of 2 or more.")
         if self.conv_window is not None and self.conv_window < 1:
             raise ValueError(f"model.conv_window={self.conv_window} must be at least 1, or none.")
-        for name in ("width", "depth", "heads", "ngram_buckets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        check_counts(self, "width", "depth", "heads", "ngram_buckets", section="model.")
         self.slots()
 
     def slots(self) -> tuple[Slot, ...]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..fields import check_counts
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -59,8 +61,7 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 0:
             raise ValueError(f"checkpoint.every={self.every} must not be negative.")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1.")
+        check_counts(self, "keep", section="checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,4 @@ class MeshConfig:
     """Parts of the time axis."""
 
     def __post_init__(self):
-        for name, size in vars(self).items():
-            if size < 1:
-                raise ValueError(f"mesh.{name}={size} must be at least 1.")
+        check_counts(self, *vars(self), section="mesh.")
