@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .exact import einsum, matmul
 from .shapes import Array, Bool, Float, Inexact, Int
 
 
@@ -65,7 +66,7 @@ class MatrixAffine(NamedTuple):
 
 
 matrix_affine = Monoid(
-    combine=lambda e, f: MatrixAffine(f.matrix @ e.matrix, _apply(f.matrix, e.inputs) + f.inputs),
+    combine=lambda e, f: MatrixAffine(matmul(f.matrix, e.matrix), _apply(f.matrix, e.inputs) + f.inputs),
     identity=lambda like: MatrixAffine(_eye_like(like.matrix, 1, 0), jnp.zeros_like(like.inputs)),
     act=lambda e, h: _apply(e.matrix, h) + e.inputs,
 )
@@ -79,9 +80,9 @@ class MatrixMap(NamedTuple):
 
 
 matrix_map = Monoid(
-    combine=lambda e, f: MatrixMap(f.matrix @ e.matrix, f.matrix @ e.update + f.update),
+    combine=lambda e, f: MatrixMap(matmul(f.matrix, e.matrix), matmul(f.matrix, e.update) + f.update),
     identity=lambda like: MatrixMap(_eye_like(like.matrix, 1, 0), jnp.zeros_like(like.update)),
-    act=lambda e, S: e.matrix @ S + e.update,
+    act=lambda e, S: matmul(e.matrix, S) + e.update,
 )
 
 
@@ -157,7 +158,7 @@ def _merge_runs(e: Runs, state):
     bits, carried = state.shape[-2], e.carried[..., None]
     bit = jax.lax.broadcasted_iota(carried.dtype, (*carried.shape[:-1], bits), carried.ndim - 1)
     into = jax.nn.one_hot(jnp.maximum(bit, carried), bits, dtype=state.dtype)
-    return e.decay[..., None, None] * jnp.einsum("...ml,...mn->...ln", into, state) + e.sums
+    return e.decay[..., None, None] * einsum("...ml,...mn->...ln", into, state) + e.sums
 
 
 runs = Monoid(
@@ -249,7 +250,7 @@ def _choose(flag, chosen, other):
 
 
 def _apply(matrix, vector):
-    return jnp.einsum("...ij,...j->...i", matrix, vector)
+    return einsum("...ij,...j->...i", matrix, vector)
 
 
 def _eye_like(matrix, one, zero):

@@ -12,7 +12,7 @@ from jaxseq.layers import Mixer
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"jaxseq.shapes", "jaxseq.fields", "pallas_kernels"},
+    {"jaxseq.shapes", "jaxseq.exact", "jaxseq.fields", "pallas_kernels"},
     {"jaxseq.monoid", "jaxseq.scan", "jaxseq.sharded", "jaxseq.segments"},
     {"jaxseq.ops"},
     {"jaxseq.layers"},

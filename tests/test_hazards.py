@@ -49,6 +49,21 @@ def test_the_gradient_of_a_chunked_form_is_no_longer_for_longer_sequences(name):
     assert size(256) == size(64) < 4000
 
 
+STATES = ("gla", "delta", "dplr_rec", "log_linear", "slot_attention", "mesa")
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n.startswith(STATES)])
+def test_no_accelerator_rounds_float32(name):
+    """By default a TPU multiplies float32 as bfloat16, and a GPU as TF32: decoding would not be what prefill is."""
+    for T in (1, 9):
+        inputs = cast(OPS[name].inputs(np.random.default_rng(0), T, "mild"), jnp.float32)
+        for impl in (None, "sequential"):
+            traced = jax.jit(lambda inputs, impl=impl: OPS[name].call(inputs, None, impl)).trace(inputs)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            products = [line for line in text.splitlines() if "dot_general" in line]
+            assert not [line for line in products if "HIGHEST" not in line]
+
+
 @pytest.mark.parametrize("name", FULL_MIXERS)
 def test_no_lapack_in_mixers(name):
     module, x = MIXERS[name].build(), jnp.zeros((2, 9, WIDTH))

@@ -5,6 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from .. import scan
+from ..exact import einsum
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
@@ -21,9 +22,9 @@ def sequential(q, k, v, beta, g, S):
     def step(S, token):
         q, k, v, beta, g = token
         S = jnp.exp(g)[..., None] * S
-        error = v - jnp.einsum("bhkv,bhk->bhv", S, k)
+        error = v - einsum("bhkv,bhk->bhv", S, k)
         S = S + (beta * k)[..., None] * error[..., None, :]
-        return S, jnp.einsum("bhkv,bhk->bhv", S, q)
+        return S, einsum("bhkv,bhk->bhv", S, q)
 
     return scan.loop(step, S, (q, k, v, beta, g))
 
@@ -33,7 +34,7 @@ def parallel(q, k, v, beta, g, S):
     erase = jnp.eye(k.shape[-1], dtype=S.dtype)[None, None, None] - (beta * k)[..., None] * k[..., None, :]
     update = (beta * k)[..., None] * v[..., None, :]
     states, final = scan.parallel(matrix_map, MatrixMap(erase * jnp.exp(g)[..., None, :], update), S)
-    return jnp.einsum("bthkv,bthk->bthv", states, q), final
+    return einsum("bthkv,bthk->bthv", states, q), final
 
 
 ROLES = Roles(reads=("q", "a"), writes=("k",))

@@ -5,6 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from .. import scan
+from ..exact import einsum
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
@@ -20,9 +21,9 @@ from .one_token import one_token
 def sequential(q, k, v, a, b, g, S):
     def step(S, token):
         q, k, v, a, b, g = token
-        read = jnp.einsum("bhkv,bhk->bhv", S, a)
+        read = einsum("bhkv,bhk->bhv", S, a)
         S = jnp.exp(g)[..., None] * S + b[..., None] * read[..., None, :] + k[..., None] * v[..., None, :]
-        return S, jnp.einsum("bhkv,bhk->bhv", S, q)
+        return S, einsum("bhkv,bhk->bhv", S, q)
 
     return scan.loop(step, S, (q, k, v, a, b, g))
 
@@ -32,7 +33,7 @@ def parallel(q, k, v, a, b, g, S):
     unit = jnp.eye(k.shape[-1], dtype=S.dtype)[None, None, None]
     transition = jnp.exp(g)[..., None] * unit + b[..., None] * a[..., None, :]
     states, final = scan.parallel(matrix_map, MatrixMap(transition, k[..., None] * v[..., None, :]), S)
-    return jnp.einsum("bthkv,bthk->bthv", states, q), final
+    return einsum("bthkv,bthk->bthv", states, q), final
 
 
 ROLES = Roles(reads=("q",), early_reads=("a",), writes=("k", "b"))

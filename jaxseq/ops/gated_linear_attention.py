@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import scan
+from ..exact import einsum
 from ..monoid import OuterProduct, outer_product
 from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
@@ -27,7 +28,7 @@ def sequential(q, k, v, g, S, read=BY_KEY):
     def step(S, token):
         q, k, v, g = token
         S = jnp.exp(g)[..., None] * S + k[..., None] * v[..., None, :]
-        return S, jnp.einsum(read, S, q)
+        return S, einsum(read, S, q)
 
     return scan.loop(step, S, (q, k, v, g))
 
@@ -36,7 +37,7 @@ def parallel(q, k, v, g, S, read=BY_KEY):
     """The scan of the monoid itself: it keeps every state, T·K·V numbers a head."""
     elements = OuterProduct.from_token(jnp.broadcast_to(g, k.shape), k, v)
     states, final = scan.parallel(outer_product, elements, S)
-    return jnp.einsum(read, states, q), final
+    return einsum(read, states, q), final
 
 
 def chunked(q, k, v, g, S, read=BY_KEY, *, place):
@@ -84,7 +85,7 @@ def with_bonus(form, bonus, q, k, v, g, S):
     """o_t = S_{t-1}ᵀ q_t + (q_t · (u ⊙ k_t)) v_t: the form read one step late, and what the bonus adds."""
     early = unless_restart(q, g)
     o, final = form(advanced(early, 1), k, v, g, S)
-    first = jnp.einsum("bhkv,bhk->bhv", S, early[:, 0].astype(S.dtype))[:, None]
+    first = einsum("bhkv,bhk->bhv", S, early[:, 0].astype(S.dtype))[:, None]
     q, k, v, bonus = (x.astype(S.dtype) for x in (q, k, v, bonus))
     return delayed(o.astype(S.dtype), 1, first) + jnp.sum(q * bonus * k, axis=-1, keepdims=True) * v, final
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import scan
+from ..exact import einsum
 from ..monoid import Runs, Segmented, runs, segmented
 from ..segments import segment_starts, tokens_so_far
 from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
@@ -55,7 +56,7 @@ def _read(q, k, v, scales, g, starts, sums):
     """Of a token itself, and of the sums before it."""
     sums = jnp.where(starts[..., None, None, None], 0, jnp.exp(g)[..., None, None] * sums)
     known = jnp.concatenate([_outer(k, v)[..., None, :], sums], axis=-2).reshape(*scales.shape, k.shape[-1], -1)
-    return jnp.einsum("...l,...k,...lkv->...v", scales, q, known)
+    return einsum("...l,...k,...lkv->...v", scales, q, known)
 
 
 def sequential(q, k, v, scales, g, starts, places, S):
@@ -101,21 +102,21 @@ def _chunk(S, tokens):
     level = 1 + _highest(places[:, :, None] ^ places[:, None], bits)
     seen = jnp.tril(jnp.ones(level.shape[1:], bool))[None] & (ids[:, :, None] == ids[:, None])
     decayed = jnp.where(seen[:, None], pairwise + jnp.eye(level.shape[-1], dtype=S.dtype)[None, None], 0)
-    scores = jnp.einsum("bihk,bjhk->bhij", q, k) * decayed
-    o = jnp.einsum("bhij,bijl,bihl,bjhv->bihv", scores, chosen(level, bits + 1), scales, v)
+    scores = einsum("bihk,bjhk->bhij", q, k) * decayed
+    o = einsum("bhij,bijl,bihl,bjhv->bihv", scores, chosen(level, bits + 1), scales, v)
     # A run before the chunk, where places go on from the first one's, is what it is until a higher bit than its own
     # changes.
     bit = jnp.arange(bits, dtype=places.dtype)[None, None]
     changed = lambda n: _highest(n ^ places[:, :1], bits)[..., None]
     now = lambda n, ids: jnp.where((ids == 0)[..., None, None], chosen(jnp.maximum(bit, changed(n)), bits), 0)
-    old = jnp.einsum("btml,bthl->btmh", now(places, ids), scales[..., 1:])
+    old = einsum("btml,bthl->btmh", now(places, ids), scales[..., 1:])
     old *= by_time(decays.from_start)[:, :, None]
-    o += jnp.einsum("bthk,bhmkv,btmh->bthv", q, S, old)
+    o += einsum("bthk,bhmkv,btmh->bthv", q, S, old)
     after = places[:, -1:] + 1
     to_end = (ids == ids[:, -1:]).astype(S.dtype)[..., None] * by_time(decays.to_end)
-    added = jnp.einsum("btl,bth,bthk,bthv->bhlkv", chosen(_highest(after ^ places, bits), bits), to_end, k, v)
+    added = einsum("btl,bth,bthk,bthv->bhlkv", chosen(_highest(after ^ places, bits), bits), to_end, k, v)
     kept = decays.total[..., None] * S
-    return jnp.einsum("bml,bhmkv->bhlkv", now(after, ids[:, -1:])[:, 0], kept) + added, o
+    return einsum("bml,bhmkv->bhlkv", now(after, ids[:, -1:])[:, 0], kept) + added, o
 
 
 @typed

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..exact import einsum
 from ..shapes import Array, Float, Int, accumulator, check_log_decay, typed
 from ..sharded import check_whole
 from .delta_rule import delta_rule
@@ -38,7 +39,7 @@ def sequential(q, k, v, w, beta, **seen):
         t, q, w, beta = token
         reflected = keys - (beta * w)[:, None] * jnp.sum(keys * w[:, None], axis=-1, keepdims=True)
         keys = jnp.where(place < t, reflected, keys)
-        return keys, jnp.einsum("bgrk,bsgk->bgrs", q, keys)
+        return keys, einsum("bgrk,bsgk->bgrs", q, keys)
 
     t = jnp.arange(k.shape[1] - q.shape[1], k.shape[1], dtype=jnp.int32)
     _, logits = lax.scan(step, k, (t, *(x.swapaxes(0, 1) for x in (q, w, beta))))
@@ -50,7 +51,7 @@ def parallel(q, k, v, w, beta, **seen):
     past = k.shape[1] - q.shape[1]
     q, own, w, beta = (jnp.moveaxis(x, 1, -2) for x in (q, k[:, past:], w, beta))
     logits, q, _, _ = _block(q, own, w, beta)
-    before = jnp.einsum("bgrtk,bsgk->bgrts", q, k[:, :past])
+    before = einsum("bgrtk,bsgk->bgrts", q, k[:, :past])
     return averaged(jnp.concatenate([before, logits], axis=-1), v, **seen)
 
 
@@ -83,8 +84,8 @@ def chunked(q, k, v, w, beta, *, positions, segments, fading, rules, chunk_size)
     def block(n):
         def back(q, of):
             j, k, w, y = of
-            logits, along = (jnp.einsum("bgrik,bgjk->bgrij", q, x) for x in (k, w))
-            return jnp.where(j < first + n, q - jnp.einsum("bgrij,bgjk->bgrik", along, y), q), logits
+            logits, along = (einsum("bgrik,bgjk->bgrij", q, x) for x in (k, w))
+            return jnp.where(j < first + n, q - einsum("bgrij,bgjk->bgrik", along, y), q), logits
 
         _, logits = lax.scan(back, q[n], (jnp.arange(len(k), dtype=jnp.int32), k, w, y), reverse=True)
         logits = lax.dynamic_update_index_in_dim(logits, own[n], first + n, 0)
@@ -106,14 +107,14 @@ def _block(q, k, w, beta):
 
     where z_uj is y_u·k_j with the sum from j on: as y, of the same triangular system (PaTH, arXiv 2505.16381).
     """
-    dot = partial(jnp.einsum, "...ik,...jk->...ij")
-    times = partial(jnp.einsum, "...ij,...jk->...ik")
+    dot = partial(einsum, "...ik,...jk->...ij")
+    times = partial(einsum, "...ij,...jk->...ik")
     solve = inverse(jnp.tril(beta * dot(w, w), -1))
     y, z = times(solve, beta * w), times(solve, jnp.tril(beta * dot(w, k), -1))
     of_all = lambda x: x[..., None, :, :]  # query heads
     read = jnp.tril(dot(q, of_all(w)))
     logits = dot(q, of_all(k)) - times(read, of_all(z))
-    return logits, q - times(read, of_all(y)), k - jnp.einsum("...uj,...uk->...jk", z, w), y
+    return logits, q - times(read, of_all(y)), k - einsum("...uj,...uk->...jk", z, w), y
 
 
 @typed
@@ -199,13 +200,13 @@ def reflected_keys(
         own, w, b = (jnp.moveaxis(x.astype(wide), 1, -2) for x in (key[:, past:], direction, beta[..., None]))
         _, _, after, y = _block(own[:, :, None], own, w, b)
         before = jnp.moveaxis(key[:, :past].astype(wide), 1, -2)
-        before -= jnp.einsum("bgst,bgtk->bgsk", jnp.einsum("bgsk,bgtk->bgst", before, y), w)
+        before -= einsum("bgst,bgtk->bgsk", einsum("bgsk,bgtk->bgst", before, y), w)
         return jnp.moveaxis(jnp.concatenate([before, after], axis=-2), -2, 1).astype(key.dtype)
     unit = jnp.broadcast_to(jnp.eye(width, dtype=wide), (batch, groups, width, width))
     older = key[:, past:-1].astype(wide)
     read = jnp.concatenate([jnp.zeros_like(key[:, :1], wide), older], axis=1)
     w = back(direction)
     o, product = delta_rule(back(read), w, jnp.zeros_like(w), back(beta), scale=1.0, initial_state=unit)
-    before = jnp.einsum("bgkv,bsgk->bsgv", product, key[:, :past].astype(wide))
+    before = einsum("bgkv,bsgk->bsgv", product, key[:, :past].astype(wide))
     after = jnp.flip(o, axis=1)[:, 1:]
     return jnp.concatenate([before, after, key[:, -1:].astype(wide)], axis=1).astype(key.dtype)
