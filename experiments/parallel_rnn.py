@@ -237,21 +237,23 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
 
 
 def draw(run: Run, rows: list[dict[str, Any]]) -> None:
-    """Iterations against length, and speed in training against the loop's."""
-    with run.figure("parallel_rnn", figsize=(10, 4)) as figure:
+    """Iterations against length, dotted where untrained, and speed in training against the loop's."""
+    with run.figure("parallel_rnn", figsize=(12, 4)) as figure:
         left, right = figure.subplots(1, 2)
-        for i, (cell, form) in enumerate(product({row["cell"]: None for row in rows}, PARALLEL)):
-            for weights, style in {"started": "o:", "trained": "o-"}.items():
+        for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
+            for (form, marker), (weights, line) in product(zip(PARALLEL, "os", strict=True), LINES.items()):
                 of = [row for row in rows if (row["cell"], row["form"], row["weights"]) == (cell, form, weights)]
-                at, label = [row["length"] for row in of], f"{cell}, {form}"
-                left.plot(at, [row["iterations"] for row in of], style, color=f"C{i}", label=f"{label}, {weights}")
+                at, style = [row["length"] for row in of], {"color": f"C{i}", "marker": marker, "linestyle": line}
+                left.plot(at, [row["iterations"] for row in of], **style)
                 if weights == "trained":
-                    right.plot(at, [row["speed"] for row in of], style, color=f"C{i}", label=label)
+                    right.plot(at, [row["speed"] for row in of], label=f"{cell}, {form}", **style)
         right.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
-        left.set(xscale="log", xlabel="tokens", ylabel="iterations")
+        left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="iterations (dotted: untrained)")
         right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed in training, 1 is the loop's")
-        for axes in (left, right):
-            axes.legend(frameon=False, fontsize="xx-small")
+        figure.legend(loc="outside right upper", frameon=False)
+
+
+LINES = {"started": ":", "trained": "-"}
 
 
 if __name__ == "__main__":
