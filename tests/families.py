@@ -682,6 +682,9 @@ MIXERS = {
         extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
         slow=True,
     ),
+    "LinearAttention grouped": MixerMember(
+        partial(LinearAttention, WIDTH, num_heads=2, num_kv_heads=1, feature_map="hedgehog"), cheap=True
+    ),
     "Based": MixerMember(
         partial(Based, WIDTH, num_heads=2, feature_width=3, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},

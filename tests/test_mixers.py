@@ -412,6 +412,23 @@ def test_both_directions(kind):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
 
 
+@pytest.mark.parametrize("kind", [GLA, GSA, RetNet, LinearAttention, Attention, PaTHAttention])
+def test_keys_that_heads_share(kind):
+    """Fewer heads of keys and values are as many as of queries, written several times."""
+    x, grouped, full = draw(9), kind(WIDTH, num_heads=4, num_kv_heads=2), kind(WIDTH, num_heads=4)
+    params = jax.jit(grouped.init)(jax.random.key(0), x)
+
+    def repeated(leaf, wanted):
+        if leaf.shape == wanted.shape:
+            return leaf
+        return jnp.repeat(leaf.reshape(*leaf.shape[:-1], 2, -1), 2, axis=-2).reshape(wanted.shape)
+
+    wanted = jax.eval_shape(full.init, jax.random.key(0), x)
+    assert wanted != jax.eval_shape(lambda: params)
+    same = jax.tree.map(repeated, params, wanted)
+    assert_close(jax.jit(grouped.apply)(params, x), jax.jit(full.apply)(same, x), "mixer")
+
+
 def test_a_cache_needs_its_length():
     with pytest.raises(ValueError, match="max_length=None; Attention without a window"):
         Attention(WIDTH).init_state(1)

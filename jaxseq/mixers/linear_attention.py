@@ -25,12 +25,14 @@ class LinearAttention(Mixer):
         o_t = F^-½ S_tᵀ φ(q_t) / (F^-½ z_tᵀ φ(q_t) + ε)        y_t = o_t W_o
 
     `feature_map` is a name in `layers.feature_maps` or a function from `B T H K` to the `B T H F` of φ; maps with
-    parameters have their own for queries and for keys. Without `normalise`, z is left out. With `norm_eps`, o_t goes
-    through an RMSNorm per head with one weight vector for all heads, as in later work.
+    parameters have their own for queries and for keys. Without `normalise`, z is left out. With `num_kv_heads` fewer
+    heads of key and value each serve a run of query heads, each of which keeps a state. With `norm_eps`, o_t goes through
+    an RMSNorm per head with one weight vector for all heads, as in later work.
     """
 
     d_model: int
     num_heads: int = 4
+    num_kv_heads: int | None = None
     feature_map: str | Callable = "elu"
     normalise: bool = True
     expand_k: float = 1.0
@@ -46,11 +48,12 @@ class LinearAttention(Mixer):
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "LinearAttention")
-        K, V = self._sizes()
+        heads, kv_heads, K, V = self._sizes()
         state = self.start(x) if state is None else state
-        heads = lambda name, width: split_heads(projection(self.num_heads * width, f"{name}_proj", self)(x), width)
-        q, k = (feature_map(self.feature_map, self, name=f"{name}_features")(heads(name, K)) for name in "qk")
-        v = heads("v", V)
+        split = lambda name, count, width: split_heads(projection(count * width, f"{name}_proj", self)(x), width)
+        features = lambda name: feature_map(self.feature_map, self, name=f"{name}_features")
+        q, k, v = features("q")(split("q", heads, K)), features("k")(split("k", kv_heads, K)), split("v", kv_heads, V)
+        k, v = (jnp.repeat(a, heads // kv_heads, axis=2) for a in (k, v))
         options = dict(initial_state=state.matrix, segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl)
         if self.normalise:
             o, matrix = normalised_attention(q, k, v, epsilon=self.epsilon, **options)
@@ -63,11 +66,11 @@ class LinearAttention(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> LinearAttentionState:
-        K, V = self._sizes()
-        shape = (batch_size, self.num_heads, feature_width(self.feature_map, self, K), V + self.normalise)
+        heads, _, K, V = self._sizes()
+        shape = (batch_size, heads, feature_width(self.feature_map, self, K), V + self.normalise)
         return LinearAttentionState(jnp.zeros(shape, accumulator(dtype)))
 
     @nn.nowrap
-    def _sizes(self) -> tuple[int, ...]:
-        """Key width and value width per head."""
-        return self.head_widths(self.num_heads, expand_k=self.expand_k, expand_v=self.expand_v)
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """Heads, key-value heads, key width and value width per head."""
+        return self.key_value_heads(self.num_heads, self.num_kv_heads, self.expand_k, self.expand_v)
