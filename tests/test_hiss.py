@@ -34,7 +34,7 @@ class TwoLSTMs(Mixer):
     param_dtype: type = jnp.float32
 
     def setup(self):
-        self.layers = [LSTM(self.d_model, forget_bias=0.0) for _ in range(2)]
+        self.layers = [LSTM(self.d_model) for _ in range(2)]
 
     def prefill(self, x, state, segment_ids=None):
         after = []
@@ -166,7 +166,7 @@ def test_lstm_over_lstm_is_the_authors():
         "high_model": {f"layers_{n}": of.lstm("high_level", n) for n in range(2)},
         "head": after(of.dense("high_level.decoder"), of.dense("output")),
     }
-    assert_authors("lstm", partial(LSTM, forget_bias=0.0), TwoLSTMs, params)
+    assert_authors("lstm", LSTM, TwoLSTMs, params)
 
 
 @recorded
@@ -185,7 +185,7 @@ def test_a_transformer_over_lstm_is_the_authors():
         "high_model": {"places": load("hiss")["tr.pe"], **{f"block_{n}": of.transformer(n) for n in range(2)}},
     }
     high = partial(Level, mixer=CausalAttention, mlp=partial(MLP, hidden=16, activation=nn.relu), places=6)
-    assert_authors("tr", partial(LSTM, forget_bias=0.0), high, params)
+    assert_authors("tr", LSTM, high, params)
 
 
 @pytest.mark.parametrize("low, high", [(STACK, STACK), (LSTM, GLA), (partial(Attention, num_heads=2), STACK)], ids=str)

@@ -62,8 +62,10 @@ def by_the_loop(cell):
     return run(*problem(1024, cell=cell), cell=cell)
 
 
-@pytest.mark.parametrize("cell", [tanh_rnn, gru])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name, cell",
+    [("newton", gru), ("blocks", tanh_rnn), ("diagonal", gru), ("damped", tanh_rnn), ("warm", tanh_rnn)],
+)
 def test_parallel_is_sequential(name, cell):
     """1,024 tokens, without falling back."""
     arguments, options = problem(1024, cell=cell), dict(OPTIONS[name])
@@ -78,18 +80,11 @@ def test_parallel_is_sequential(name, cell):
     assert_close(slopes, gradients, 1e-4)
 
 
-def test_iterations_grow_slower_than_time():
-    solve = lambda W, xs, start: nonlinear_recurrence(partial(tanh_rnn, W), xs, start, impl="parallel", report=True)
-    counts = [int(jax.jit(solve)(*problem(length, N=4))[2].iterations[0]) for length in (64, 2048)]
-    assert counts[1] <= 2 * counts[0]
-
-
-@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
-def test_chaos_falls_back(jacobian):
+def test_chaos_falls_back():
     """Where neighbouring trajectories part, values are those of the loop to the bit, and the report says it."""
     arguments = problem(200, gain=4.0)
     states, _, _ = run(*arguments)
-    found, slopes, done = run(*arguments, impl="parallel", jacobian=jacobian, max_iterations=20)
+    found, slopes, done = run(*arguments, impl="parallel", max_iterations=20)
     assert not done.converged.any() and (done.iterations == 20).all() and (done.error > 1).all()
     np.testing.assert_array_equal(found, states)
     assert all(np.isfinite(x).all() for x in slopes)
@@ -123,8 +118,10 @@ def test_never_a_wrong_answer(solvers, options, gain, seed):
     with jax.enable_x64(True):
         arguments = problem(24, gain=gain, seed=seed, dtype=np.float64)
         found, done, states = jax.device_get(solvers(**options)(*arguments))
-    assert (done.iterations <= 12).all() and (done.converged == (done.error <= 1)).all()
     np.testing.assert_allclose(found, states, atol=1e-8)
+    if not done.converged[0]:  # fallen back: the loop's to the bit
+        first = slice(options.get("block_size"))
+        np.testing.assert_array_equal(found[:, first], states[:, first])
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +158,7 @@ def test_only_the_blocks_that_need_it_fall_back():
     np.testing.assert_allclose(found[:, :100], states[:, :100], atol=1e-5)
 
 
-def test_as_many_iterations_as_tokens_always_suffice():
+def test_what_overflows_on_the_way_is_met_again():
     """After n steps the first n states are exact, whatever overflows behind them."""
     grows = lambda h, x: jnp.cosh(2 * h) - 1 + x
     xs = jnp.full((1, 12, 1), 0.1)
@@ -194,15 +191,14 @@ def test_under_vmap(jacobian):
 
 
 @pytest.mark.parametrize("options", [{}, {"jacobian": "diagonal"}, {"max_iterations": 1}], ids=str)
-@pytest.mark.parametrize("impl", ["sequential", "parallel"])
-def test_split_over_devices(impl, options):
+def test_split_over_devices(options):
     """Also where Newton falls back: then the devices run one after the other."""
     mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,))
     arguments = problem(64)
     specs = (P(), P(None, "sequence"), P())
 
     def values(W, xs, start):
-        return nonlinear_recurrence(partial(tanh_rnn, W), xs, start, impl=impl, **options)
+        return nonlinear_recurrence(partial(tanh_rnn, W), xs, start, impl="parallel", **options)
 
     def both(f, *arguments):
         (states, final), pull = jax.vjp(f, *arguments)
@@ -239,7 +235,6 @@ def test_wrong_arguments_are_named():
     for options, message in (
         ({"guess": xs[:, 1:]}, r"guess has shape \(2, 4, 8\); it is \(2, 5, 8\)"),
         ({"guess": [xs]}, r"guess is PyTreeDef\(\[\*\]\), initial_state PyTreeDef\(\*\)"),
-        ({"restart": (start,)}, "restart is PyTreeDef"),
         ({"segment_ids": jnp.zeros((2, 4), jnp.int32)}, r"segment_ids has shape \(2, 4\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -248,6 +243,8 @@ def test_wrong_arguments_are_named():
         nonlinear_recurrence(partial(tanh_rnn, W), xs, start[:1])
     with pytest.raises(ValueError, match="T = 0"):
         nonlinear_recurrence(partial(tanh_rnn, W), xs[:, :0], start)
+    with pytest.raises(TypeError, match="initial_state is of int32; nonlinear_recurrence takes real"):
+        nonlinear_recurrence(partial(tanh_rnn, W), xs, start.astype(jnp.int32))
     with pytest.raises(TypeError, match="cell returned .* for a state"):
         nonlinear_recurrence(lambda h, x: h[:, :2], xs, start)
     with pytest.raises(NotImplementedError, match="choose None, 'sequential', 'parallel'"):

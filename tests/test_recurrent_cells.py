@@ -33,7 +33,7 @@ def test_lstm_is_the_peers():
         "recurrent_kernel": get("lstm.weight_hh_l0").T,
     }
     for impl in ("sequential", "parallel"):
-        y = jax.jit(LSTM(8, forget_bias=0.0, impl=impl).apply)({"params": params}, jnp.asarray(x))
+        y = jax.jit(LSTM(8, impl=impl).apply)({"params": params}, jnp.asarray(x))
         last = (y[:, -1] @ get("decoder.weight").T + get("decoder.bias")[None]).reshape(2, 6, 8)
         np.testing.assert_allclose(last, z["lstm.low_level_last"], atol=1e-5)
 
@@ -44,11 +44,11 @@ slowly = partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     "kind, options",
     [
-        (LSTM, {}),
+        slowly(LSTM, {}),
         slowly(LSTM, {"block_size": 128}),
         slowly(LSTM, {"jacobian": "diagonal"}),
         slowly(GRU, {}),
-        (LeakyRNN, {"jacobian": "diagonal"}),
+        slowly(LeakyRNN, {"jacobian": "diagonal"}),
         slowly(partial(ELM, num_memory=8, max_tau=100.0), {}),
         (partial(ICLRNN, hidden_sizes=(12,)), {}),
     ],

@@ -33,9 +33,9 @@ def split_heads(x: jax.Array, width: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, width)
 
 
-def fan_in_projection(features: int, name: str, module: nn.Module, fan_in: int) -> nn.Dense:
-    """A dense layer of `fan_in` inputs, whose weights and biases start uniform within ± fan_in^-½."""
+def fan_in_projection(
+    features: int, name: str, module: nn.Module, fan_in: int, bias_init: Callable | None = None
+) -> nn.Dense:
+    """A dense layer of `fan_in` inputs; weights, and biases where None is given, start uniform within ± fan_in^-½."""
     within = symmetric_uniform(fan_in**-0.5)
-    return nn.Dense(
-        features, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=within, bias_init=within, name=name
-    )
+    return projection(features, name, module, use_bias=True, kernel_init=within, bias_init=bias_init or within)

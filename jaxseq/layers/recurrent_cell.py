@@ -10,14 +10,14 @@ from ..ops.nonlinear_recurrence import Cell, nonlinear_recurrence
 from ..shapes import accumulator
 
 
-def recurrent(module: Any, cell: Cell, xs, state, segment_ids, restart=None):
+def recurrent(module: Any, cell: Cell, xs, state, segment_ids):
     """`nonlinear_recurrence` by the module's `impl`, `jacobian` and `block_size`.
 
     Inputs and states are in at least float32. What Newton's iterations did is sown into "intermediates".
     """
     xs = jax.tree.map(lambda x: x.astype(accumulator(x.dtype)), xs)
     states, final, done = nonlinear_recurrence(
-        cell, xs, state, segment_ids=segment_ids, restart=restart, impl=module.impl, jacobian=module.jacobian,
+        cell, xs, state, segment_ids=segment_ids, impl=module.impl, jacobian=module.jacobian,
         block_size=module.block_size, report=True,
     )  # fmt: skip
     if module.impl == "parallel":

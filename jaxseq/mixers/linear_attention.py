@@ -26,8 +26,8 @@ class LinearAttention(Mixer):
 
     `feature_map` is a name in `layers.feature_maps` or a function from `B T H K` to the `B T H F` of φ; maps with
     parameters have their own for queries and for keys. Without `normalise`, z is left out. With `num_kv_heads` fewer
-    heads of key and value each serve a run of query heads, each of which keeps a state. With `norm_eps`, o_t goes through
-    an RMSNorm per head with one weight vector for all heads, as in later work.
+    heads of key and value each serve a run of query heads, each of which keeps a state. With `norm_eps`, o_t goes
+    through an RMSNorm per head with one weight vector for all heads, as in later work.
     """
 
     d_model: int

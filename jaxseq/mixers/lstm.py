@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..layers.initialisers import symmetric_uniform
 from ..layers.mixer import Mixer
 from ..layers.projection import fan_in_projection
 from ..layers.recurrent_cell import recurrent, recurrent_kernel
@@ -30,8 +31,8 @@ class LSTM(Mixer):
         i, f, o = σ(W x_t + U h_{t-1} + b)        g = tanh(…)
         c_t = f ⊙ c_{t-1} + i ⊙ g        h_t = o ⊙ tanh(c_t)        y_t = h_t
 
-    `forget_bias` is added to what f's bias starts from. The recurrence is not linear: `impl="parallel"` solves it by
-    Newton iterations, with the whole `jacobian` or its diagonal, in blocks of `block_size` tokens.
+    b starts uniform within ± D^-½, f's around `forget_bias`. The recurrence is not linear: `impl="parallel"` solves it
+    by Newton iterations, with the whole `jacobian` or its diagonal, in blocks of `block_size` tokens.
     """
 
     d_model: int
@@ -47,13 +48,16 @@ class LSTM(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         check_width(x, self.d_model, "LSTM")
         state = self.start(x) if state is None else state
-        inputs = fan_in_projection(4 * self.d_model, "in_proj", self, self.d_model)(x)
-        inputs = inputs.astype(accumulator(inputs.dtype))
-        forget = jnp.repeat(jnp.asarray([0, self.forget_bias, 0, 0], inputs.dtype), self.d_model)
+        inputs = fan_in_projection(4 * self.d_model, "in_proj", self, self.d_model, self._bias)(x)
         U = recurrent_kernel(self, "recurrent_kernel", self.d_model, 4)
         cell = lambda state, x: lstm_cell(U, state, x)
-        states, final = recurrent(self, cell, inputs + forget[None, None], state, segment_ids)
+        states, final = recurrent(self, cell, inputs, state, segment_ids)
         return states.hidden.astype(x.dtype if self.dtype is None else self.dtype), final
+
+    @nn.nowrap
+    def _bias(self, key, shape, dtype=jnp.float32):
+        within = symmetric_uniform(self.d_model**-0.5)(key, shape, dtype)
+        return within.at[self.d_model : 2 * self.d_model].add(self.forget_bias)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> LSTMState:

@@ -51,7 +51,6 @@ def nonlinear_recurrence(
     initial_state,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
-    restart=None,
     impl: str | None = "sequential",
     guess=None,
     jacobian: str = "full",
@@ -67,18 +66,23 @@ def nonlinear_recurrence(
 
     `cell(state, x) -> state` takes states and inputs of one token, trees of arrays `B …`, each sequence by itself, and
     may close over parameters; `xs` is a tree of arrays `B T …`. At a change of `segment_ids` the state restarts from
-    `restart`, zeros where None. States are kept, and the last one is returned, in at least float32; all of them are
-    returned in the dtypes of `initial_state`.
+    zeros. States are kept, and the last one is returned, in at least float32; all of them are returned in the dtypes
+    of `initial_state`.
 
-    `sequential` is a loop over time. `parallel` takes Newton steps from `guess`, a tree of states `B T …` (the
-    initial state where None), until they, and what is still to come at the rate they shrink, are below `tolerance`
-    (1 + |h|), 16 rounding errors where None. With `jacobian="diagonal"` steps are cheaper, O(N) and not O(N³) of N
-    numbers of state, and more; `damping` shrinks J to (1 − damping) J, for cells that overflow on the way. Blocks of
-    `block_size` tokens are solved one after the other (all of time at once where None, and where time is split over
-    devices): J of a block takes C N² numbers a sequence. A block that has not converged after `max_iterations`, or
-    after three for every four of its tokens, is run step by step, so values are never worse than its.
+    `sequential` is a loop over time. `parallel` takes Newton steps until the error that is left, foreseen from the
+    rate at which they shrink, is at most `tolerance` (1 + |h|). A block of time that has not converged falls back to
+    the loop, so that values are never worse than the loop's.
 
-    With `report=True` a third result is a `Report`: in `sequential`, of no iterations.
+    Args of `parallel`:
+      guess: the trajectory to start from, a tree of states `B T …`; where None, the initial state everywhere.
+      jacobian: "full", or "diagonal": more steps, each of whose scans takes N numbers of a token and not N². Both take
+        N products with the cell's derivative a step, of N numbers of state; gradients take the full one always.
+      damping: steps take (1 − damping) J in the place of J, for cells that overflow on the way.
+      tolerance: 16 rounding errors where None.
+      max_iterations: steps before a block falls back. Earlier it does after 3/4 of a step a token, from 16 steps on.
+      block_size: tokens that are solved for together, one block after the other: J of C tokens takes C N² numbers a
+        sequence. All of time where None, and where time is split over devices.
+      report: return a `Report` too; in `sequential`, of no iterations.
 
     Raises:
       ValueError: T = 0, an option out of range, or arguments whose batch, time or trees disagree.
@@ -86,14 +90,13 @@ def nonlinear_recurrence(
       NotImplementedError: `impl` is none of the forms.
     """
     length = _checked(xs, jacobian, damping, tolerance, max_iterations, block_size)
-    _check_shapes(xs, initial_state, segment_ids, restart, guess)
+    _check_shapes(xs, initial_state, segment_ids, guess)
     dtypes = jax.tree.map(lambda h: h.dtype, initial_state)
     first = jax.tree.leaves(xs)[0]
     initial_state = jax.tree.map(lambda h: zeros_from(first, h.shape, accumulator(h.dtype), plus=h), initial_state)
     _check_cell(cell, xs, initial_state)
     if segment_ids is not None:
-        restart = jax.tree.map(jnp.zeros_like, initial_state) if restart is None else restart
-        cell, xs = _restarting(cell, restart), (segment_starts(segment_ids), xs)
+        cell, xs = _restarting(cell), (segment_starts(segment_ids), xs)
     xs, initial_state = own((xs, initial_state))
     newton = Newton(jacobian, damping, tolerance, max_iterations)
     size = length if block_size is None or is_split() else min(block_size, length)
@@ -231,11 +234,11 @@ def _raveler(state) -> tuple[Callable, Callable]:
     return flat, tree
 
 
-def _restarting(cell: Cell, restart) -> Cell:
+def _restarting(cell: Cell) -> Cell:
     def restarted(state, token):
         starts, x = token
-        chosen = lambda first, h: jnp.where(lax.expand_dims(starts, range(1, h.ndim)), first.astype(h.dtype), h)
-        return cell(jax.tree.map(chosen, restart, state), x)
+        kept = lambda h: jnp.where(lax.expand_dims(starts, range(1, h.ndim)), jnp.zeros_like(h), h)
+        return cell(jax.tree.map(kept, state), x)
 
     return restarted
 
@@ -256,7 +259,10 @@ def _checked(xs, jacobian, damping, tolerance, max_iterations, block_size) -> in
     return length
 
 
-def _check_shapes(xs, state, segment_ids, restart, guess) -> None:
+def _check_shapes(xs, state, segment_ids, guess) -> None:
+    if not all(jnp.issubdtype(h.dtype, jnp.floating) for h in jax.tree.leaves(state)):
+        dtypes = jax.tree.map(lambda h: h.dtype.name, state)
+        raise TypeError(f"initial_state is of {dtypes}; nonlinear_recurrence takes real floating numbers.")
     shape = jax.tree.leaves(xs)[0].shape[:2]
     for name, tree, lead in (
         ("xs", xs, shape),
@@ -266,11 +272,12 @@ def _check_shapes(xs, state, segment_ids, restart, guess) -> None:
         for x in jax.tree.leaves(tree):
             if x.shape[: len(lead)] != lead:
                 raise ValueError(f"{name} has shape {x.shape}, xs {shape} first: it leads with {lead}.")
-    structure: Any = jax.tree.structure
-    for name, tree in (("restart", restart), ("guess", guess)):
-        if tree is not None and structure(tree) != structure(state):
-            raise ValueError(f"{name} is {structure(tree)}, initial_state {structure(state)}.")
-    for x, h in zip(jax.tree.leaves(guess), jax.tree.leaves(state), strict=False):
+    if guess is None:
+        return
+    structures: Any = [jax.tree.structure(tree) for tree in (guess, state)]
+    if structures[0] != structures[1]:
+        raise ValueError(f"guess is {structures[0]}, initial_state {structures[1]}.")
+    for x, h in zip(jax.tree.leaves(guess), jax.tree.leaves(state), strict=True):
         if x.shape != (*shape, *h.shape[1:]):
             raise ValueError(f"guess has shape {x.shape}; it is {(*shape, *h.shape[1:])}, a state for each token.")
 
@@ -281,5 +288,3 @@ def _check_cell(cell: Cell, xs, state) -> None:
     returned = jax.tree.map(lambda h: jax.ShapeDtypeStruct(h.shape, h.dtype), jax.eval_shape(cell, given, first))
     if given != returned:
         raise TypeError(f"cell returned {returned} for a state {given}; it keeps tree, shapes and dtypes.")
-    if not all(jnp.issubdtype(h.dtype, jnp.floating) for h in jax.tree.leaves(given)):
-        raise TypeError(f"initial_state is {given}; nonlinear_recurrence takes real floating numbers.")
