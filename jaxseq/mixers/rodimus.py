@@ -53,7 +53,7 @@ class Rodimus(Mixer):
         gates = lambda name: projection(K, f"{name}_proj", self, use_bias=True)(c).astype(accumulator(c.dtype))
         z_gamma, tau = gates("decay"), nn.sigmoid(gates("temperature"))
         gamma = nn.softplus(z_gamma)
-        k = unit(k.astype(tau.dtype)) * jnp.exp(tau * _log_softplus(z_gamma))
+        k = unit(k.astype(tau.dtype), least=1e-12) * jnp.exp(tau * _log_softplus(z_gamma))
         v = nn.sigmoid(low_rank("value", self, self.gate_rank, width, use_bias=True)(h)) * h
         one_head = lambda a: a[:, :, None]
         o, matrix = ops.gated_linear_attention(
