@@ -26,9 +26,9 @@ class LogLinearAttention(Mixer):
         o_t = K^-½ Σ_{s ≤ t} exp(Σ_{s<u≤t} g_u) λ_t[ℓ(t, s)] (q_t·k_s) v_s        λ_t = softplus(Λ ⊙ (x_t W_λ))
         g_t = −exp(A_log) softplus(x_t W_a + b_a)        y_t = RMSNorm(o_t ⊙ silu(x_t W_g)) W_o
 
-    ℓ(t, s) grows as log₂ of the distance: `log_linear_attention`. Queries, keys and values go through a causal
-    convolution and SiLU. Λ is a number a head and level, one at the start. The last of `num_levels` L levels takes what
-    is further back than 2^(L−2) tokens; the state is (L − 1) K V numbers a head, whatever the length.
+    ℓ(t, t) = 0, and ℓ(t, s) is 1 + the highest bit in which the places t and s differ; the last of `num_levels` L
+    levels also takes what is older. The state is (L − 1) K V numbers a head, whatever the length. Λ is a number a head
+    and level, one at the start. Queries, keys and values go through a causal convolution and SiLU.
 
     The paper puts the levels into Mamba-2 and Gated DeltaNet; this is the former's gate, decay and norm around heads of
     query and key of their own, without its step sizes on values and its skip.

@@ -25,7 +25,7 @@ def delta_product(
     """`delta_rule` with n keys and values a token, one after the other (DeltaProduct, arXiv 2502.10297, section 3).
 
         S_t0 = exp(g_t) S_{t-1}        S_ti = S_t,i-1 + β_ti k_ti (v_ti − S_t,i-1ᵀ k_ti)ᵀ, i = 1 … n
-        o_t = K^-½ S_tnᵀ q_t
+        o_t = scale · S_tnᵀ q_t
 
     It is the delta rule on a sequence n times as long, which decays before the first correction of a token and is
     read after the last one. Errors are those of `delta_rule`.
