@@ -10,6 +10,7 @@ from families import assert_close, cast
 
 from jaxseq.mixers import (
     ABC,
+    GLA,
     GSA,
     H3,
     KDA,
@@ -309,6 +310,30 @@ def test_the_starts_of_rwkv():
         (seven["v_proj"]["kernel"], 0.5 / 8),
     ):
         assert 0.9 * bound < array.max() <= bound and -bound <= array.min() < -0.9 * bound
+
+
+def test_a_decay_beyond_all_numbers_is_no_new_segment():
+    """exp(w) would be infinite: the bonus still reads what the token before wrote, and gradients are numbers."""
+    module, x = RWKV6(8, num_heads=2), jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 8)), jnp.float32)
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    biased = lambda w: {"params": params | {"decay_up": params["decay_up"] | {"bias": jnp.full(8, w)}}}
+    apply = jax.jit(module.apply)
+    assert_close(apply(biased(200.0), x), apply(biased(20.0), x), "mixer")
+    gradients = jax.jit(jax.grad(lambda p: module.apply(p, x).sum()))(biased(200.0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (KDA(8, channel_gates=True, negative_eigenvalues=True), r"negative_eigenvalues=True .*channel_gates=True"),
+        (GLA(8, gate="fixed", min_log_decay=-5.0), r"min_log_decay=-5.0 .*gate='fixed'. takes None"),
+        (GLA(8, gate="none", min_log_decay=-5.0), r"min_log_decay=-5.0 .*gate='none'. takes None"),
+    ],
+)
+def test_what_would_do_nothing_is_named(module, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2, 8)))
 
 
 @pytest.mark.parametrize(

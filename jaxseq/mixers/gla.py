@@ -16,7 +16,8 @@ from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
-GATES = ("vector", "scalar", "fixed", "none")
+UNLEARNT = ("fixed", "none")
+GATES = ("vector", "scalar", *UNLEARNT)
 
 
 class GLA(Mixer):
@@ -31,7 +32,7 @@ class GLA(Mixer):
     SiLU on query, key and value.
 
     `gate` is the paper's ablation: this "vector" of decays; "scalar", one log σ(x_t w_a + b_a) / τ a head; "fixed",
-    those of RetNet; or "none".
+    those of RetNet; or "none". Those that are learnt are no log below `min_log_decay`, where it is given.
     """
 
     d_model: int
@@ -70,7 +71,7 @@ class GLA(Mixer):
     def _log_decay(self, x):
         """One of the shapes that the op takes, for every query head."""
         heads, kv_heads, K, _ = self._sizes()
-        if self.gate in ("fixed", "none"):
+        if self.gate in UNLEARNT:
             return retention_log_decays(heads) if self.gate == "fixed" else None
         if self.gate == "scalar":
             z = projection(kv_heads, "decay_proj", self, use_bias=True)(x)
@@ -93,4 +94,8 @@ class GLA(Mixer):
         at_least(self, gate_rank=1)
         above_zero(self, "gate_temperature")
         check_min_log_decay(self)
+        if self.min_log_decay is not None and self.gate in UNLEARNT:
+            raise ValueError(
+                f"min_log_decay={self.min_log_decay} bounds what is learnt; GLA(gate={self.gate!r}) takes None."
+            )
         return self.key_value_heads(self.num_heads, self.num_kv_heads, self.expand_k, self.expand_v)

@@ -28,7 +28,7 @@ class KDA(Mixer):
     head, exp(A_log) starts uniform in (1, 16), softplus(b_f) log-uniform in [0.001, 0.1]. The low ranks are the value
     width of a head. With `min_log_decay`, −5 say, g_t = min_log_decay · σ(exp(A_log) (x_t W_f1 W_f2 + b_f)) instead.
     `num_heads` heads of query and key each serve a run of the `num_value_heads`, as many when None. β_t is twice that
-    with `negative_eigenvalues`.
+    with `negative_eigenvalues`, which channel gates do not have.
 
     With `channel_gates` erasing and writing have gates of their own, per channel, in place of β (Gated DeltaNet-2, as
     in flash-linear-attention): S_t = (I − k_t (σ(x_t W_b) ⊙ k_t)ᵀ) diag(exp g_t) S_{t-1} + k_t (σ(x_t W_w) ⊙ v_t)ᵀ.
@@ -92,4 +92,6 @@ class KDA(Mixer):
     def _sizes(self) -> tuple[int, int, int]:
         """Value heads, key width and value width per head."""
         check_min_log_decay(self)
+        if self.channel_gates and self.negative_eigenvalues:
+            raise ValueError("negative_eigenvalues=True doubles β; KDA(channel_gates=True) has none: take False.")
         return self.value_heads(self.num_heads, self.num_value_heads, self.expand_k, self.expand_v)

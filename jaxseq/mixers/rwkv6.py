@@ -64,7 +64,9 @@ class RWKV6(Mixer):
         r, k, v = heads("r", x_r, K), heads("k", x_k, K), heads("v", x_v, V)
         start = dict(down_init=zeros, up_init=symmetric_uniform(0.01), bias_init=constant(self._first_decays()))
         decay = low_rank("decay", self, self.decay_rank, self.num_heads * K, nn.tanh, True, **start)
-        g = -jnp.exp(split_heads(decay(x_w).astype(accumulator(x.dtype)), K))
+        w = split_heads(decay(x_w).astype(accumulator(x.dtype)), K)
+        # A log decay of −∞ in all channels would be a new segment, and its gradient no number.
+        g = -jnp.exp(jnp.minimum(w, np.floor(np.log(jnp.finfo(w.dtype).max))))
         bonus = self.param("bonus", constant(self._first_bonus()), (self.num_heads, K), self.param_dtype)
         o, matrix = ops.gated_linear_attention(
             r, k, v, g, bonus=bonus, scale=1.0, initial_state=state.matrix, segment_ids=segment_ids,
