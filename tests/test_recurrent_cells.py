@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,20 @@ def test_lstm_is_the_peers():
         y = jax.jit(LSTM(8, impl=impl).apply)({"params": params}, jnp.asarray(x))
         last = (y[:, -1] @ get("decoder.weight").T + get("decoder.bias")[None]).reshape(2, 6, 8)
         np.testing.assert_allclose(last, z["lstm.low_level_last"], atol=1e-5)
+
+
+def test_gru_is_flax_s():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 8)), jnp.float32)
+    theirs = nn.RNN(nn.GRUCell(8, bias_init=nn.initializers.normal()))
+    params = theirs.init(jax.random.key(0), x)
+    cell = params["params"]["cell"]
+    side_by_side = lambda name, *gates: jnp.concatenate([cell[gate][name] for gate in gates], axis=-1)
+    ours = {
+        "in_proj": {name: side_by_side(name, "ir", "iz", "in") for name in ("kernel", "bias")},
+        "recurrent_kernel": side_by_side("kernel", "hr", "hz", "hn"),
+        "reset_bias": cell["hn"]["bias"],
+    }
+    assert_close(GRU(8).apply({"params": ours}, x), theirs.apply(params, x), "mixer")
 
 
 slowly = partial(pytest.param, marks=pytest.mark.slow)

@@ -19,7 +19,7 @@ from .. import scan
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
 from ..shapes import Array, Bool, Float, Int, accumulator, typed, zeros_from
-from ..sharded import AXIS, devices, halo, is_split, on_last, own, sharded
+from ..sharded import devices, halo, is_split, on_last, own, sharded
 from .dispatch import dispatch
 from .linear_recurrence import linear_recurrence
 
@@ -33,6 +33,13 @@ class Report(NamedTuple):
     iterations: Int[Array, "blocks"]
     converged: Bool[Array, "blocks"]
     error: Float[Array, "blocks"]
+
+
+class Step(NamedTuple):
+    """One of Newton's, over the tolerance: how far it went, and how far is left at the rate at which steps shrink."""
+
+    size: Float[Array, ""]
+    left: Float[Array, ""]
 
 
 class Newton(NamedTuple):
@@ -79,9 +86,10 @@ def nonlinear_recurrence(
         N products with the cell's derivative a step, of N numbers of state; gradients take the full one always.
       damping: steps take (1 − damping) J in the place of J, for cells that overflow on the way.
       tolerance: 16 rounding errors where None.
-      max_iterations: steps before a block falls back. Earlier it does after 3/4 of a step a token, from 16 steps on.
+      max_iterations: steps before a block falls back. After 3/4 of a step a token it does so earlier.
       block_size: tokens that are solved for together, one block after the other: J of C tokens takes C N² numbers a
-        sequence. All of time where None, and where time is split over devices.
+        sequence. All of time where None, and where time is split over devices. From block to block the rounding of a
+        chaotic cell grows, as it does between any two programs, though each block converge.
       report: return a `Report` too; in `sequential`, of no iterations.
 
     Raises:
@@ -125,8 +133,12 @@ def sequential(cell: Cell, xs, state):
 
 def parallel(cell: Cell, xs, state, newton: Newton, guess, size: int):
     flat, tree = _raveler(state)
+    length = _length(xs)
+    guess = jax.tree.map(lambda h: jnp.repeat(h[:, None], length, axis=1), state) if guess is None else guess
+    guess, xs = jax.tree.map(partial(_padded, size=size), (flat(guess), xs))
+    if length % size:
+        cell, xs = _ending(cell), (jnp.broadcast_to(jnp.arange(_length(xs)) < length, guess.shape[:2]), xs)
     every = jax.vmap(cell, in_axes=1, out_axes=1)
-    guess = jax.tree.map(lambda h: jnp.repeat(h[:, None], _length(xs), axis=1), state) if guess is None else guess
 
     def block(start, within):
         xs, guess = within
@@ -144,23 +156,25 @@ def parallel(cell: Cell, xs, state, newton: Newton, guess, size: int):
         h, done = lax.custom_root(residual, guess, solve, partial(_linear_solve, newton), has_aux=True)
         return own(on_last(h[:, -1])), (h, done)
 
-    blocks = scan.split_chunks(jax.tree.map(lambda x: _padded(x, size), (xs, flat(guess))), size)
-    _, (h, (count, error)) = lax.scan(block, flat(state), blocks)
-    h = scan.join_chunks(h)[:, : _length(xs)]
+    _, (h, (count, error)) = lax.scan(block, flat(state), scan.split_chunks((xs, guess), size))
+    h = scan.join_chunks(h)[:, :length]
     return tree(h), tree(on_last(h[:, -1])), Report(count.astype(jnp.int32), error <= 1, error)
 
 
 def _iterate(newton: Newton, residual: Callable, guess):
     """The last trajectory, the count of Newton steps and the error that is left, 1 being small enough.
 
-    A step is the error before it, if it is exact. Those that are not shrink by a factor θ, on the mean so far; behind
-    the last one, of size s, an error of s θ / (1 − θ) is left. What overflows in a step keeps its place, and is met
-    again by the next.
+    A step is the error before it, if it is exact. Those that are not shrink by a factor θ; behind the last one, of size
+    s, an error of s θ / (1 − θ) is left. θ is the mean so far. Of steps by less than J it is the last one too, as what
+    shrinks slowly appears when what shrinks fast is gone, and two of them must agree; but in steps of the size of
+    rounding there is no θ. What overflows in a step keeps its place, and is met again by the next.
     """
-    limit = 16 * jnp.finfo(guess.dtype).eps if newton.tolerance is None else newton.tolerance
+    rounding = 4 * jnp.finfo(guess.dtype).eps
+    limit = 4 * rounding if newton.tolerance is None else newton.tolerance
+    exact = newton.jacobian == "full" and newton.damping == 0
 
     def step(carry):
-        h, count, _, largest = carry
+        h, count, _, largest, before = carry
         value, push = jax.linearize(residual, h)
         moved = h - _bidiagonal(newton, push, value)
         finite = jnp.isfinite(moved)
@@ -168,15 +182,20 @@ def _iterate(newton: Newton, residual: Callable, guess):
         size = _largest(jnp.where(finite, jnp.abs(moved - h) / (limit * (1 + jnp.abs(moved))), jnp.inf))
         largest = jnp.maximum(largest, jnp.where(jnp.isfinite(size), size, 0))
         theta = (size / largest) ** (1 / jnp.maximum(count, 1).astype(size.dtype))
-        shrinking = jnp.where(size < largest, size * jnp.maximum(1, theta / (1 - theta)), jnp.inf)
-        return moved, count + 1, jnp.where(count == 0, size, shrinking), largest
+        if not exact:
+            theta = jnp.where(size * limit > rounding, jnp.maximum(theta, size / before.size), theta)
+        left = jnp.where(theta < 1, size * jnp.maximum(1, theta / (1 - theta)), jnp.inf)
+        left = jnp.where(count == 0, size, left)
+        error = left if exact else jnp.maximum(left, before.left)
+        return moved, count + 1, error, largest, Step(size, left)
 
     # Each step makes one token more exact at least: what takes about a step a token has found nothing, and where the
     # cell is chaotic it ends in a trajectory that rounding has turned away from the loop's.
-    most = min(newton.max_iterations, max(16, 3 * guess.shape[1] * devices() // 4))
+    most = min(newton.max_iterations, 1 + 3 * guess.shape[1] * devices() // 4)
     going = lambda carry: (carry[2] > 1) & (carry[1] < most)
-    error, largest = (jnp.asarray(x, guess.dtype) for x in (jnp.inf, 0))
-    return lax.while_loop(going, step, (guess, jnp.int32(0), error, largest))[:3]
+    zero, infinite = (jnp.asarray(x, guess.dtype) for x in (0, jnp.inf))
+    start = guess, jnp.int32(0), infinite, zero, Step(infinite, infinite)
+    return lax.while_loop(going, step, start)[:3]
 
 
 def _bidiagonal(newton: Newton, matvec: Callable, b, *, reverse: bool = False):
@@ -185,12 +204,13 @@ def _bidiagonal(newton: Newton, matvec: Callable, b, *, reverse: bool = False):
     In reverse, for the transposed of such a map: what it does to the same vectors is J_{t+1}ᵀ.
     """
     N, keep = b.shape[-1], 1 - newton.damping
+    like = lambda x: zeros_from(b, x.shape, x.dtype, plus=x)
     if newton.jacobian == "diagonal":
-        unit = lambda n: own(jnp.broadcast_to(jax.nn.one_hot(n, N, dtype=b.dtype), b.shape))
+        unit = lambda n: like(jnp.broadcast_to(jax.nn.one_hot(n, N, dtype=b.dtype), b.shape))
         diagonal = lax.map(lambda n: keep * (1 - matvec(unit(n))[..., n]), jnp.arange(N))
         return linear_recurrence(jnp.moveaxis(diagonal, 0, -1), b, reverse=reverse)[0]
-    units = jnp.broadcast_to(jnp.eye(N, dtype=b.dtype)[:, None, None], (N, *b.shape))
-    J = jnp.moveaxis(keep * (units - jax.vmap(matvec)(own(units))), 0, -1)
+    units = like(jnp.broadcast_to(jnp.eye(N, dtype=b.dtype)[:, None, None], (N, *b.shape)))
+    J = jnp.moveaxis(keep * (units - jax.vmap(matvec)(units)), 0, -1)
     run = sharded if is_split() else scan.parallel
     return run(matrix_affine, MatrixAffine(J, b), jnp.zeros_like(b[:, 0]), reverse=reverse)[0]
 
@@ -203,7 +223,9 @@ def _linear_solve(newton: Newton, matvec: Callable, b):
 
 
 def _largest(error):
-    return lax.pmax(jnp.max(error), AXIS) if is_split() else jnp.max(error)
+    """Of all devices, which so take as many steps: they meet in each."""
+    axes = tuple(jax.typeof(error).manual_axis_type.varying)
+    return lax.pmax(jnp.max(error), axes) if axes else jnp.max(error)
 
 
 def _length(xs) -> int:
@@ -232,6 +254,17 @@ def _raveler(state) -> tuple[Callable, Callable]:
         return jax.tree.unflatten(structure, shaped)
 
     return flat, tree
+
+
+def _ending(cell: Cell) -> Cell:
+    """Behind the end a state stays: what grew there would fill the gradients of all tokens with NaN."""
+
+    def ending(state, token):
+        inside, x = token
+        kept = lambda new, h: jnp.where(lax.expand_dims(inside, range(1, h.ndim)), new, h)
+        return jax.tree.map(kept, cell(state, x), state)
+
+    return ending
 
 
 def _restarting(cell: Cell) -> Cell:
