@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
-from jaxseq.layers.feature_maps import FEATURE_MAPS
-from jaxseq.layers.initialisers import S4D_INITIALISATIONS
 from jaxseq.mixers import (
     ABC,
     DSS,
@@ -231,6 +229,7 @@ class OpMember(NamedTuple):
     float32: str = "float32"  # tolerance with mild decays
     moving: tuple[str, ...] = ()  # the inputs with a time axis, for feeding a sequence in parts
     whole: bool = False  # refuses time that is split over devices
+    slow: bool = False  # by the code of another member: its forms are slow tests
 
     @property
     def fast(self) -> tuple[str, ...]:
@@ -471,9 +470,11 @@ OPS = {
     "gla per channel": OpMember(_gla_inputs, sweep=True, **_linear),
     "gla per head": OpMember(partial(_gla_inputs, decay="B T H"), sweep=True, **_linear),
     "gla fixed decay": OpMember(
-        partial(_gla_inputs, decay="H"), **_linear | dict(moving=("query", "key", "value"), forms=_kernel[:-1])
+        partial(_gla_inputs, decay="H"),
+        **_linear | dict(moving=("query", "key", "value"), forms=_kernel[:-1]),
+        slow=True,
     ),
-    "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear),
+    "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear, slow=True),
     "gla bonus": OpMember(partial(_gla_inputs, bonus=True), **_linear),
     "gla per value": OpMember(
         partial(_gla_inputs, decay="B T H V"),
@@ -481,7 +482,7 @@ OPS = {
         sweep=True,
     ),
     "gla grouped keys": OpMember(partial(_gla_inputs, key_heads=1), **_linear | dict(forms=_kernel[:-1])),
-    "delta_rule": OpMember(_delta_inputs, **_delta),
+    "delta_rule": OpMember(_delta_inputs, **_delta, slow=True),
     "delta_rule per head": OpMember(partial(_delta_inputs, decay="B T H"), **_delta),
     "delta_rule per channel": OpMember(partial(_delta_inputs, decay="B T H K"), sweep=True, **_delta),
     "delta_rule grouped keys": OpMember(
@@ -895,18 +896,14 @@ MIXERS = {
     "SelectiveAttention all keys": MixerMember(
         partial(SelectiveAttention, WIDTH, num_heads=2, threshold=0.5, keys="all"), recurrent=False, cheap=True
     ),
+    "LinearAttention bare": MixerMember(
+        partial(LinearAttention, WIDTH, num_heads=2, feature_map="dpfp", normalise=False), cheap=True
+    ),
 } | {
-    f"S4D {init} {disc}": MixerMember(
-        partial(S4D, WIDTH, state_size=8, num_copies=2, initialisation=init, discretisation=disc), cheap=True
+    f"S4D {rule}": MixerMember(
+        partial(S4D, WIDTH, state_size=8, num_copies=2, initialisation=("inv", "lin"), discretisation=rule), cheap=True
     )
-    for init in (*S4D_INITIALISATIONS, ("inv", "lin"))
-    for disc in DISCRETISATIONS
-}
-MIXERS |= {
-    f"LinearAttention {name}": MixerMember(
-        partial(LinearAttention, WIDTH, num_heads=2, feature_map=name, normalise=False, chunk_size=CHUNK), cheap=True
-    )
-    for name in FEATURE_MAPS
+    for rule in DISCRETISATIONS
 }
 #: Names of those that run every law.
 FULL_MIXERS = [

@@ -70,12 +70,6 @@ def test_only_allowed_tokens_are_drawn(how, allowed, key):
     assert set(np.unique(draws).tolist()) == allowed
 
 
-def test_the_state_of_recurrent_mixers_does_not_grow():
-    model = LanguageModel(37, 16, mixers=(partial(GLA, num_heads=2), Mamba))
-    size = lambda length: sum(leaf.size for leaf in jax.tree.leaves(model.init_state(1, max_length=length)))
-    assert size(10) == size(100_000)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
