@@ -476,6 +476,9 @@ OPS = {
     ),
     "gla no decay": OpMember(partial(_gla_inputs, decay=None), **_linear, slow=True),
     "gla bonus": OpMember(partial(_gla_inputs, bonus=True), **_linear),
+    "gla bonus grouped keys": OpMember(
+        partial(_gla_inputs, bonus=True, key_heads=1), **_linear | dict(forms=_kernel[:-1]), slow=True
+    ),
     "gla per value": OpMember(
         partial(_gla_inputs, decay="B T H V"),
         **_linear | dict(call=partial(_matrix_state, partial(ops.gated_linear_attention, decay_axis="value"))),
@@ -489,6 +492,8 @@ OPS = {
         partial(_delta_inputs, decay="B T H", key_heads=1), **_delta | dict(forms=_kernel[:-1])
     ),
     "dplr_recurrence": OpMember(_dplr_inputs, sweep=True, **_dplr),
+    "dplr_recurrence per head": OpMember(partial(_dplr_inputs, decay="B T H"), **_dplr, slow=True),
+    "dplr_recurrence no decay": OpMember(partial(_dplr_inputs, decay=None), **_dplr, slow=True),
     "delta_product": OpMember(_product_inputs, partial(_matrix_state, ops.delta_product), _composed, moving=_tokens),
     "slot_attention": OpMember(_slot_inputs, _slots, _composed, moving=(*_tokens, "write")),
     "mesa": OpMember(_mesa_inputs, _mesa, _composed, moving=_tokens),

@@ -14,7 +14,17 @@ from jax.sharding import PartitionSpec as P
 from jaxseq import ops
 
 LENGTH = 37  # odd, and four chunks and a bit
-SWEPT = [name for name, member in OPS.items() if member.sweep]
+#: At every length and in every precision; some matrix states of many as slow tests.
+SWEPT = [
+    pytest.param(name, marks=[pytest.mark.slow] * (not member.sweep))
+    for name, member in OPS.items()
+    if member.sweep or name.startswith(("gla", "delta", "dplr_recurrence", "slot", "mesa"))
+]
+
+
+def fast(params):
+    """Each with the forms to train with."""
+    return [pytest.param(*p.values, form, marks=p.marks) for p in params for form in OPS[p.values[0]].fast]
 
 
 def case(name, length=LENGTH, strength="mild", dtype=jnp.float64, segmented=True):
@@ -70,7 +80,7 @@ def test_forms_are_sequential_in_float64(name, impl, truth):
             assert_close(form(*case(name, strength=strength)), truth(name, strength), "float64")
 
 
-@pytest.mark.parametrize("name, impl", [(name, form) for name in SWEPT for form in OPS[name].fast])
+@pytest.mark.parametrize("name, impl", fast(SWEPT))
 def test_accuracy_in_float32(name, impl, truth):
     form = run(name, impl)
     for strength in ("mild", "strong"):
@@ -79,9 +89,7 @@ def test_accuracy_in_float32(name, impl, truth):
         assert_close(form(inputs, cast(cotangents, jnp.float32), ids), truth(name, strength, jnp.float32), tolerance)
 
 
-@pytest.mark.parametrize(
-    "name, impl", [(name, form) for name in SWEPT if "state_space" not in name for form in OPS[name].fast]
-)
+@pytest.mark.parametrize("name, impl", fast(param for param in SWEPT if "state_space" not in param.values[0]))
 def test_accuracy_in_bfloat16(name, impl, truth):
     inputs, cotangents, ids = case(name, dtype=jnp.bfloat16)
     expected = truth(name, "mild", jnp.bfloat16)
@@ -102,7 +110,7 @@ def test_lengths(name, length):
             assert_close(run(name, impl)(*sample), expected, "float64")
 
 
-@pytest.mark.parametrize("name", [name for name in SWEPT if OPS[name].moving])
+@pytest.mark.parametrize("name", [param for param in SWEPT if OPS[param.values[0]].moving])
 def test_two_parts_are_the_whole(name):
     """From any initial state, split inside a chunk, in a segment that goes on; gradients flow through the state."""
     with jax.enable_x64(True):
