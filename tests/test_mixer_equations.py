@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from families import assert_close, cast
 
+from jaxseq.layers.decays import lightning_log_decays
 from jaxseq.mixers import (
     ABC,
     GLA,
@@ -248,7 +249,7 @@ def reflecting(p, x, starts):
 
 
 LOOPS = {
-    "Lightning": (partial(Lightning, num_heads=2, layer_fraction=0.2), minimax),
+    "Lightning": (partial(Lightning, num_heads=2, layer=1, num_layers=5), minimax),
     "ABC": (partial(ABC, num_heads=2, num_slots=3), bounded_memory),
     "MesaNet": (partial(MesaNet, num_heads=2), least_squares),
     "LogLinearAttention": (partial(LogLinearAttention, num_heads=2, num_levels=4), binary_digits),
@@ -333,6 +334,27 @@ def test_a_decay_beyond_all_numbers_is_no_new_segment():
 def test_what_would_do_nothing_is_named(module, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2, 8)))
+
+
+def test_a_layer_starts_by_its_place():
+    """The last layer still forgets and still shifts: 1 − layer / num_layers is not zero. Biases reach their end."""
+    np.testing.assert_allclose(lightning_log_decays(4, layer=3, num_layers=12), [0, -1.5, -3, -4.5])
+    last = dict(layer=3, num_layers=4)
+    start = lambda m: jax.jit(m.init)(jax.random.key(0), jnp.zeros((1, 1, 8)))["params"]
+    six, seven = start(RWKV6(8, num_heads=2, **last)), start(RWKV7(8, num_heads=2, **last))
+    channel = np.arange(8)
+    np.testing.assert_allclose(six["mix"], 1 - (channel / 8) ** 0.25, rtol=1e-6)
+    np.testing.assert_allclose(seven["mix_w"], 1 - (channel / 8) ** (0.9 * 0.25), rtol=1e-6)
+    np.testing.assert_allclose(six["decay_up"]["bias"], -6 + 5 * (channel / 7) ** 2, rtol=1e-6)
+    zigzag = 2.5 * np.tile(np.linspace(-1, 1, 4) * np.abs(np.linspace(-1, 1, 4)), 2)
+    np.testing.assert_allclose(seven["decay_up"]["bias"], -5.5 + 6 * (channel / 7) ** 2 + zigzag, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [RWKV6, RWKV7, Lightning])
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_place_outside_the_model_is_named(kind, layer):
+    with pytest.raises(ValueError, match=f"layer={layer} of num_layers=3; layers are 0 to num_layers − 1"):
+        jax.eval_shape(kind(8, num_heads=2, layer=layer, num_layers=3).init, jax.random.key(0), jnp.zeros((1, 2, 8)))
 
 
 @pytest.mark.parametrize(

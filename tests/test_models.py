@@ -280,9 +280,9 @@ def test_a_token_beyond_the_vocabulary_is_named():
 
 def test_every_named_mixer_has_a_layer():
     assert len(ModelConfig(mixers="mamba,attention", depth=1).slots()) == 2
-    first, second, third = ModelConfig(mixers="rwkv6,gla,lightning", depth=3).slots()
-    assert (first.keywords["layer_fraction"], third.keywords["layer_fraction"]) == (0, 1)
-    assert "layer_fraction" not in second.keywords
+    first, second, third = (slot(d_model=WIDTH) for slot in ModelConfig(mixers="rwkv6,gla,lightning", depth=3).slots())
+    assert [(m.layer, m.num_layers) for m in (first, third)] == [(0, 3), (2, 3)]
+    assert isinstance(second, GLA)
     one, other = ModelConfig(mixers="gla", depth=2).slots()
     assert one is other  # depth is a scan over equal slots
 

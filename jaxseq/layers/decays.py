@@ -9,7 +9,7 @@ import numpy as np
 
 from ..shapes import accumulator, known
 from .initialisers import log_of_uniform, step_size_bias
-from .mixer import check_layer_fraction
+from .mixer import check_place
 from .projection import projection
 
 
@@ -18,10 +18,10 @@ def retention_log_decays(num_heads: int) -> jax.Array:
     return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(num_heads)))))
 
 
-def lightning_log_decays(num_heads: int, layer_fraction: float) -> jax.Array:
-    """log γ_h = −(8 h / H) (1 − l), h = 0 … H − 1, l the layer's place (TransNormerLLM, arXiv 2307.14995)."""
-    check_layer_fraction(layer_fraction)
-    return jnp.asarray(-8 * np.arange(num_heads) / num_heads * (1 - layer_fraction))
+def lightning_log_decays(num_heads: int, layer: int, num_layers: int) -> jax.Array:
+    """log γ_h = −(8 h / H) (1 − layer / num_layers), h = 0 … H − 1 (TransNormerLLM, arXiv 2307.14995)."""
+    check_place(layer, num_layers)
+    return jnp.asarray(-8 * np.arange(num_heads) / num_heads * (1 - layer / num_layers))
 
 
 def bounded_decay(z: jax.Array, lower_bound: Any) -> tuple[jax.Array, jax.Array]:

@@ -10,10 +10,10 @@ from ..segments import padded_segments
 from ..shapes import Array, Float, Int, accumulator, typed
 
 
-def check_layer_fraction(layer_fraction: float) -> None:
-    """Raise unless it is the place of a layer in a model."""
-    if not 0 <= layer_fraction <= 1:
-        raise ValueError(f"layer_fraction={layer_fraction}; it is 0 for the first layer of a model, 1 for the last.")
+def check_place(layer: int, num_layers: int) -> None:
+    """Raise unless it is the place of a layer in a model of so many."""
+    if not 0 <= layer < num_layers:
+        raise ValueError(f"layer={layer} of num_layers={num_layers}; layers are 0 to num_layers − 1.")
 
 
 def at_least(module: nn.Module, **least: int) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..ops.convolution import taps
 from ..shapes import Array, Float, Int, typed, zeros_from
-from .mixer import check_layer_fraction
+from .mixer import check_place
 
 
 @typed
@@ -16,11 +16,10 @@ def token_shift(
     return previous - x, last.astype(before.dtype)
 
 
-def first_shares(width: int, layer_fraction: float, power: float) -> np.ndarray:
+def first_shares(width: int, layer: int, num_layers: int, power: float) -> np.ndarray:
     """How much of the token before it a channel takes at first: the more, the lower the channel and the layer.
 
-    1 − (i / D)^(power · (1 − layer_fraction)), as RWKV's authors start their models, but for the last layer, whose
-    exponent they keep above 0.
+    1 − (i / D)^(power · (1 − layer / num_layers)), as RWKV's authors start their models.
     """
-    check_layer_fraction(layer_fraction)
-    return 1 - (np.arange(width) / width) ** (power * (1 - layer_fraction))
+    check_place(layer, num_layers)
+    return 1 - (np.arange(width) / width) ** (power * (1 - layer / num_layers))

@@ -19,17 +19,18 @@ class LightningState(NamedTuple):
 class Lightning(Mixer):
     """Linear attention with a fixed decay per head and layer (TransNormerLLM, arXiv 2307.14995, section 3).
 
-        q, k, v = silu(x W_q), silu(x W_k), silu(x W_v)        log γ_h = −(8 h / H) (1 − l), h = 0 … H − 1
+        q, k, v = silu(x W_q), silu(x W_k), silu(x W_v)        log γ_h = −(8 h / H) (1 − l / L), h = 0 … H − 1
         S_t = γ_h S_{t-1} + k_t v_tᵀ        o_t = K^-½ S_tᵀ q_t        y_t = (RMSNorm(o_t) ⊙ σ(x_t W_g)) W_o
 
-    l is `layer_fraction`, 0 for the first layer of a model; the first head never forgets. The norm is over all heads
-    together; the activations and the gate are those of MiniMax-01 (arXiv 2501.08313), which divides by no K^½: the
-    norm undoes it.
+    l is `layer`, 0 the first, of the L `num_layers` of a model; the first head never forgets. The norm is over all
+    heads together; the activations and the gate are those of MiniMax-01 (arXiv 2501.08313), which divides by no K^½:
+    the norm undoes it.
     """
 
     d_model: int
     num_heads: int = 4
-    layer_fraction: float = 0.0
+    layer: int = 0
+    num_layers: int = 1
     expand_k: float = 1.0
     expand_v: float = 1.0
     norm_eps: float = 1e-5
@@ -49,7 +50,7 @@ class Lightning(Mixer):
             for name, width in (("q", K), ("k", K), ("v", V))
         )
         o, matrix = ops.gated_linear_attention(
-            q, k, v, lightning_log_decays(H, self.layer_fraction), initial_state=state.matrix,
+            q, k, v, lightning_log_decays(H, self.layer, self.num_layers), initial_state=state.matrix,
             segment_ids=segment_ids, chunk_size=self.chunk_size, impl=self.impl,
         )  # fmt: skip
         norm = nn.RMSNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")

@@ -31,9 +31,9 @@ class RWKV6(Mixer):
         o_t = (S_{t-1} + diag(u) k_t v_tᵀ)ᵀ r_t        S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ
         y_t = (norm(o_t) ⊙ silu(x^g W_g)) W_o
 
-    The norm is a LayerNorm of each head. `layer_fraction` is the place of the layer in a model, 0 the first and 1 the
-    last: it sets where μ, the decays and u start, as in the authors' models. Their heads are 64 wide in key and value.
-    The mixes are of rank `mix_rank`, the decay of rank `decay_rank`.
+    The norm is a LayerNorm of each head. `layer`, 0 the first, of the `num_layers` of a model sets where μ, the decays
+    and u start, as in the authors' models. Their heads are 64 wide in key and value. The mixes are of rank `mix_rank`,
+    the decay of rank `decay_rank`.
 
     It is the authors' time mixing; where their blocks have channel mixing, a `Stack` has its MLP.
     """
@@ -44,7 +44,8 @@ class RWKV6(Mixer):
     expand_v: float = 1.0
     mix_rank: int = 32
     decay_rank: int = 64
-    layer_fraction: float = 0.0
+    layer: int = 0
+    num_layers: int = 1
     norm_eps: float = 1e-5
     chunk_size: int | None = None
     impl: str | None = None
@@ -88,21 +89,25 @@ class RWKV6(Mixer):
         mixes = jnp.einsum("btcr,crd->cbtd", low, up.reshape(5, R, D)) + bias[:, None, None]
         return x[None] + shift[None] * mixes
 
+    def _depth(self) -> float:
+        """0 for the first layer, 1 for the last."""
+        return self.layer / max(1, self.num_layers - 1)
+
     def _share(self, power: float):
-        return first_shares(self.d_model, self.layer_fraction, power)
+        return first_shares(self.d_model, self.layer, self.num_layers, power)
 
     def _first_mixes(self):
         r, w, k, v, g = (self._share(power) for power in (0.5, 1, 1, 1, 0.5))
-        return np.stack([r, w, k, v - 0.3 * self.layer_fraction, g])
+        return np.stack([r, w, k, v - 0.3 * self._depth(), g])
 
     def _first_decays(self):
         ramp = np.linspace(0, 1, self.num_heads * self._sizes()[0])
-        return -6 + 5 * ramp ** (0.7 + 1.3 * self.layer_fraction)
+        return -6 + 5 * ramp ** (0.7 + 1.3 * self._depth())
 
     def _first_bonus(self):
         size = self.num_heads * self._sizes()[0]
         zigzag = (np.arange(size) + 1) % 3 - 1
-        return (self.layer_fraction * (1 - np.linspace(0, 1, size)) + 0.1 * zigzag).reshape(self.num_heads, -1)
+        return (self._depth() * (1 - np.linspace(0, 1, size)) + 0.1 * zigzag).reshape(self.num_heads, -1)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> RWKV6State:

@@ -19,7 +19,7 @@ from ..layers.projection import projection, split_heads
 from ..layers.token_shift import first_shares, token_shift
 from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
-#: μ_c of channel i starts at 1 − (i / D)^(power · (1 − layer_fraction)).
+#: μ_c of channel i starts at 1 − (i / D)^(power · (1 − layer / num_layers)).
 POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
 #: Ranks that are None are near these multiples of √d_model.
@@ -40,8 +40,8 @@ class RWKV7(Mixer):
         S_t = (diag w_t − (a_t ⊙ κ_t) κ_tᵀ) S_{t-1} + k̃_t v_tᵀ        o_t = S_tᵀ r_t
         y_t = ((norm(o_t) + (Σ r_t ⊙ k̃_t ⊙ r_k) v_t) ⊙ σ(x^g W_g1) W_g2) W_o
 
-    The norm is a LayerNorm of each head with ε = 1e-5 K. `layer_fraction` is the place of the layer in a model, 0 the
-    first and 1 the last: it sets where μ and the decays start. The ranks of decay, a, v and g follow `d_model` when
+    The norm is a LayerNorm of each head with ε = 1e-5 K. `layer`, 0 the first, of the `num_layers` of a
+    model sets where μ and the decays start. The ranks of decay, a, v and g follow `d_model` when
     None, as the authors' do.
 
     It is the authors' time mixing; where their blocks have channel mixing, a `Stack` has its MLP.
@@ -57,7 +57,8 @@ class RWKV7(Mixer):
     a_rank: int | None = None
     value_rank: int | None = None
     gate_rank: int | None = None
-    layer_fraction: float = 0.0
+    layer: int = 0
+    num_layers: int = 1
     chunk_size: int | None = None
     impl: str | None = None
     dtype: Any = None
@@ -79,7 +80,7 @@ class RWKV7(Mixer):
         shift, last = token_shift(x, state.last, segment_ids)
         parameter = lambda name, start: self.param(name, constant(start), (D,), self.param_dtype)
         vector = lambda name, start: parameter(name, start).astype(x.dtype)[None, None]
-        share = lambda power: first_shares(D, self.layer_fraction, power)
+        share = lambda power: first_shares(D, self.layer, self.num_layers, power)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + shift * vector(f"mix_{c}", share(power)) for c, power in POWERS.items())
         start = lambda bound: {"kernel_init": symmetric_uniform(bound * D**-0.5)}
         r, k, v = (
@@ -118,7 +119,8 @@ class RWKV7(Mixer):
         return ramp * np.abs(ramp)
 
     def _first_decays(self):
-        return -5.5 + 6 * (self._line() + 0.5) ** (1 + self.layer_fraction**0.3) + 2.5 * self._zigzag()
+        depth = self.layer / max(1, self.num_layers - 1)  # 0 for the first layer, 1 for the last
+        return -5.5 + 6 * (self._line() + 0.5) ** (1 + depth**0.3) + 2.5 * self._zigzag()
 
     def _first_a(self):
         return -0.19 + 0.3 * self._zigzag() + 0.4 * self._line()

@@ -47,7 +47,7 @@ class ModelConfig:
         """One slot a layer. The names are those of the classes in `jaxseq.mixers`, in lower case.
 
         All layers of a name are one slot, so that depth is a scan; but what starts by its place in the authors' models
-        (`layer_fraction` of RWKV and Lightning) has a slot for each. The bounds of HGRN's decays, which its authors
+        (`layer` of RWKV and Lightning) has a slot for each. The bounds of HGRN's decays, which its authors
         learn across layers, are those of its first layer throughout.
         """
         known = _known()
@@ -61,9 +61,9 @@ class ModelConfig:
 
         def slot(layer: int) -> Slot:
             name = names[layer % len(names)]
-            if "layer_fraction" not in slot_fields(name):
+            if "layer" not in slot_fields(name):
                 return slots[name]
-            return partial(slots[name], layer_fraction=layer / max(1, depth - 1))
+            return partial(slots[name], layer=layer, num_layers=depth)
 
         return tuple(slot(layer) for layer in range(depth))
 
