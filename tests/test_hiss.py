@@ -63,7 +63,7 @@ class Level(nn.Module):
             x = x + self.param("places", nn.initializers.zeros, (self.places, self.d_model))[None]
         block = partial(Block, self.d_model, self.mixer, self.mlp, "layer", 1e-5, True, 0.0)
         for n in range(2):
-            x, _ = block(self.dtype, self.param_dtype, name=f"block_{n}")(x, None)
+            x, *_ = block(self.dtype, self.param_dtype, name=f"block_{n}")(x, None)
         return x, state
 
 

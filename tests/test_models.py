@@ -13,7 +13,7 @@ from families import assert_close
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
 from jaxseq.layers import NgramEmbedding
 from jaxseq.layers.self_attention import SelfAttention
-from jaxseq.mixers import DSS, H3, LRU, S4, S5, Mamba2
+from jaxseq.mixers import DSS, H3, LRU, RWKV7, S4, S5, Mamba2
 from jaxseq.models import ModelConfig, Tagger
 from jaxseq.models.block import Stack
 from jaxseq.train import TrainConfig, make_optimizer
@@ -27,6 +27,9 @@ MODELS = {
     "hybrid, tied": LanguageModel(VOCAB, WIDTH, (partial(Mamba, state_size=4), attention) * 2, tied=True),
     "n-grams": LanguageModel(VOCAB, WIDTH, (gla,), ngrams=(2, 4), ngram_buckets=64),
     "shared": LanguageModel(VOCAB, WIDTH, (gla, attention) * 2, shared=True),
+    "values of the first layer": LanguageModel(
+        VOCAB, WIDTH, tuple(partial(RWKV7, num_heads=2, layer=layer, num_layers=2) for layer in range(2)), mlp=None
+    ),
     "no pattern, no mlp": LanguageModel(VOCAB, WIDTH, (partial(S4D, state_size=4), gla, None, attention), mlp=None),
 }
 tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
@@ -83,6 +86,32 @@ def test_layers_do_not_share_parameters():
         rest = count(shapes((None,))["params"]) - count(shapes((None,))["params"]["stack"]["layers"])
         blocks = sum(count(shapes((slot,))["params"]["stack"]["layers"]) for slot in stack)
         assert count(shapes(stack)) == rest + blocks
+
+
+def test_the_values_of_the_first_layer_reach_the_others():
+    """A stack of RWKV7 is its layers one by one, all after the first with what that made of its values."""
+    slots = ModelConfig(mixers="gla,rwkv7,rwkv7,rwkv7").slots()
+    stack, x = Stack(WIDTH, slots, mlp=None), jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, WIDTH)))
+    params = initialised(stack, x)
+
+    @jax.jit
+    def by_hand(params):
+        norm = lambda p, x: nn.RMSNorm().apply({"params": p}, x)
+        layers, h, first = jax.tree.map(lambda leaf: leaf[0], params["layers"]), x, None
+        for layer, slot in zip(layers.values(), slots, strict=True):
+            mixer, y, p = slot(d_model=WIDTH), norm(layer["mixer_norm"], h), {"params": layer["mixer"]}
+            if isinstance(mixer, RWKV7):
+                y, _, value = mixer.apply(p, y, None, first_value=first, method="with_value")
+                h, first = h + y, value if first is None else first
+            else:
+                h += mixer.apply(p, y)
+        return norm(params["norm"], h)
+
+    assert_close(jax.jit(stack.apply)(params, x)[0], by_hand(params["params"]), "mixer")
+    mix = lambda params: ["value_up" in layer["mixer"] for layer in params["params"]["layers"].values()]
+    assert mix(params) == [False, False, True, True]
+    alike = Stack(WIDTH, (partial(RWKV7, num_heads=2),) * 2)  # each the first of a model
+    assert mix(jax.eval_shape(alike.init, jax.random.key(0), x)) == [False]
 
 
 def test_shared_layers_are_one_layer():

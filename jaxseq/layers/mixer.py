@@ -79,6 +79,10 @@ class Mixer(nn.Module):
         y, state = self.prefill(x[:, None], state, **{name: value[:, None] for name, value in inputs.items()})
         return y[:, 0], state
 
+    def in_stack(self, x, state: Any, segment_ids, handed: dict[str, Array], **inputs):
+        """`prefill` above other layers: `(y, state, handed)`, what they hand on by name, and then this one too."""
+        return *self.prefill(x, state, segment_ids, **inputs), handed
+
     def start(self, x: Array, *, max_length: int | None = None):
         """The state at the start of the sequence x; `max_length=0` leaves no room for a cache after this call.
 

@@ -40,15 +40,14 @@ class RWKV7(Mixer):
         S_t = (diag w_t − (a_t ⊙ κ_t) κ_tᵀ) S_{t-1} + k̃_t v_tᵀ        o_t = S_tᵀ r_t
         y_t = ((norm(o_t) + (Σ r_t ⊙ k̃_t ⊙ r_k) v_t) ⊙ σ(x^g W_g1) W_g2) W_o
 
-    The norm is a LayerNorm of each head with ε = 1e-5 K. `layer`, 0 the first, of the `num_layers` of a
-    model sets where μ and the decays start. The ranks of decay, a, v and g follow `d_model` when
-    None, as the authors' do.
+    The norm is a LayerNorm of each head with ε = 1e-5 K. `layer`, 0 the first, of the `num_layers` of a model sets
+    where μ and the decays start. The ranks of decay, a, v and g follow `d_model` when None, as the authors' do.
 
     It is the authors' time mixing; where their blocks have channel mixing, a `Stack` has its MLP.
 
-    Layers after the authors' first mix their values with those of the first: with `first_value` `B T D`, which that
-    layer sows as "value" into "intermediates", v_t + (first_value_t − v_t) ⊙ σ(b_v + x^v W_v1 W_v2) is v_t. `Stack`
-    hands on no such input: there every layer is as their first.
+    Layers after the first mix their values with its own: with `first_value` `B T D`, which `with_value` of that layer
+    returns, v_t + (first_value_t − v_t) ⊙ σ(b_v + x^v W_v1 W_v2) is v_t. In a `Stack` layers whose `layer` is not 0
+    take it from the first RWKV7 before them.
     """
 
     d_model: int
@@ -64,7 +63,6 @@ class RWKV7(Mixer):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    @nn.compact
     @typed
     def prefill(
         self,
@@ -73,6 +71,16 @@ class RWKV7(Mixer):
         segment_ids: Int[Array, "B T"] | None = None,
         first_value: Float[Array, "B T D"] | None = None,
     ):
+        return self.with_value(x, state, segment_ids, first_value)[:2]
+
+    def in_stack(self, x, state: Any, segment_ids, handed: dict[str, Array], **inputs):
+        first = handed.get("first_value") if self.layer else None
+        y, state, value = self.with_value(x, state, segment_ids, first, **inputs)
+        return y, state, handed | {"first_value": value if first is None else first}
+
+    @nn.compact
+    def with_value(self, x, state: Any, segment_ids: Array | None = None, first_value: Array | None = None):
+        """`prefill`, and the values `B T D` of this layer."""
         check_width(x, self.d_model, "RWKV7")
         D, K = self.d_model, self._width()
         state = self.start(x) if state is None else state
@@ -95,7 +103,7 @@ class RWKV7(Mixer):
         if first_value is not None:
             own_share = lift("value", rank=value_rank, **from_start(0.73 - 0.4 * self._line()))(x_v)
             v += (first_value - v) * nn.sigmoid(own_share)
-        self.sow("intermediates", "value", v)
+        value = v
         kappa = unit(split_heads(k * vector("k_k", 0.71 - 0.1 * self._line()), K), least=1e-12)
         k = k * (1 + (a - 1) * vector("k_a", 1.02))
         r, k, v, a, w = (split_heads(z, K) for z in (r, k, v, a, w))
@@ -108,7 +116,7 @@ class RWKV7(Mixer):
         o += (jnp.sum(r * k * r_k.astype(r.dtype)[None, None], axis=-1, keepdims=True) * v).reshape(x.shape)
         o *= lift("gate", rank=gate_rank, activation=nn.sigmoid)(x_g)
         y = projection(D, "out_proj", self, kernel_init=zeros)(o)
-        return y, RWKV7State(matrix.astype(state.matrix.dtype), last)
+        return y, RWKV7State(matrix.astype(state.matrix.dtype), last), value
 
     def _line(self):
         return np.linspace(-0.5, 0.5, self.d_model)

@@ -32,7 +32,8 @@ class Block(nn.Module):
     the time at once: a mask a token generalises worse (S4's authors). A mixer that is no `Mixer`, as it looks at the
     whole sequence, is called, and has no state. None sees the end of a row that `mask` leaves out (`past_padding`).
 
-    x may be two streams: then each branch f makes (b, a + f(b)) of (a, b).
+    x may be two streams: then each branch f makes (b, a + f(b)) of (a, b). `handed` is what mixers before this one hand
+    on (`Mixer.in_stack`), which comes out with what this one adds.
     """
 
     d_model: int
@@ -53,6 +54,7 @@ class Block(nn.Module):
         state: Any,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        handed: dict[str, Array] | None = None,
     ):
         normed = lambda x, part: NORMS[self.norm](self.norm_eps, name=f"{part}_norm", **self._dtypes())(x)
         dropout = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not self.has_rng("dropout"))
@@ -74,14 +76,14 @@ class Block(nn.Module):
             segment_ids, inputs = past_padding(mixer, segment_ids, mask)
             if isinstance(mixer, Mixer):
                 start = mixer.start(y, max_length=0) if state is None else state
-                y, state = mixer.prefill(y, start, segment_ids, **inputs)
+                y, state, handed = mixer.in_stack(y, start, segment_ids, handed or {}, **inputs)
             else:
                 y = mixer(y, segment_ids, **inputs)
             x = added(x, y, "mixer")
         if self.mlp is not None:
             mlp = self.mlp(d_model=self.d_model, name="mlp", **self._dtypes())
             x = added(x, mlp(before(x, "mlp")), "mlp")
-        return x, state
+        return x, state, handed
 
     @nn.nowrap
     def _dtypes(self):
@@ -96,9 +98,11 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(self, x, states, segment_ids, mask):
-        after = []
+        after, handed = [], None
         for i, mixer in enumerate(self.mixers):
-            x, state = Block(mixer=mixer, name=f"block_{i}", **self.block)(x, states and states[i], segment_ids, mask)
+            block = Block(mixer=mixer, name=f"block_{i}", **self.block)
+            x, state, passed = block(x, states and states[i], segment_ids, mask, handed)
+            handed = None if isinstance(x, tuple) else passed  # a branch of two streams is a function of them alone
             after.append(states and state)  # nobody asked for a state where the sequence ends: it is not computed
         return x, tuple(after)
 
@@ -121,6 +125,9 @@ class Stack(nn.Module):
 
     With `shared` all repeats of the pattern have the parameters of one (ALBERT, arXiv 1909.11942): each layer of a
     model of one mixer is the same. States stay their own.
+
+    What a mixer hands on (`Mixer.in_stack`: RWKV7 the values of the first layer) later ones of its period take, but for
+    those of a `reversible` stack, whose branches see no other.
 
     With `reversible` there are two streams, x twice at first and their mean at the end, and each branch f makes
     (b, a + f(b)) of (a, b): y₁ = x₁ + mixer(x₂), y₂ = x₂ + mlp(y₁) (Reformer, arXiv 2001.04451, section 3). The
@@ -211,7 +218,7 @@ class Stack(nn.Module):
                 variables = {"params": (own if shared is None else shared)[f"block_{i}"]}
                 state = states and slots["mixer"] and states[i]
                 rngs = {name: jax.random.fold_in(key, number) for name, key in keys.items()}
-                ((_, y), state), sown = half.apply(
+                ((_, y), state, _), sown = half.apply(
                     variables, (jnp.zeros_like(b), b), state, *places, rngs=rngs, mutable=sown_to
                 )
                 return y, (states and state, sown)
