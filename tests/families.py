@@ -703,7 +703,7 @@ MIXERS = {
         slow=True,
     ),
     "Lightning": MixerMember(
-        partial(Lightning, WIDTH, num_heads=2, layer_fraction=0.2, chunk_size=CHUNK),
+        partial(Lightning, WIDTH, num_heads=2, layer=1, num_layers=5, chunk_size=CHUNK),
         extreme={"q_proj/kernel": 30.0, "k_proj/kernel": 30.0},
         slow=True,
     ),

@@ -344,11 +344,8 @@ WRONG = {
     "no kv heads": (GSA(WIDTH, num_kv_heads=0), "num_kv_heads=0 does not divide num_heads=4"),
     "gsa slots": (GSA(WIDTH, num_slots=0), "num_slots=0; GSA takes 1 or more"),
     "gsa kv heads": (GSA(WIDTH, num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4"),
-    "rwkv6 depth": (
-        RWKV6(WIDTH, layer_fraction=3),
-        "layer_fraction=3; it is 0 for the first layer",
-    ),
-    "rwkv7 depth": (RWKV7(WIDTH, layer_fraction=-1), "layer_fraction=-1; it is 0"),
+    "rwkv6 depth": (RWKV6(WIDTH, layer=3, num_layers=3), "layer=3 of num_layers=3; layers are 0 to"),
+    "rwkv7 depth": (RWKV7(WIDTH, layer=-1), "layer=-1 of num_layers=1; layers are 0 to"),
     "rwkv7 heads": (RWKV7(WIDTH, num_heads=3), "num_heads=3 does not divide d_model=8"),
     "mlstm blocks": (MLSTM(WIDTH, qkv_block=3), "qkv_block=3 does not divide the 16 channels inside MLSTM"),
     "mlstm window": (MLSTM(WIDTH, conv_window=0), "conv_window=0; MLSTM takes 1 or more"),

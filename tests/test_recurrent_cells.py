@@ -13,7 +13,7 @@ from families import assert_close
 from jax.nn.initializers import normal
 from recorded import load, recorded
 
-from jaxseq.analysis import local_lipschitz
+from jaxseq.analysis import convexity_gap, local_lipschitz
 from jaxseq.layers.initialisers import low_rank
 from jaxseq.mixers import ELM, GRU, ICLRNN, LSTM, LeakyRNN
 from jaxseq.mixers.leaky_rnn import LeakyRNNState
@@ -174,18 +174,16 @@ def test_the_convex_network_is_the_recorded_one():
             f = ICLRNN(4, hidden_sizes=(8, 8), impl=impl, param_dtype=jnp.float64).apply
             y = lambda x, f=f: np.asarray(f(params, jnp.asarray(x)))[..., :2]
             np.testing.assert_allclose(y(z["x"]), z["y"], atol=1e-9)
-            mix = float(z["mix"])
-            gap = mix * y(z["x"]) + (1 - mix) * y(z["x_second"]) - y(mix * z["x"] + (1 - mix) * z["x_second"])
+            gap = convexity_gap(y, z["x"], z["x_second"], np.full(len(z["x"]), float(z["mix"])))
             np.testing.assert_allclose(gap, z["convexity_gap"], atol=1e-9)
 
 
 def convexity_gaps(module, params, pairs=1000):
-    """Least λ f(x) + (1 − λ) f(x') − f(λ x + (1 − λ) x') over random pairs of sequences."""
+    """The least over random pairs of sequences."""
     rng = np.random.default_rng(1)
     x, other = (jnp.asarray(rng.standard_normal((pairs, 6, 4)), jnp.float32) for _ in range(2))
-    mix = jnp.asarray(rng.random((pairs, 1, 1)), jnp.float32)
-    f = jax.jit(module.apply)
-    return float((mix * f(params, x) + (1 - mix) * f(params, other) - f(params, mix * x + (1 - mix) * other)).min())
+    share = jnp.asarray(rng.random(pairs), jnp.float32)
+    return float(convexity_gap(partial(jax.jit(module.apply), params), x, other, share).min())
 
 
 def test_training_stays_convex_and_contracting():

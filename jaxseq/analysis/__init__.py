@@ -9,6 +9,7 @@ from .associative_recall import recall_hits as recall_hits
 from .associative_recall import share_of_gap as share_of_gap
 from .associative_recall import sliced_perplexity as sliced_perplexity
 from .bits_per_byte import BitsPerByte as BitsPerByte
+from .convexity import convexity_gap as convexity_gap
 from .decoding import decoding_speeds as decoding_speeds
 from .decoding import state_bytes as state_bytes
 from .detection import Rates as Rates

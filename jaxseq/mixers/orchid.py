@@ -68,8 +68,6 @@ class Orchid(nn.Module):
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"conditioning={self.conditioning!r} is unknown; choose one of {', '.join(CONDITIONING)}.")
         at_least(self, window=1, short_window=1)
-        if x.shape[1] == 0:
-            raise ValueError(f"x has shape {x.shape}; Orchid takes at least one step of time.")
         counted = lambda a: a if mask is None else jnp.where(mask[..., None], a, 0)
         project = _projection(3 * self.d_model, "in_proj", self)
         streams = counted(project(x))

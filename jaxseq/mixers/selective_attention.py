@@ -62,8 +62,6 @@ class SelectiveAttention(Mixer):
         mask: Bool[Array, "B T"] | None = None,
     ):
         check_width(x, self.d_model, "SelectiveAttention")
-        if x.shape[1] == 0:
-            raise ValueError(f"x has shape {x.shape}; SelectiveAttention takes at least one step of time.")
         self._check()
         self.check_mask(mask)
         if state is not None:

@@ -18,6 +18,9 @@ from .matching import match_sums as match_sums
 from .reactor import reactor as reactor
 from .reactor import reactor_energy as reactor_energy
 from .reactor import reactor_path as reactor_path
+from .reactor_control import edge_states as edge_states
+from .reactor_control import least_cost as least_cost
+from .reactor_control import steered as steered
 from .recall import associative_recall as associative_recall
 from .recall import mqar as mqar
 from .recall import noisy_recall as noisy_recall
