@@ -7,7 +7,7 @@ Claim   An ICLRNN stays convex (gaps of 1,000 random pairs above −1e-6, before
         reactor too: with noise of 0.9, 1e-3 and a fiftieth; without, 1e-3.
 Source  Input convex Lipschitz RNN (arXiv 2401.07494) and its notebooks.
 Expect  Of peaks with noise of 0.5, three seeds: errors of 0.0039 (LSTM 0.336, without constraints 0.142), Jacobian
-        norms of 1.08 (13.0 and 11.5). Of the reactor no advantage: see experiments/README.md. 20 minutes on 2 CPU cores.
+        norms of 1.08 (13.0 and 11.5). Of the reactor no advantage: experiments/README.md. 20 minutes on 2 CPU cores.
 Run     python -m experiments.iclrnn [--preset cpu|gpu] [--tasks peaks,reactor]
 """
 
