@@ -1,8 +1,9 @@
 """A nonlinear recurrence solved for all of time at once: iterations, errors and speed beside the loop.
 
 Claim   Newton's iterations over five nonlinear cells, as they start and trained on real text, give the loop's outputs
-        to 1e-5 and its gradient to 1e-4 of the largest at every length, without falling back; where weights are so
-        large that a cell is chaotic they fall back and say so. On an accelerator they train faster than the loop.
+        to 1e-5 and its gradient to 1e-4 of the largest at every length, with the full Jacobian without falling back;
+        where weights are so large that a cell is chaotic they fall back and say so. On an accelerator they train
+        faster than the loop.
 Source  DEER (arXiv 2309.12252), full Jacobian; quasi-DEER (arXiv 2407.19115), its diagonal.
 Expect  4 to 10 iterations with the full Jacobian of all five cells, outputs to 1.5e-6, gradients to 5e-7; 11 to 66 with
         its diagonal, which falls back for a trained ELM and an untrained ICLRNN: so the claim holds of the full one.
@@ -53,7 +54,7 @@ FORMS: dict[str, dict[str, str]] = {
     "full": {"impl": "parallel", "jacobian": "full"},
     "diagonal": {"impl": "parallel", "jacobian": "diagonal"},
 }
-PARALLEL = ("full", "diagonal")
+PARALLEL, LINES = ("full", "diagonal"), {"started": ":", "trained": "-"}
 #: The largest difference of outputs, and of gradients as a share of the largest.
 VALUES, GRADIENTS = 1e-5, 1e-4
 
@@ -73,7 +74,7 @@ class Config:
     batch: int = 2
     """Sequences at once."""
     block_size: int = 256
-    """Tokens that are solved for at once with the full Jacobian; a trained LSTM of width 32 diverged over 1,024."""
+    """Tokens that are solved for at once; a trained LSTM of width 32 diverged over 1,024."""
     gain: float = 30.0
     """What weights are multiplied with to make a cell chaotic."""
     repeats: int = 2
@@ -105,8 +106,7 @@ PRESETS = {
 
 def build(config: Config, cell: str, form: str) -> LanguageModel:
     """A layer of the cell, solved in a form."""
-    block_size = config.block_size if form == "full" else None
-    slot = partial(CELLS[cell].build, **FORMS[form], block_size=block_size)
+    slot = partial(CELLS[cell].build, **FORMS[form], block_size=config.block_size)
     return LanguageModel(VOCABULARY, config.width, (slot,), remat=False)
 
 
@@ -164,7 +164,7 @@ def compared(config: Config, cell: str, state: str, params, targets: np.ndarray)
             "weights": state,
             "length": targets.shape[1],
             "form": form,
-            "iterations": max(int(layer.iterations.max()) for layer in done),
+            "iterations": max(int(layer.iterations.max()) for layer in done),  # of any block
             "fell back": not all(bool(layer.converged.all()) for layer in done),
             "values": float(jnp.abs(outputs - y).max()),
             "gradients": float(max(jax.tree.leaves(apart)) / largest),
@@ -213,7 +213,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
     parts = {
         "outputs are the loop's": worst["values"] <= VALUES,
         "so are gradients": worst["gradients"] <= GRADIENTS,
-        "Newton converges": not any(row["fell back"] for row in tame),
+        "Newton converges": not any(row["fell back"] for row in tame if row["form"] == "full"),
         "speed": min(fastest.values()) >= config.least_speed,
     }
     if wild:
@@ -225,6 +225,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
             f"most iterations, {form}": max(row["iterations"] for row in tame if row["form"] == form)
             for form in PARALLEL
         }
+        | {"the diagonal fell back": [f"{row['cell']}, {row['weights']}" for row in tame if row["fell back"]]}
         | {f"largest error, {name}": value for name, value in worst.items()}
         | {f"speed, {cell}": value for cell, value in fastest.items()},
         baseline={"speed of the loop": 1.0},
@@ -251,9 +252,6 @@ def draw(run: Run, rows: list[dict[str, Any]]) -> None:
         left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="iterations (dotted: untrained)")
         right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed in training, 1 is the loop's")
         figure.legend(loc="outside right upper", frameon=False)
-
-
-LINES = {"started": ":", "trained": "-"}
 
 
 if __name__ == "__main__":

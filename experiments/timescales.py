@@ -9,8 +9,8 @@ Source  Emergent mechanisms for long timescales (arXiv 2309.12927), whose result
 Expect  Of matches, three seeds: both master N = 5 and 6 after 4 and 5 epochs; once at 5 multi-head keeps N = 2 at
         1.000, single-head has 0.51, 0.57 and 0.50 left: the claim holds. Of parity: 6.3 and 8.3 epochs and 1.000, the
         other 8.3 and 12.7, with 0.54, 0.57 and 0.94: one hardly forgets, so it does not hold there. At this size
-        neither curriculum slows units (τ falls from 1.47, to 1.37 and 1.41 of matches, 1.34 and 1.36 of parity) or the
-        median unit's activity. Eight and four minutes on 2 busy CPU cores. gpu is not yet measured.
+        neither curriculum slows units (τ falls from 1.47, to 1.37 and 1.41 of matches, 1.34 and 1.36 of parity), and
+        the median unit's activity is gone within a step, τ of 0.08 to 0.56, which resolves nothing. Eight and four minutes on 2 busy CPU cores. gpu is not yet measured.
 Run     python -m experiments.timescales [--preset cpu|gpu] [--tasks parity,match]
 """
 
@@ -243,7 +243,10 @@ def schooled(run: Run[Config], task: str, name: str) -> dict[str, Any]:
 
 
 def timescales(config: Config, params) -> dict[str, float]:
-    """τ of the units, of their activity (the median) and of its mean, and the spectral radius of W."""
+    """τ of the units, of their activity (the median) and of its mean, and the spectral radius of W.
+
+    Below a step τ of an activity is not resolved: then it says that lag 1 has nothing left.
+    """
     W = np.asarray(params["params"]["recurrent_kernel"], np.float64)
     radius = np.abs(np.linalg.eigvals(W - np.diag(np.diag(W)))).max()
     bits = match_bits(jax.random.key(config.seed), num_examples=1, length=config.activity + 100)
@@ -281,7 +284,8 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
             parts |= {
                 f"{task}: half of the epochs": at["multi"](20, "epoch") <= 0.5 * at["single"](20, "epoch"),
                 f"{task}: single-head units are slower": at["single"](20, "tau") > at["multi"](20, "tau"),
-                f"{task}: multi-head activity slows down": at["multi"](20, "network") > at["multi"](5, "network"),
+                f"{task}: multi-head activity slows down": at["multi"](20, "network")
+                > max(1, at["multi"](5, "network")),
             }
     draw(run, rows)
     saved = {path.name: dict(np.load(path)) for path in sorted(run.checkpoints.glob("*.npz"))}
