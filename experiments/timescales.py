@@ -9,8 +9,8 @@ Source  Emergent mechanisms for long timescales (arXiv 2309.12927), whose result
 Expect  Of matches, three seeds: both master N = 5 and 6 after 4 and 5 epochs; once at 5 multi-head keeps N = 2 at
         1.000, single-head has 0.51, 0.57 and 0.50 left: the claim holds. Of parity: 6.3 and 8.3 epochs and 1.000, the
         other 8.3 and 12.7, with 0.54, 0.57 and 0.94: one hardly forgets, so it does not hold there. At this size
-        neither curriculum slows units (τ falls from 1.47, to 1.37 and 1.41 of matches, 1.34 and 1.36 of parity), and
-        the median unit's activity is gone within a step, τ of 0.08 to 0.56, which resolves nothing. Eight and four minutes on 2 busy CPU cores. gpu is not yet measured.
+        neither curriculum slows units (τ falls from 1.47, to 1.37 and 1.41 of matches, 1.34 and 1.36 of parity); the
+        median unit's activity is gone within a step. Eight and four minutes on 2 busy CPU cores; gpu is not measured.
 Run     python -m experiments.timescales [--preset cpu|gpu] [--tasks parity,match]
 """
 
