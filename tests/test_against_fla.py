@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from families import assert_close, cast
 from recorded import load, recorded, with_gradients
+from sampled import by_default
 
 from jaxseq import GLA, LanguageModel, ops
 from jaxseq.interop import fla_layer
@@ -202,7 +203,7 @@ PACKED = {
 
 
 @recorded
-@pytest.mark.parametrize("file", PACKED)
+@pytest.mark.parametrize("file", by_default(["fla_gated_delta_rule_packed"], PACKED))
 def test_packed(file):
     """One by one, each from its own state; and in one call with segment ids, from zero after the first."""
     z = load(file)
@@ -260,6 +261,8 @@ LAYERS = {
     ),
 }  # fmt: skip
 
+COMMON = ("fla_layer_gla", "fla_layer_gated_deltanet", "fla_layer_rwkv7", "fla_layer_mamba2", "fla_layer_gsa")
+
 #: Fields that are recorded beside the weights, and inputs beside x.
 GIVEN, BESIDE = ("lower_bound",), {"v_first": "first_value"}
 
@@ -269,7 +272,7 @@ def under(z, prefix):
 
 
 @recorded
-@pytest.mark.parametrize("file", LAYERS)
+@pytest.mark.parametrize("file", by_default(COMMON, LAYERS))
 def test_layer(file):
     """Their module's output and gradients, whole and as prefill and steps. The bounds are theirs against float64."""
     (layer, fields), z = LAYERS[file], load(file)

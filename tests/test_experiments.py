@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import by_default
 from test_labelled import write_digits
 
 from experiments import anomaly, efficient_transformers, long_range, rich_lazy, timescales
@@ -549,7 +550,7 @@ def test_a_neuron_adds(run, tmp_path):
     assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("part", ["rules and a model", pytest.param("chimera", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", by_default([], ["rules and a model", "chimera"]))
 def test_series_are_classified(run, part, tmp_path):
     """Of two channels and unequal lengths; what a kill left is found again; a bad file in one line."""
     out, rng = tmp_path / "r", np.random.default_rng(0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded import load, recorded
+from sampled import by_default
 
 from jaxseq import Mamba
 from jaxseq.layers.mlp import MLP
@@ -98,7 +99,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(["itransformer", "dlinear"], MODELS))
 def test_forecasters(name):
     """Where windows are normalised, one that is shifted and scaled gives the forecast that is."""
     model, x = MODELS[name], windows()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FULL_MIXERS, MIXERS, OPS, WIDTH, assert_close, cast
+from sampled import by_default
 
 from jaxseq import ops
 
@@ -23,12 +24,15 @@ def lowered_gradient(function, *args):
     return jax.jit(jax.grad(loss)).trace(*args).lower().as_text(dialect="hlo")
 
 
+SOLVERS = ("delta_rule per channel", "dplr_recurrence", "delta_product", "mesa", "path_attention")
+
+
 def test_the_pattern_sees_lapack():
     text = lowered_gradient(lambda a: jnp.linalg.solve(a, a[..., :1]), jnp.eye(3)[None].repeat(4, 0))
     assert LAPACK.search(text) or "triangular-solve" in text
 
 
-@pytest.mark.parametrize("name", [n for n, m in OPS.items() if m.sweep])
+@pytest.mark.parametrize("name", by_default(SOLVERS, [n for n, m in OPS.items() if m.sweep or n in SOLVERS]))
 def test_no_lapack_in_ops(name):
     inputs = cast(OPS[name].inputs(np.random.default_rng(0), 9, "mild"), jnp.float32)
     for impl in (None, *OPS[name].forms):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import assert_close, cast
+from sampled import by_default
 
 from jaxseq.layers.decays import lightning_log_decays
 from jaxseq.mixers import (
@@ -263,7 +264,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", by_default(["RGLRU", "MinGRU", "MLSTM", "PaTHAttention"], LOOPS))
 def test_a_mixer_is_its_equations(name):
     """With restarts, in float64; parameters far from their start, so that all of them matter. And its slope."""
     build, loop = LOOPS[name]

@@ -11,6 +11,7 @@ import pytest
 from families import CHUNK, FULL_MIXERS, MIXERS, WIDTH, assert_close, initialised
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
+from sampled import by_default
 
 from jaxseq import GLA, S4D, Attention, LanguageModel, Mamba
 from jaxseq.mixers import (
@@ -392,7 +393,7 @@ def test_wrong_inputs_are_named(name, built):
             jax.eval_shape(MIXERS[name].build(impl="fast").apply, params, draw(3))
 
 
-@pytest.mark.parametrize("kind", [S4, S4D, DSS, S5])
+@pytest.mark.parametrize("kind", by_default([S4D], [S4, S4D, DSS, S5]))
 def test_both_directions(kind):
     """Every output sees every input, segments stay apart, and there is no state; nor a language model."""
     module = kind(WIDTH, state_size=4, bidirectional=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import assert_close
+from sampled import by_default
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
 from jaxseq.layers import NgramEmbedding
@@ -46,7 +47,7 @@ def count(params):
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(["hybrid, tied", "shared"], MODELS))
 def test_call_is_prefill_and_steps(name):
     model = MODELS[name]
     params = initialised(model, tokens)
@@ -114,6 +115,7 @@ def test_the_values_of_the_first_layer_reach_the_others():
     assert mix(jax.eval_shape(alike.init, jax.random.key(0), x)) == [False]
 
 
+@pytest.mark.slow
 def test_shared_layers_are_one_layer():
     """As many parameters as one period has; value and gradient are those of layers that happen to be equal, summed."""
     mixers = (gla, attention) * 3
@@ -284,7 +286,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", by_default(["S4D", "S5", "Mamba"], GROUPS))
 def test_groups_of_a_state_space(name):
     """Without a gradient only decay moves a parameter; with an equal one, what learns slowly moves less."""
     module, slow, decayed = GROUPS[name]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from families import assert_close
 from recorded import load, recorded
+from sampled import by_default
 
 from jaxseq import LanguageModel
 from jaxseq.layers.positional_kernel import PositionalKernel
@@ -91,7 +92,10 @@ def lag_inputs(length, window, dtype=np.float64):
     return (*tokens, -jnp.exp(normal(3)), normal(window, 3), state)
 
 
-@pytest.mark.parametrize("length, window, chunk", [(1, 3, 4), (4, 1, 4), (11, 3, 4), (5, 7, 2), (9, 4, 16)])
+@pytest.mark.parametrize(
+    "length, window, chunk",
+    by_default([(1, 3, 4), (11, 3, 4)], [(1, 3, 4), (4, 1, 4), (11, 3, 4), (5, 7, 2), (9, 4, 16)]),
+)
 def test_forms_of_the_lag_correlation_agree(length, window, chunk):
     """In float64: values, final states and all gradients, from a state, with and without segments."""
     drawn = jnp.asarray(np.random.default_rng(1).integers(0, 2, (2, length)))

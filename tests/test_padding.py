@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import assert_close
+from sampled import by_default
 
 from jaxseq import S4D, Attention, Classifier
 from jaxseq.layers import Bidirectional
@@ -54,14 +55,14 @@ AHEAD = {
     "s5": partial(S5, state_size=4, bidirectional=True),
 }  # fmt: skip
 
-SLOW = ("s4", "dss")  # which go through the same lines as S4D
+DEFAULT = ("attention", "longformer", "bigbird", "reformer", "linformer", "selective", "s4d")
 
 
 def drawn(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in AHEAD])
+@pytest.mark.parametrize("name", by_default(DEFAULT, AHEAD))
 def test_a_padded_row_is_the_row_alone(name):
     """In value and in all gradients, whatever the padding holds: that has none, and neither have other rows."""
     mixer, batch = AHEAD[name](d_model=WIDTH), drawn(2, LENGTH, WIDTH) * jnp.where(KEPT, 1, 9)[..., None]

@@ -15,6 +15,7 @@ from families import OPS, assert_close, cast, log_decays, normals, segments
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from sampled import by_default
 
 import pallas_kernels.by_token as by_token
 import pallas_kernels.one_token as one_token
@@ -276,7 +277,7 @@ def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
 TRANSFORMED = {"vmap": jax.vmap, "checkpoint": lambda f: jax.vmap(jax.checkpoint(f))}
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMED)
+@pytest.mark.parametrize("transformation", by_default(["checkpoint"], TRANSFORMED))
 @pytest.mark.parametrize("name", ["delta_rule", "selective_scan", "attention"])
 def test_kernels_under_transformations(name, transformation):
     """Of the gradient too: each example by itself."""
