@@ -3,7 +3,7 @@
 Claim   After training to like accuracy the tangent kernel of networks that began with weights of rank 1 is less aligned
         with what it was, by 0.15, than of those that began with full rank and the same norm: they learn richly. The
         exception: weights of rank 1 along what a trained network learned are lazy again, by 0.2 over others of rank 1
-        and their norm. With gpu the rank also correlates with both alignments.
+        and their norm. With gpu the rank also correlates with both alignments, and full rank moves weights less.
 Source  How connectivity structure shapes rich and lazy learning (arXiv 2310.08513), whose results are plots; thresholds
         are of a reproduction in little.
 Expect  Mean kernel alignment of 0.30 (rank 1), 0.52 (3), 0.49 (10), 0.55 (30), 0.58 (100) of five seeds, at like loss
@@ -274,6 +274,8 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
     }
     if config.least_correlation is not None:
         parts |= {f"rank and {measure}": correlation[measure] >= config.least_correlation for measure in MEASURES[:2]}
+        moved = [mean[f"rank {rank}"]["weight change"] for rank in config.ranks]
+        parts["low rank moves weights more"] = moved[0] > moved[-1]
     draw(run, table, rows)
     run.finish(
         claim="networks that began with recurrent weights of low rank learn richly, those of full rank lazily",

@@ -265,6 +265,8 @@ def test_wrong_fields_are_named():
         ICLRNN.contracted(params, margin=0.0)
     with pytest.raises(ValueError, match=r"params=\['kernel'\] hold no kernel of an ICLRNN"):
         ICLRNN.contracted({"kernel": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match="out_kernel has no weight above 0"):
+        ICLRNN.contracted({"out_kernel": -jnp.ones((2, 2))})
 
 
 @recorded

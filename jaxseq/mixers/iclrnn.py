@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..layers.mixer import Mixer
 from ..layers.recurrent_cell import recurrent
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, check_width, known, typed
 
 #: The parameters that `contracted` constrains.
 KERNELS = ("_in_kernel", "_recurrent_kernel", "out_kernel")
@@ -82,7 +82,7 @@ class ICLRNN(Mixer):
         W⁺ = max(W, 0). Always, as the authors do: a kernel of smaller norm grows to it too.
 
         Raises:
-          ValueError: `margin` is not above 0, or there is no such kernel.
+          ValueError: `margin` is not above 0, there is no such kernel, or one is known to have nothing above 0 left.
         """
         if not margin > 0:
             raise ValueError(f"margin={margin}; contracted takes a number above 0.")
@@ -90,6 +90,8 @@ class ICLRNN(Mixer):
         def one(name, W):
             if not name.endswith(KERNELS):
                 return W
+            if (values := known(W)) is not None and not (values > 0).any():
+                raise ValueError(f"{name} has no weight above 0: contracted would leave zeros, which no step moves.")
             W = jnp.maximum(W, 0)
             return W / (jnp.linalg.norm(W, 2, axis=(-2, -1), keepdims=True) + margin).astype(W.dtype)
 
