@@ -97,8 +97,8 @@ def size(model) -> int:
 
 
 def of_size(config: ModelConfig, parameters: int, step: int):
-    """The model of so many parameters: of the width, a multiple of `step`, that comes nearest, and what is too many or
-    too few is taken from its feed-forward layers or added to them."""
+    """The model of the width, a multiple of `step`, that brings so many parameters nearest; its feed-forward layers take
+    up the difference."""
     model = lambda n, **fields: named_language_model(replace(config, width=n * step), VOCABULARY, **fields)
     below, above = 1, 2
     while size(model(above)) < parameters:

@@ -1,4 +1,4 @@
-"""Log decays that more than one mixer has."""
+"""Log decays of mixers."""
 
 from typing import Any
 

@@ -31,7 +31,7 @@ def above_zero(module: nn.Module, *names: str) -> None:
 
 
 def check_min_log_decay(module: nn.Module) -> None:
-    """Raise unless the module's `min_log_decay` is a natural log of less than 1, or None."""
+    """Raise unless the module's `min_log_decay` is below 0, or None."""
     if module.min_log_decay is not None and not module.min_log_decay < 0:
         raise ValueError(
             f"min_log_decay={module.min_log_decay}; {type(module).__name__} takes a number below 0, or None."
@@ -53,7 +53,7 @@ def past_padding(mixer: nn.Module, segment_ids: Array | None, mask: Array | None
 
 
 class Mixer(nn.Module):
-    """A causal map `B T D → B T D` with a state. A subclass writes two methods:
+    """A map `B T D → B T D` with a state, causal unless `looks_ahead` says otherwise. A subclass writes two methods:
 
     `prefill(x, state, segment_ids=None) -> (y, state)`: the sequence x, continuing from `state`; None is the start
     of a sequence. Two parts with the state in between equal the whole. The state continues the segment of the first

@@ -46,7 +46,7 @@ def convolved(
 ) -> tuple[list, tuple]:
     """A projection `name_proj` of x for every width and, where the module has a `conv_window`, its convolution.
 
-    SiLU comes last: "always", of what is "convolved" alone, or "never".
+    SiLU comes last: "always", only where there is a convolution ("convolved"), or "never".
     """
     projected = [projection(width, f"{name}_proj", module)(x) for name, width in widths.items()]
     if not module.conv_window:

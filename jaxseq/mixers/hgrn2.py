@@ -22,7 +22,7 @@ class HGRN2(Mixer):
 
     `lower_bound` b is a number or a tuple of one per channel, larger in higher layers of a model so that these remember
     for longer: the authors learn it, as sums over layers of a softmax. The norm is over all heads together; the
-    authors' heads are 128 channels wide. `conv_window` puts a causal convolution behind W_q, W_f and that of v.
+    authors' heads are 128 channels wide. `conv_window` puts a causal convolution behind the projections of q, f and v.
     """
 
     d_model: int

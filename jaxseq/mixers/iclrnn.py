@@ -1,4 +1,4 @@
-"""A recurrent network whose outputs are convex in its inputs, and move no more than these."""
+"""A recurrent network that is convex in its inputs, its kernels of spectral norm at most 1."""
 
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ class ICLRNN(Mixer):
         h¹_t = relu([x_t, −x_t] W_1 + h¹_{t-1} U_1 + b_1)        h²_t = relu(h¹_t W_2 + h²_{t-1} U_2 + b_2)
         y_t = relu(h²_t W_o + b_o)
 
-    With kernels ≥ 0 of spectral norm at most 1 y is convex in the whole sequence of inputs, and each layer's step moves
-    no more than what goes into it; over T steps and [x, −x] it may. The kernels are as `contracted` leaves them only
+    With kernels ≥ 0 of spectral norm at most 1, y is convex in the whole sequence of inputs, and |Δh_t| ≤ |Δx_t| +
+    |Δh_{t-1}| in each layer: over T steps, and with [x, −x], outputs may move more than inputs. The kernels are as `contracted` leaves them only
     after it: apply it to new parameters, and train behind `train.projected(optimizer, ICLRNN.contracted)`.
 
     `hidden_sizes` are the layers' widths, d_model twice where None. The recurrences are not linear: `impl="parallel"`

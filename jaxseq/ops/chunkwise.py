@@ -1,8 +1,8 @@
 """Matrix states that decay, S_t = diag(exp g_t) S_{t-1} + k vᵀ + …, a chunk of time at once.
 
-What an op adds is the arithmetic of one chunk, `chunk(within, tokens, decays, S) -> (out, state)`, in the precision of
-S. It is written on arrays `… C K`, so that XLA has them all as batched products, with `within_chunk.py` for `within`,
-and a kernel one chunk of one head, with an arithmetic of its own.
+An op adds the arithmetic of one chunk, `chunk(within, tokens, decays, S) -> (out, state)`, on arrays `… C K` and in the
+precision of S. XLA runs it on a batch of all sequences and heads, where `within` is `within_chunk.py`; a kernel runs it
+on one chunk of one head, where `within` is the kernel's own.
 """
 
 from collections.abc import Callable

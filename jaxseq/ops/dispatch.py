@@ -16,8 +16,8 @@ def dispatch(
 ) -> Callable:
     """The form called `impl`, or for None the best one: a name, or a name per platform beside a "default".
 
-    Where a gradient is taken of None, the form `differentiated` runs in both passes, when it is given. The platform is
-    the one the program is lowered for, not the one it is traced on.
+    With `differentiated` that form runs in both passes where impl is None and a gradient is taken. The platform is the
+    one the program is lowered for, not the one it is traced on.
 
     Raises:
       NotImplementedError: the op has no such form; the message lists those it has.

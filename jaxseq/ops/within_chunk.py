@@ -105,7 +105,7 @@ def decayed_values(A, v, decays: Decays, dtype):
 
 
 def later(x):
-    """Σ_{t≥i} x_t: a batched product, as cumulative sums leave the fast path on CPU and one matrix would move x."""
+    """Σ_{t≥i} x_t, as a product: cumulative sums are slow on CPU, and with one matrix for the batch x is transposed."""
     size = x.shape[-2]
     which = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), x.dtype)), (*x.shape[:-2], size, size))
     return jnp.einsum("...ij,...jk->...ik", which, x, precision=lax.Precision.HIGHEST)
