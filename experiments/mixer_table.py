@@ -97,8 +97,10 @@ def size(model) -> int:
 
 
 def of_size(config: ModelConfig, parameters: int, step: int):
-    """The model of the width, a multiple of `step`, that brings so many parameters nearest; its feed-forward layers take
-    up the difference."""
+    """The model of the width, a multiple of `step`, that brings so many parameters nearest.
+
+    Its feed-forward layers take up the difference.
+    """
     model = lambda n, **fields: named_language_model(replace(config, width=n * step), VOCABULARY, **fields)
     below, above = 1, 2
     while size(model(above)) < parameters:

@@ -25,8 +25,9 @@ class ICLRNN(Mixer):
         y_t = relu(h²_t W_o + b_o)
 
     With kernels ≥ 0 of spectral norm at most 1, y is convex in the whole sequence of inputs, and |Δh_t| ≤ |Δx_t| +
-    |Δh_{t-1}| in each layer: over T steps, and with [x, −x], outputs may move more than inputs. The kernels are as `contracted` leaves them only
-    after it: apply it to new parameters, and train behind `train.projected(optimizer, ICLRNN.contracted)`.
+    |Δh_{t-1}| in each layer: over T steps, and with [x, −x], outputs may move more than inputs. The kernels are as
+    `contracted` leaves them only after it: apply it to new parameters, and train behind
+    `train.projected(optimizer, ICLRNN.contracted)`.
 
     `hidden_sizes` are the layers' widths, d_model twice where None. The recurrences are not linear: `impl="parallel"`
     solves each by Newton iterations, with the whole `jacobian` or its diagonal, in blocks of `block_size` tokens.

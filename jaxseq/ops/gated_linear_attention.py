@@ -115,8 +115,8 @@ def gated_linear_attention(
     arXiv 2409.07146). Fewer query and key heads than value heads each serve a run of consecutive value heads.
     `initial_state` is S_0, zeros when None; a change of `segment_ids` restarts from zero, as a log decay of −∞ does: a
     bonus reads nothing across it. The final state is S_T, at least float32.
-    `chunked` costs O(T C (K + V) + T K V) a head, keeps one state a chunk, and is exact for any log decay ≤ 0; errors in
-    the gradient of log decays are rounding of the largest of the other gradients.
+    `chunked` costs O(T C (K + V) + T K V) a head, keeps one state a chunk, and is exact for any log decay ≤ 0; errors
+    in the gradient of log decays are rounding of the largest of the other gradients.
 
     Raises:
       ValueError: shapes disagree, T = 0, chunk_size < 1, a log decay is known to be above 0, `decay_axis` is none of
