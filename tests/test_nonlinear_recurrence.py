@@ -113,6 +113,13 @@ def test_many_small_steps_are_not_taken_for_an_end(fast, options):
     assert not done.converged.any()
 
 
+@pytest.mark.parametrize("jacobian", ["full", "diagonal"])
+def test_where_nothing_happens_the_guess_is_the_end(jacobian):
+    solve = partial(nonlinear_recurrence, lambda h, x: jnp.tanh(h + x), jnp.zeros((1, 30, 2)), jnp.zeros((1, 2)))
+    found, _, done = solve(impl="parallel", jacobian=jacobian, report=True)
+    assert done.converged.all() and done.iterations.max() <= 2 and (found == 0).all()
+
+
 def test_what_grows_behind_the_end_of_the_last_block():
     """The last token again and again, up to a whole block, would overflow: gradients are the loop's."""
     xs = jnp.full((1, 65, 1), 0.5).at[:, -1].set(10.0)

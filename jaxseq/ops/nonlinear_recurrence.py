@@ -185,7 +185,7 @@ def _iterate(newton: Newton, residual: Callable, guess):
         if not exact:
             theta = jnp.where(size * limit > rounding, jnp.maximum(theta, size / before.size), theta)
         left = jnp.where(theta < 1, size * jnp.maximum(1, theta / (1 - theta)), jnp.inf)
-        left = jnp.where(count == 0, size, left)
+        left = jnp.where((count == 0) | (size == 0), size, left)
         error = left if exact else jnp.maximum(left, before.left)
         return moved, count + 1, error, largest, Step(size, left)
 
