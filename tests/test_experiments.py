@@ -78,9 +78,9 @@ def test_the_main_job_trains_reports_resumes_and_generates(run, texts, tmp_path)
     [
         (("--model.mixers", "nothing"), "no mixer is called 'nothing'"),
         (("--data.path", "no/such/folder"), "does not exist"),
-        (("--train.batch-size", "0"), "train.batch_size=0"),
+        pytest.param(("--train.batch-size", "0"), "train.batch_size=0", marks=pytest.mark.slow),
         (("--unknown", "1"), "Unrecognized options"),
-        (("--data.evaluation-windows", "0"), "data.evaluation_windows=0"),
+        pytest.param(("--data.evaluation-windows", "0"), "data.evaluation_windows=0", marks=pytest.mark.slow),
         (("--model.heads", "3"), "num_heads=3 does not divide d_model=32"),
     ],
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded import REFERENCE, assert_near, load, recorded
+from sampled import by_default
 
 from experiments import generate as generation
 from jaxseq import GLA, LanguageModel, Mamba
@@ -224,7 +225,7 @@ def edited(folder, source, config):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(["mamba", "mamba2", "gla"], MODELS))
 def test_any_model_comes_back(name, tmp_path):
     """Also in two shards with an index, in bfloat16 on disk, and with other defaults."""
     model = MODELS[name]
