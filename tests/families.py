@@ -578,7 +578,7 @@ class MixerMember(NamedTuple):
     slow: bool = False  # like another mixer that runs every law by default: slow tests, but for the values
     cheap: bool = False  # one more setting of a mixer that runs every law: values only
     reach: int = 1000  # tokens a query can see
-    gradient: str | float | None = "mixer"  # tolerance of gradients; None: those at a bound point one way, in every part
+    gradient: str | float | None = "mixer"  # tolerance of gradients; None: parts have others, at a bound
     packs: bool = True  # a sequence in a row with others sees what it would alone
     causal_to_rounding: bool = False  # always through a transform, which mixes all of time
     same_state: bool = True  # steps leave the state that a call does, not another form of it
