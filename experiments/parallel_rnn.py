@@ -5,10 +5,10 @@ Claim   Newton's iterations over five nonlinear cells, as they start and trained
         where weights are so large that a cell is chaotic they fall back and say so. On an accelerator they train
         faster than the loop.
 Source  DEER (arXiv 2309.12252), full Jacobian; quasi-DEER (arXiv 2407.19115), its diagonal.
-Expect  4 to 10 iterations with the full Jacobian of all five cells, outputs to 1.5e-6, gradients to 5e-7; 11 to 66 with
-        its diagonal, which falls back for a trained ELM and an untrained ICLRNN: so the claim holds of the full one.
-        Chaotic cells fall back at 1,024 tokens. On a CPU it never pays: 0.6 of the loop's speed at best. 24 minutes on
-        2 busy CPU cores; gpu is not yet measured.
+Expect  4 to 10 iterations with the full Jacobian of all five cells, outputs to 1.4e-6, gradients to 5e-7; 12 to 59 with
+        its diagonal, which falls back for a trained ELM and an untrained ICLRNN. Chaotic cells fall back at 1,024
+        tokens. On a CPU it never pays: 0.4 of the loop's speed at best. 24 minutes on 2 busy CPU cores; gpu is not yet
+        measured.
 Run     python -m experiments.parallel_rnn [--preset cpu|gpu] [--cells lstm,gru] [--data.path FILE_OR_FOLDER]
 """
 
