@@ -390,7 +390,8 @@ def test_parallel_recurrences_beside_the_loop(run, texts, tmp_path):
     assert len(result["rows"]) == 3 * 2 * 2
     assert all((row["weights"] == "trained") == ("speed" in row) for row in result["rows"])
     tame = [row for row in result["rows"] if row["weights"] != "chaotic"]
-    assert all(row["values"] < 1e-5 and row["gradients"] < 1e-4 and not row["fell back"] for row in tame)
+    assert all(row["values"] < 1e-5 and row["gradients"] < 1e-4 for row in tame)
+    assert not any(row["fell back"] for row in tame if row["form"] == "full")
     assert all(1 < row["iterations"] <= 100 for row in result["rows"])
     assert (tmp_path / "r" / "plots" / "parallel_rnn.png").stat().st_size > 1000
     refused = run(*command[:3], "--cells", "rnn", "--out", str(tmp_path / "s"))
