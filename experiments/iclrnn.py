@@ -257,7 +257,7 @@ def control(config: Config, foreseen: Callable) -> dict[str, jax.Array]:
 
     The cost is convex in the inputs where the model is: then where the search starts from makes no difference.
     """
-    edge = edge_states(jax.random.key(config.seed + 1), num_examples=8)
+    edge = edges(config)
 
     def plan(x, start):
         def cost(u):
@@ -267,11 +267,21 @@ def control(config: Config, foreseen: Callable) -> dict[str, jax.Array]:
 
         return least_cost(cost, start)
 
-    last, energies = steered(lambda x: plan(x, jnp.zeros(2)), edge, periods=config.periods)
+    energy = spent(config, lambda x: plan(x, jnp.zeros(2)))
     starts = jax.random.uniform(jax.random.key(config.seed + 2), (8, 2), minval=-1.0)
     plans = jax.vmap(lambda x: jax.vmap(partial(plan, x))(starts))(edge)
     spread = (plans.max(axis=1) - plans.min(axis=1)).max(axis=-1).mean()
-    return {"energy": energies.mean(), "energy at the end": reactor_energy(last).mean() / REGION, "spread": spread}
+    return energy | {"spread": spread}
+
+
+def edges(config: Config) -> jax.Array:
+    return edge_states(jax.random.key(config.seed + 1), num_examples=8)
+
+
+def spent(config: Config, plan: Callable) -> dict[str, jax.Array]:
+    """The plant's energy under a plan, as a share of the region's: the mean, and what is left."""
+    last, energies = steered(plan, edges(config), periods=config.periods)
+    return {"energy": energies.mean(), "energy at the end": reactor_energy(last).mean() / REGION}
 
 
 def references(config: Config) -> dict[str, dict[str, float]]:
@@ -282,9 +292,11 @@ def references(config: Config) -> dict[str, dict[str, float]]:
         path = reactor_path(given[:, :2], given[:, 2:])
         return jnp.concatenate([path, reactor_energy(path)[..., None] / ENERGY_SCALE], axis=-1)
 
-    still = lambda inputs: jnp.broadcast_to(jnp.sum(inputs[..., 2:] ** 2, axis=-1, keepdims=True), (1, 10, 3))
-    numbers = lambda foreseen: {n: float(x) for n, x in jax.jit(partial(control, config, foreseen))().items()}
-    return {"planned with the plant": numbers(plant), "no control": numbers(still)}
+    numbers = lambda found: {name: float(x) for name, x in found.items()}
+    return {
+        "planned with the plant": numbers(jax.jit(partial(control, config, plant))()),
+        "no control": numbers(spent(config, jnp.zeros_like)),
+    }
 
 
 COLUMNS = (

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxseq.analysis import BitsPerByte, decoding_speeds, num_parameters, state_bytes
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, joined
-from jaxseq.fields import check_counts
+from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
 from jaxseq.models import ModelConfig, mixer_names, named_language_model
 from jaxseq.models.named import slot_fields
@@ -55,7 +55,7 @@ class Config:
 
     def names(self) -> list[str]:
         if self.mixers:
-            return [name.strip() for name in self.mixers.split(",")]
+            return chosen("mixers", self.mixers, mixer_names())
         # Filters of a fixed length take no prompt as long as the longest context; triples of 512 tokens take hours.
         slow = ("kroneckerattention",)
         return [name for name in mixer_names() if "max_length" not in slot_fields(name) and name not in slow]

@@ -7,8 +7,8 @@ Claim   Newton's iterations over five nonlinear cells, as they start and trained
 Source  DEER (arXiv 2309.12252), full Jacobian; quasi-DEER (arXiv 2407.19115), its diagonal.
 Expect  4 to 10 iterations with the full Jacobian of all five cells, outputs to 1.4e-6, gradients to 5e-7; 12 to 59 with
         its diagonal, which falls back for a trained ELM and an untrained ICLRNN. Chaotic cells fall back at 1,024
-        tokens. On a CPU it never pays: 0.4 of the loop's speed at best. 24 minutes on 2 busy CPU cores; gpu is not yet
-        measured.
+        tokens. On a CPU it never pays: 0.4 of the loop's speed at best. An hour on 2 very busy CPU cores, half of it
+        on less busy ones; gpu is not yet measured.
 Run     python -m experiments.parallel_rnn [--preset cpu|gpu] [--cells lstm,gru] [--data.path FILE_OR_FOLDER]
 """
 
@@ -201,6 +201,10 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(of + f"{row['iterations']:>3} iterations  {errors}{'  fell back' * row['fell back']}{speed}", flush=True)
 
 
+def fallen(rows: list[dict[str, Any]], form: str) -> list[str]:
+    return [f"{r['cell']}, {r['weights']}, {r['length']}" for r in rows if r["form"] == form and r["fell back"]]
+
+
 def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str) -> None:
     config, longest = run.config, max(run.config.lengths)
     tame = [row for row in rows if row["weights"] != "chaotic"]  # of chaos two programs of the loop differ as well
@@ -225,7 +229,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
             f"most iterations, {form}": max(row["iterations"] for row in tame if row["form"] == form)
             for form in PARALLEL
         }
-        | {"the diagonal fell back": [f"{row['cell']}, {row['weights']}" for row in tame if row["fell back"]]}
+        | {f"fell back, {form}": fallen(tame, form) for form in PARALLEL}
         | {f"largest error, {name}": value for name, value in worst.items()}
         | {f"speed, {cell}": value for cell, value in fastest.items()},
         baseline={"speed of the loop": 1.0},

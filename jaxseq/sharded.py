@@ -43,8 +43,19 @@ def own(tree):
     """The arrays as ones that differ from device to device, which the carry of a scan has to be from its start."""
     if not is_split():
         return tree
-    same = lambda x: AXIS not in jax.typeof(x).manual_axis_type.varying
+    same = lambda x: AXIS not in _varying(x)
     return jax.tree.map(lambda x: lax.pcast(x, AXIS, to="varying") if same(x) else x, tree)
+
+
+def largest_anywhere(x: jax.Array) -> jax.Array:
+    """The largest entry on any device, of whatever is split: a loop that ends by it ends everywhere at once."""
+    axes = _varying(x)
+    return lax.pmax(jnp.max(x), axes) if axes else jnp.max(x)
+
+
+def _varying(x) -> tuple[str, ...]:
+    """The manual mesh axes along which an array differs from device to device."""
+    return tuple(jax.typeof(x).manual_axis_type.varying)
 
 
 def first_position(length: int) -> jax.Array:

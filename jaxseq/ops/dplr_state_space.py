@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from .. import scan
+from ..exact import matmul
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
 from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed, zeros_from
@@ -78,9 +79,9 @@ def _joined(parts):
 def _power(M, exponent: int, rows):
     """rows M^exponent, of `… R N` and `… N N`, by squaring."""
     while exponent:
-        rows = jnp.matmul(rows, M, precision=lax.Precision.HIGHEST) if exponent % 2 else rows
+        rows = matmul(rows, M) if exponent % 2 else rows
         exponent //= 2
-        M = jnp.matmul(M, M, precision=lax.Precision.HIGHEST) if exponent else M
+        M = matmul(M, M) if exponent else M
     return rows
 
 

@@ -19,7 +19,7 @@ from .. import scan
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
 from ..shapes import Array, Bool, Float, Int, accumulator, typed, zeros_from
-from ..sharded import devices, halo, is_split, on_last, own, sharded
+from ..sharded import devices, halo, is_split, largest_anywhere, on_last, own, sharded
 from .dispatch import dispatch
 from .linear_recurrence import linear_recurrence
 
@@ -179,7 +179,7 @@ def _iterate(newton: Newton, residual: Callable, guess):
         moved = h - _bidiagonal(newton, push, value)
         finite = jnp.isfinite(moved)
         moved = jnp.where(finite, moved, h)
-        size = _largest(jnp.where(finite, jnp.abs(moved - h) / (limit * (1 + jnp.abs(moved))), jnp.inf))
+        size = largest_anywhere(jnp.where(finite, jnp.abs(moved - h) / (limit * (1 + jnp.abs(moved))), jnp.inf))
         largest = jnp.maximum(largest, jnp.where(jnp.isfinite(size), size, 0))
         theta = (size / largest) ** (1 / jnp.maximum(count, 1).astype(size.dtype))
         if not exact:
@@ -222,12 +222,6 @@ def _linear_solve(newton: Newton, matvec: Callable, b):
     return lax.custom_linear_solve(matvec, b, forward, backward)
 
 
-def _largest(error):
-    """Of all devices, which so take as many steps: they meet in each."""
-    axes = tuple(jax.typeof(error).manual_axis_type.varying)
-    return lax.pmax(jnp.max(error), axes) if axes else jnp.max(error)
-
-
 def _length(xs) -> int:
     return jax.tree.leaves(xs)[0].shape[1]
 
@@ -261,8 +255,7 @@ def _ending(cell: Cell) -> Cell:
 
     def ending(state, token):
         inside, x = token
-        kept = lambda new, h: jnp.where(lax.expand_dims(inside, range(1, h.ndim)), new, h)
-        return jax.tree.map(kept, cell(state, x), state)
+        return _where(inside, cell(state, x), state)
 
     return ending
 
@@ -270,10 +263,15 @@ def _ending(cell: Cell) -> Cell:
 def _restarting(cell: Cell) -> Cell:
     def restarted(state, token):
         starts, x = token
-        kept = lambda h: jnp.where(lax.expand_dims(starts, range(1, h.ndim)), jnp.zeros_like(h), h)
-        return cell(jax.tree.map(kept, state), x)
+        return cell(_where(starts, jax.tree.map(jnp.zeros_like, state), state), x)
 
     return restarted
+
+
+def _where(which, these, others):
+    """Of trees of states: the sequences `which` `B` of these, and the rest of the others."""
+    choose = lambda a, b: jnp.where(lax.expand_dims(which, range(1, b.ndim)), a, b)
+    return jax.tree.map(choose, these, others)
 
 
 def _checked(xs, jacobian, damping, tolerance, max_iterations, block_size) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..exact import einsum, matmul
 from ..shapes import accumulator
 from . import matrix_state
 
@@ -108,7 +109,7 @@ def later(x):
     """Σ_{t≥i} x_t, as a product: cumulative sums are slow on CPU, and with one matrix for the batch x is transposed."""
     size = x.shape[-2]
     which = jnp.broadcast_to(jnp.triu(jnp.ones((size, size), x.dtype)), (*x.shape[:-2], size, size))
-    return jnp.einsum("...ij,...jk->...ik", which, x, precision=lax.Precision.HIGHEST)
+    return einsum("...ij,...jk->...ik", which, x)
 
 
 def advanced(x):
@@ -150,17 +151,16 @@ def inverse(L):
     *batch, size, _ = L.shape
     whole = 1 << (size - 1).bit_length()
     L = jnp.pad(L, [(0, 0)] * len(batch) + [(0, whole - size)] * 2)
-    times = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     block = min(8, whole)
     power = -_on_diagonal(L, block)
     one = jnp.broadcast_to(jnp.eye(block, dtype=L.dtype), power.shape)
     joined, reach = power + one, 2
     while reach < block:
-        power = times(power, power)
-        joined, reach = times(joined, power + one), 2 * reach
+        power = matmul(power, power)
+        joined, reach = matmul(joined, power + one), 2 * reach
     while block < whole:
         early, late = joined[..., 0::2, :, :], joined[..., 1::2, :, :]
-        corner = -times(times(late, _on_diagonal(L, 2 * block)[..., block:, :block]), early)
+        corner = -matmul(matmul(late, _on_diagonal(L, 2 * block)[..., block:, :block]), early)
         joined = jnp.block([[early, jnp.zeros_like(corner)], [corner, late]])
         block *= 2
     return joined[..., 0, :size, :size]
@@ -173,9 +173,8 @@ def _on_diagonal(L, block):
 
 
 def _inverse_backward(X, d_X):
-    times = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     transposed = X.swapaxes(-1, -2)
-    return (-jnp.tril(times(times(transposed, d_X), transposed), -1),)
+    return (-jnp.tril(matmul(matmul(transposed, d_X), transposed), -1),)
 
 
 inverse.defvjp(lambda L: (inverse(L),) * 2, _inverse_backward)

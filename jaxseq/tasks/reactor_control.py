@@ -30,7 +30,7 @@ def steered(
     require("steered", {}, periods=periods)
 
     def period(x, _):
-        path = reactor_path(x, jax.vmap(plan)(x) * jnp.asarray(LARGEST))
+        path = reactor_path(x, jax.vmap(plan)(x) * jnp.asarray(LARGEST)[None])
         return path[:, -1], reactor_energy(path).mean() / REGION
 
     return jax.lax.scan(period, x, length=periods)
@@ -43,7 +43,12 @@ def least_cost(
     steps: int = 100,
     learning_rate: float = 0.1,
 ) -> Float[Array, "2"]:
-    """Inputs in [−1, 1] found by Adam from `start`: where the cost is convex, the same from any."""
+    """Inputs in [−1, 1] found by Adam from `start`: where the cost is convex, the same from any.
+
+    Raises:
+      ValueError: `steps` is below 1.
+    """
+    require("least_cost", {}, steps=steps)
     descent = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def step(carry, _):
