@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..segments import padded_segments
-from ..shapes import Array, Float, Int, accumulator, typed
+from ..shapes import Array, Float, Int, accumulator, check_width, typed
 
 
 def check_place(layer: int, num_layers: int) -> None:
@@ -91,6 +91,11 @@ class Mixer(nn.Module):
         if self.looks_ahead() is not None:
             return None
         return self.init_state(x.shape[0], max_length=max_length, dtype=accumulator(x.dtype))
+
+    def resumed(self, x: Array, state: Any, *, max_length: int | None = None):
+        """What `prefill` continues from: `state`, or the start of the sequence x; raise unless x is one to take."""
+        check_width(x, self.d_model, type(self).__name__)
+        return self.start(x, max_length=max_length) if state is None else state
 
     @nn.nowrap
     def looks_ahead(self) -> str | None:

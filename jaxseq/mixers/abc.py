@@ -11,7 +11,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
 from ..ops.rescaled import rescaled
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class ABCState(NamedTuple):
@@ -43,9 +43,8 @@ class ABC(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "ABC")
+        state = self.resumed(x, state)
         H, (K, V) = self.num_heads, self._sizes()
-        state = self.start(x) if state is None else state
         widths = {"q": H * K, "k": H * K, "v": H * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids, silu="convolved")
         w = projection(H * self.num_slots, "slot_proj", self)(x)

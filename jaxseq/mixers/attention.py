@@ -19,7 +19,7 @@ from ..layers.cached_attention import (
 from ..layers.learned_span import bounded
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class Attention(Mixer):
@@ -62,8 +62,7 @@ class Attention(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Attention")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         filled = None
         if self.block_size is None:
             counts = counted(segment_ids)

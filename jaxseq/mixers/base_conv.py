@@ -11,7 +11,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
 from ..ops.online_convolution import online_convolution
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Float, Int, typed
 from ..sharded import devices
 
 
@@ -33,8 +33,7 @@ class BaseConv(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "BaseConv")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         gate = projection(self.d_model, "proj", self, use_bias=True)(x)
         if self.kernel_size is None:
             check_length("BaseConv", x.shape[1] * devices(), self.max_length)

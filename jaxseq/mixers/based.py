@@ -9,7 +9,7 @@ from ..layers.feature_maps import taylor
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import normalised_attention
 from ..layers.projection import projection, split_heads
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class BasedState(NamedTuple):
@@ -39,9 +39,8 @@ class Based(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Based")
+        state = self.resumed(x, state)
         K, V = self._sizes()
-        state = self.start(x) if state is None else state
         heads = lambda name, width: split_heads(projection(self.num_heads * width, f"{name}_proj", self)(x), width)
         o, matrix = normalised_attention(
             taylor(heads("q", K)), taylor(heads("k", K)), heads("v", V), epsilon=self.epsilon, scale=1.0,

@@ -10,7 +10,7 @@ import numpy as np
 from .. import ops
 from ..layers.cached_attention import AttentionState, cached_attention, counted, empty_cache
 from ..layers.mixer import Mixer
-from ..shapes import Array, Float, Int, check_width, known, typed
+from ..shapes import Array, Float, Int, known, typed
 from ..sharded import check_whole
 
 #: The number of no block.
@@ -45,11 +45,10 @@ class BigBird(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "BigBird")
+        state = self.resumed(x, state)
         self._check()
         if state is not None:
             self.check_causal()
-        state = self.start(x) if state is None else state
         check_whole("BigBird", "give every device whole sequences")
         first = np.zeros((), np.int32) if state is None else state.position
         attend = lambda q, k, v, **packed: self._attend(first, q, k, v, packed)

@@ -13,7 +13,7 @@ from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class Comba(Mixer):
@@ -47,9 +47,8 @@ class Comba(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Comba")
+        state = self.resumed(x, state)
         H, (heads, K, V) = self.num_heads, self._sizes()
-        state = self.start(x) if state is None else state
         (q, k, v), conv = convolved(self, x, {"q": H * K, "k": H * K, "v": heads * V}, state.conv, segment_ids)
         q, k, v = split_heads(q, K), split_heads(k, K), split_heads(v, V)
         first = {"D": self.correction, "c": 1.0}

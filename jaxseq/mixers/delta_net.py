@@ -12,7 +12,7 @@ from ..layers.mixer import Mixer
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class DeltaNet(Mixer):
@@ -41,9 +41,8 @@ class DeltaNet(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "DeltaNet")
+        state = self.resumed(x, state)
         K, V = self._sizes()
-        state = self.start(x) if state is None else state
         widths = {"q": self.num_heads * K, "k": self.num_heads * K, "v": self.num_heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
         q, k, v = unit(split_heads(q, K)), unit(split_heads(k, K)), split_heads(v, V)

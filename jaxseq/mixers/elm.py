@@ -14,7 +14,7 @@ from ..layers.mixer import Mixer, above_zero
 from ..layers.projection import fan_in_projection
 from ..layers.recurrent_cell import recurrent
 from ..ops.linear_recurrence import linear_recurrence
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 ROUTINGS = ("none", "interleaved", "random")
 ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
@@ -90,9 +90,8 @@ class ELM(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "ELM")
+        state = self.resumed(x, state)
         branches, size = self._sizes()
-        state = self.start(x) if state is None else state
         wide = accumulator(x.dtype)
         at, there = self._routes()
         w = nn.relu(self.param("synapses", nn.initializers.constant(0.5), (branches * size,), self.param_dtype))

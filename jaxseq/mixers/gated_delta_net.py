@@ -13,7 +13,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class GatedDeltaNet(Mixer):
@@ -50,9 +50,8 @@ class GatedDeltaNet(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "GatedDeltaNet")
+        state = self.resumed(x, state)
         heads, K, V = self._sizes()
-        state = self.start(x) if state is None else state
         n = self.num_householders
         widths = {"q": self.num_heads * K, "k": n * self.num_heads * K, "v": n * heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)

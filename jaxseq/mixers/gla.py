@@ -14,7 +14,7 @@ from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer, above_zero, at_least, check_min_log_decay
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 UNLEARNT = ("fixed", "none")
 GATES = ("vector", "scalar", *UNLEARNT)
@@ -55,9 +55,8 @@ class GLA(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "GLA")
+        state = self.resumed(x, state)
         heads, kv_heads, K, V = self._sizes()
-        state = self.start(x) if state is None else state
         widths = {"q": heads * K, "k": kv_heads * K, "v": kv_heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids, silu="convolved")
         q, k, v = split_heads(q, K), split_heads(k, K), split_heads(v, V)

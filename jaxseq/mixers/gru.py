@@ -10,7 +10,7 @@ from ..layers.initialisers import symmetric_uniform
 from ..layers.mixer import Mixer
 from ..layers.projection import fan_in_projection
 from ..layers.recurrent_cell import recurrent, recurrent_kernel
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class GRUState(NamedTuple):
@@ -45,8 +45,7 @@ class GRU(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "GRU")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         inputs = fan_in_projection(3 * self.d_model, "in_proj", self, self.d_model)(x)
         U = recurrent_kernel(self, "recurrent_kernel", self.d_model, 3)
         c = self.param("reset_bias", symmetric_uniform(self.d_model**-0.5), (self.d_model,), self.param_dtype)

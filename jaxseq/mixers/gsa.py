@@ -10,7 +10,7 @@ from .. import ops
 from ..layers.mixer import Mixer, above_zero, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class GSAState(NamedTuple):
@@ -47,9 +47,8 @@ class GSA(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "GSA")
+        state = self.resumed(x, state)
         heads, kv_heads, K, V = self._sizes()
-        state = self.start(x) if state is None else state
         widths = {"q": heads * K, "k": kv_heads * K, "v": kv_heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
         z = split_heads(projection(kv_heads * self.num_slots, "decay_proj", self)(x), self.num_slots)

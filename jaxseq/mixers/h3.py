@@ -10,7 +10,7 @@ from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
 from ..layers.state_space import StateSpaceState
-from ..shapes import Array, Complex, Float, Int, check_width, typed
+from ..shapes import Array, Complex, Float, Int, typed
 
 
 class H3State(NamedTuple):
@@ -39,8 +39,7 @@ class H3(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "H3")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         (batch, length, _), P = x.shape, self.head_width
         q, k, v = (projection(self.d_model, f"{name}_proj", self)(x) for name in "qkv")
         shift = ShortConvolution(self.shift_size, True, self.dtype, self.param_dtype, False, name="shift")

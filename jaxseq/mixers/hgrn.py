@@ -10,7 +10,7 @@ from ..layers.decays import bounded_decay
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..layers.short_convolution import convolved, empty_convolutions
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class HGRNState(NamedTuple):
@@ -41,8 +41,7 @@ class HGRN(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "HGRN")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         widths = {"decay": self.d_model, "input": self.d_model}
         (z, i), conv = convolved(self, x, widths, state.conv, segment_ids, silu="never")
         g, complement = bounded_decay(z.astype(accumulator(z.dtype)), self.lower_bound)

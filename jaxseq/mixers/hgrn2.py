@@ -11,7 +11,7 @@ from ..layers.matrix_state import MatrixState, empty_matrix_state
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class HGRN2(Mixer):
@@ -38,8 +38,7 @@ class HGRN2(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "HGRN2")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         widths = dict.fromkeys(("q", "decay", "v"), self.d_model)
         (q, z, v), conv = convolved(self, x, widths, state.conv, segment_ids, silu="never")
         g, k = bounded_decay(z.astype(accumulator(z.dtype)), self.lower_bound)

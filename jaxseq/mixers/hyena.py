@@ -11,7 +11,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
 from ..ops.online_convolution import ConvolutionState, online_convolution
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Float, Int, typed
 from ..sharded import devices
 
 
@@ -45,9 +45,8 @@ class Hyena(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Hyena")
+        state = self.resumed(x, state)
         check_length("Hyena", x.shape[1] * devices(), self.max_length)
-        state = self.start(x) if state is None else state
         u = projection((self.order + 1) * self.d_model, "in_proj", self, use_bias=True)(x)
         u, short = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, False, name="short")(
             u, state.short, segment_ids

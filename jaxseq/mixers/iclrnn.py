@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..layers.mixer import Mixer
 from ..layers.recurrent_cell import recurrent
-from ..shapes import Array, Float, Int, accumulator, check_width, known, typed
+from ..shapes import Array, Float, Int, accumulator, known, typed
 
 #: The parameters that `contracted` constrains.
 KERNELS = ("_in_kernel", "_recurrent_kernel", "out_kernel")
@@ -44,8 +44,7 @@ class ICLRNN(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "ICLRNN")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         small = nn.initializers.normal(0.01)
         wide = lambda name, start, *shape: self._wide(self.param(name, start, shape, self.param_dtype))
         h, after = jnp.concatenate([x, -x], axis=-1).astype(accumulator(x.dtype)), []

@@ -14,7 +14,7 @@ from ..layers.mixer import Mixer, check_min_log_decay
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Float, Int, typed
 
 
 class KDA(Mixer):
@@ -52,9 +52,8 @@ class KDA(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "KDA")
+        state = self.resumed(x, state)
         heads, K, V = self._sizes()
-        state = self.start(x) if state is None else state
         widths = {"q": self.num_heads * K, "k": self.num_heads * K, "v": heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids)
         q, k, v = unit(split_heads(q, K)), unit(split_heads(k, K)), split_heads(v, V)

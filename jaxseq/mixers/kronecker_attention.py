@@ -10,7 +10,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..ops.kronecker_attention import monomials
 from ..segments import segment_counts
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import check_whole, on_last
 
 
@@ -55,12 +55,11 @@ class KroneckerAttention(Mixer):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        check_width(x, self.d_model, "KroneckerAttention")
+        state = self.resumed(x, state)
         self._check()
         self.check_mask(mask)
         if state is not None:
             self.check_causal()
-        state = self.start(x) if state is None else state
         width = self.d_model // self.num_heads
         heads = lambda name, use_bias=False: split_heads(projection(self.d_model, name, self, use_bias)(x), width)
         q, *keys = (self._entries(name, heads(f"{name}_proj")) for name in ("q", "k1", "k2"))

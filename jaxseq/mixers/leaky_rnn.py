@@ -12,7 +12,7 @@ from ..layers.initialisers import symmetric_uniform
 from ..layers.mixer import Mixer
 from ..layers.projection import fan_in_projection
 from ..layers.recurrent_cell import recurrent
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 LEAKS = ("inside", "outside")
 
@@ -71,14 +71,13 @@ class LeakyRNN(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "LeakyRNN")
+        state = self.resumed(x, state)
         if self.leak not in LEAKS:
             raise ValueError(f"leak={self.leak!r}; LeakyRNN takes {' or '.join(map(repr, LEAKS))}.")
         if not 0 <= self.slope <= 1:
             raise ValueError(f"slope={self.slope}; LeakyRNN takes 0 to 1.")
         if self.fixed_tau is not None and not self.fixed_tau >= 1:
             raise ValueError(f"fixed_tau={self.fixed_tau}; LeakyRNN takes 1 or more, or None.")
-        state = self.start(x) if state is None else state
         inputs = fan_in_projection(self.d_model, "in_proj", self, self.d_model)(x)
         one_to_two = lambda key, shape, dtype: 1 + jax.random.uniform(key, shape, dtype)
         learned = lambda: self.param("tau", one_to_two, (self.d_model,), self.param_dtype)

@@ -10,7 +10,7 @@ from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..ops.rescaled import rescaled
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class LightNetState(NamedTuple):
@@ -42,9 +42,8 @@ class LightNet(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "LightNet")
+        state = self.resumed(x, state)
         K, V = self._sizes()
-        state = self.start(x) if state is None else state
         widths = {"q": K, "k": K, "v": V}
         q, k, v = (projection(self.num_heads * width, f"{name}_proj", self)(x) for name, width in widths.items())
         k = k.astype(accumulator(k.dtype))

@@ -9,7 +9,7 @@ from .. import ops
 from ..layers.decays import lightning_log_decays
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class LightningState(NamedTuple):
@@ -42,9 +42,8 @@ class Lightning(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Lightning")
+        state = self.resumed(x, state)
         H, (K, V) = self.num_heads, self._sizes()
-        state = self.start(x) if state is None else state
         q, k, v = (
             split_heads(nn.silu(projection(H * width, f"{name}_proj", self)(x)), width)
             for name, width in (("q", K), ("k", K), ("v", V))

@@ -11,7 +11,7 @@ from ..layers.feature_maps import feature_map, feature_width
 from ..layers.mixer import Mixer
 from ..layers.normalised import normalised_attention
 from ..layers.projection import projection, split_heads
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class LinearAttentionState(NamedTuple):
@@ -47,9 +47,8 @@ class LinearAttention(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "LinearAttention")
+        state = self.resumed(x, state)
         heads, kv_heads, K, V = self._sizes()
-        state = self.start(x) if state is None else state
         split = lambda name, count, width: split_heads(projection(count * width, f"{name}_proj", self)(x), width)
         features = lambda name: feature_map(self.feature_map, self, name=f"{name}_features")
         q, k, v = features("q")(split("q", heads, K)), features("k")(split("k", kv_heads, K)), split("v", kv_heads, V)

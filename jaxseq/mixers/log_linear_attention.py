@@ -12,7 +12,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
 from ..ops.log_linear_attention import LogLinearState
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class LogLinearAttentionState(NamedTuple):
@@ -49,9 +49,8 @@ class LogLinearAttention(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "LogLinearAttention")
+        state = self.resumed(x, state)
         H, (K, V) = self.num_heads, self._sizes()
-        state = self.start(x) if state is None else state
         (q, k, v), conv = convolved(self, x, {"q": H * K, "k": H * K, "v": H * V}, state.conv, segment_ids)
         wide = accumulator(x.dtype)
         strength = self.param("level_scales", nn.initializers.ones, (H, self.num_levels), self.param_dtype)

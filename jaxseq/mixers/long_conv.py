@@ -10,7 +10,7 @@ from ..layers.long_convolution import check_length, empty_filter_state
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..ops.online_convolution import ConvolutionState, online_convolution
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Float, Int, typed
 from ..sharded import devices
 
 
@@ -30,9 +30,8 @@ class LongConv(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "LongConv")
+        state = self.resumed(x, state)
         check_length("LongConv", x.shape[1] * devices(), self.max_length)
-        state = self.start(x) if state is None else state
         taps = ExplicitFilter(self.d_model, self.max_length, self.squash, self.param_dtype, name="filter")()
         convolved, state = online_convolution(x, taps, state, segment_ids)
         skip = self.param("D", nn.initializers.normal(1.0), (self.d_model,), self.param_dtype)

@@ -11,7 +11,7 @@ from ..layers.cached_attention import AttentionState, cached_attention, counted,
 from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.rotary import rotary
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Float, Int, typed
 from ..sharded import check_whole
 
 #: The segment of keys that no query sees.
@@ -44,11 +44,10 @@ class Longformer(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Longformer")
+        state = self.resumed(x, state)
         dilations = self._dilations()
         if state is not None:
             self.check_causal()
-        state = self.start(x) if state is None else state
         check_whole("Longformer", "give every device whole sequences")
         length = x.shape[1]
         if not all(0 <= token < length for token in self.global_tokens):

@@ -10,7 +10,7 @@ from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS, gated_output
 from ..layers.mixer import Mixer
 from ..layers.state_space import as_complex, check_choice, parameter
-from ..shapes import Array, Complex, Float, Int, accumulator, check_width, promoted, typed
+from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed
 
 
 class LRUState(NamedTuple):
@@ -40,8 +40,7 @@ class LRU(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "LRU")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         H, N, wide = self.d_model, self.state_size, accumulator(x.dtype)
         param = parameter(self, wide)
         nu = param("nu_log", self._initial_nu, N)

@@ -12,7 +12,7 @@ from ..layers.initialisers import step_size_bias, symmetric_uniform
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class MambaState(NamedTuple):
@@ -49,10 +49,9 @@ class Mamba(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Mamba")
+        state = self.resumed(x, state)
         if not 0 < self.dt_min < self.dt_max:
             raise ValueError(f"dt_min={self.dt_min} and dt_max={self.dt_max}; Mamba takes 0 < dt_min < dt_max.")
-        state = self.start(x) if state is None else state
         width, N, rank = self.expand * self.d_model, self.state_size, self.dt_rank or math.ceil(self.d_model / 16)
         u, z = jnp.split(projection(2 * width, "in_proj", self, self.use_bias)(x), 2, axis=-1)
         convolution = ShortConvolution(self.conv_window, self.conv_bias, self.dtype, self.param_dtype, name="conv")

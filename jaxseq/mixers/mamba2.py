@@ -11,7 +11,7 @@ from ..layers.gated_norm import GatedRMSNorm
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class Mamba2State(NamedTuple):
@@ -51,10 +51,9 @@ class Mamba2(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Mamba2")
+        state = self.resumed(x, state)
         heads, P, N, width = self._sizes()
         groups = self.num_groups * N
-        state = self.start(x) if state is None else state
         inputs = projection(2 * width + 2 * groups + heads, "in_proj", self, self.use_bias)(x)
         z, u, r = jnp.split(inputs, (width, 2 * width + 2 * groups), axis=-1)
         convolution = ShortConvolution(self.conv_window, self.conv_bias, self.dtype, self.param_dtype, name="conv")

@@ -13,7 +13,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import convolved, empty_convolutions
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class MesaNetState(NamedTuple):
@@ -49,9 +49,8 @@ class MesaNet(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "MesaNet")
+        state = self.resumed(x, state)
         H, (K, V) = self.num_heads, self._sizes()
-        state = self.start(x) if state is None else state
         (q, k), conv = convolved(self, x, {"q": H * K, "k": H * K}, state.conv, segment_ids)
         q, k = unit(split_heads(q, K)), unit(split_heads(k, K))
         v = split_heads(projection(H * V, "v_proj", self)(x), V)

@@ -10,7 +10,7 @@ from ..layers.initialisers import symmetric_uniform
 from ..layers.mixer import Mixer, at_least
 from ..layers.positive import positive
 from ..layers.projection import fan_in_projection, projection
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class MinGRUState(NamedTuple):
@@ -36,8 +36,7 @@ class MinGRU(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "MinGRU")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         width, wide = self.expand * self.d_model, accumulator(x.dtype)
         gate, candidate = (
             fan_in_projection(width, name, self, self.d_model)(x).astype(wide)

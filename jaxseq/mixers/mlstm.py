@@ -15,7 +15,7 @@ from ..layers.normalised import with_ones
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
 from ..ops.rescaled import rescaled
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class MLSTMState(NamedTuple):
@@ -52,9 +52,8 @@ class MLSTM(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "MLSTM")
+        state = self.resumed(x, state)
         width, K = self._sizes()
-        state = self.start(x) if state is None else state
         small = nn.initializers.normal((2 / (5 * self.d_model)) ** 0.5)
         u, z = (projection(width, f"{name}_proj", self, kernel_init=small)(x) for name in ("up", "gate"))
         convolution = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, name="conv")

@@ -145,8 +145,7 @@ class CausalOrchid(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "CausalOrchid")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         convolution = lambda window, name: ShortConvolution(
             window, dtype=self.dtype, param_dtype=self.param_dtype, activated=False, name=name
         )

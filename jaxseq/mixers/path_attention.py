@@ -13,7 +13,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class PaTHState(NamedTuple):
@@ -45,8 +45,7 @@ class PaTHAttention(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "PaTHAttention")
-        state = self.start(x) if state is None else state
+        state = self.resumed(x, state)
         kv_heads, width = self._sizes()
         gate = lambda name, heads: projection(heads, name, self, use_bias=True)(x).astype(accumulator(x.dtype))
         w = low_rank("w", self, self.rank, kv_heads * width)(x)

@@ -12,7 +12,7 @@ from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.random_features import log_positive_features, orthogonal_features
 from ..ops.rescaled import rescaled
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import check_whole
 
 
@@ -56,12 +56,11 @@ class Performer(Mixer):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        check_width(x, self.d_model, "Performer")
+        state = self.resumed(x, state)
         width, number = self._sizes()
         self.check_mask(mask)
         if state is not None:
             self.check_causal()
-        state = self.start(x) if state is None else state
         key = self.make_rng("features") if self.has_rng("features") else jax.random.key(self.seed)
         rows = orthogonal_features(key, number, width, norms=self.norms)
         q, k, v = (split_heads(projection(self.d_model, f"{name}_proj", self)(x), width) for name in "qkv")

@@ -9,7 +9,7 @@ from ..layers.feature_maps import quadratic
 from ..layers.mixer import Mixer
 from ..layers.normalised import normalised_attention
 from ..layers.projection import projection, split_heads
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class ReBasedState(NamedTuple):
@@ -41,9 +41,8 @@ class ReBased(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "ReBased")
+        state = self.resumed(x, state)
         K, V = self._sizes()
-        state = self.start(x) if state is None else state
         heads = lambda name, width: split_heads(projection(self.num_heads * width, f"{name}_proj", self)(x), width)
         norm = nn.LayerNorm(self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
         o, matrix = normalised_attention(

@@ -13,7 +13,7 @@ from ..layers.mixer import Mixer
 from ..layers.projection import split_heads
 from ..layers.rotary import rotary
 from ..layers.short_convolution import convolved
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Float, Int, typed
 from ..sharded import devices, first_position
 
 
@@ -48,9 +48,8 @@ class RetNet(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "RetNet")
+        state = self.resumed(x, state)
         heads, kv_heads, K, V = self._sizes()
-        state = self.start(x) if state is None else state
         widths = {"q": heads * K, "k": kv_heads * K, "v": kv_heads * V}
         (q, k, v), conv = convolved(self, x, widths, state.conv, segment_ids, silu="convolved")
         length = x.shape[1]

@@ -14,7 +14,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
 from ..ops.convolution import taps
-from ..shapes import Array, Float, Int, accumulator, check_width, typed, zeros_from
+from ..shapes import Array, Float, Int, accumulator, typed, zeros_from
 
 #: How much stronger than sp(Λ) the decay of an open gate is: c of the paper.
 SHARPNESS = 8.0
@@ -53,9 +53,8 @@ class RGLRU(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "RGLRU")
+        state = self.resumed(x, state)
         width = self._width()
-        state = self.start(x) if state is None else state
         start = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         project = partial(projection, module=self, use_bias=True, kernel_init=start)
         gate = nn.gelu(project(width, "gate_proj")(x))

@@ -11,7 +11,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class RodimusState(NamedTuple):
@@ -43,9 +43,8 @@ class Rodimus(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "Rodimus")
+        state = self.resumed(x, state)
         width, K = self._width(), self.key_width
-        state = self.start(x) if state is None else state
         h, z = (projection(width, f"{name}_proj", self)(x) for name in ("up", "gate"))
         convolution = ShortConvolution(self.conv_window, True, self.dtype, self.param_dtype, name="conv")
         c, conv = convolution(h, state.conv, segment_ids)

@@ -14,7 +14,7 @@ from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
 from ..layers.token_shift import first_shares, token_shift
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 
 class RWKV6State(NamedTuple):
@@ -55,9 +55,8 @@ class RWKV6(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "RWKV6")
+        state = self.resumed(x, state)
         K, V = self._sizes()
-        state = self.start(x) if state is None else state
         x = x if self.dtype is None else x.astype(self.dtype)
         shift, last = token_shift(x, state.last, segment_ids)
         x_r, x_w, x_k, x_v, x_g = self._mixes(x, shift)

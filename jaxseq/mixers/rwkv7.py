@@ -17,7 +17,7 @@ from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
 from ..layers.projection import projection, split_heads
 from ..layers.token_shift import first_shares, token_shift
-from ..shapes import Array, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Float, Int, accumulator, typed
 
 #: μ_c of channel i starts at 1 − (i / D)^(power · (1 − layer / num_layers)).
 POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
@@ -81,9 +81,8 @@ class RWKV7(Mixer):
     @nn.compact
     def with_value(self, x, state: Any, segment_ids: Array | None = None, first_value: Array | None = None):
         """`prefill`, and the values `B T D` of this layer."""
-        check_width(x, self.d_model, "RWKV7")
+        state = self.resumed(x, state)
         D, K = self.d_model, self._width()
-        state = self.start(x) if state is None else state
         x = x if self.dtype is None else x.astype(self.dtype)
         shift, last = token_shift(x, state.last, segment_ids)
         parameter = lambda name, start: self.param(name, constant(start), (D,), self.param_dtype)

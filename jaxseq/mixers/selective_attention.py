@@ -11,7 +11,7 @@ from ..layers.cached_attention import AttentionState, empty_cache, query_key_val
 from ..layers.mixer import Mixer
 from ..layers.projection import projection
 from ..segments import segment_counts
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import check_whole, devices, on_last, sum_over_time
 
 KEYS = ("selected", "all")
@@ -61,12 +61,11 @@ class SelectiveAttention(Mixer):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        check_width(x, self.d_model, "SelectiveAttention")
+        state = self.resumed(x, state)
         self._check()
         self.check_mask(mask)
         if state is not None:
             self.check_causal()
-        state = self.start(x) if state is None else state
         chance = nn.sigmoid(projection(1, "select_proj", self, use_bias=True)(x)[..., 0].astype(accumulator(x.dtype)))
         self._sow(chance)
         q, k, v = query_key_value(self, x, 0 if state is None else state.position, self.num_heads)

@@ -10,7 +10,7 @@ from .. import ops
 from ..layers.cached_attention import AttentionState, cached_attention, counted, empty_cache
 from ..layers.mixer import Mixer
 from ..ops.subsampled_attention import SUBSETS
-from ..shapes import Array, Float, Int, check_width, typed
+from ..shapes import Array, Float, Int, typed
 
 
 class SubsampledAttention(Mixer):
@@ -37,9 +37,8 @@ class SubsampledAttention(Mixer):
     @nn.compact
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
-        check_width(x, self.d_model, "SubsampledAttention")
         self._check()
-        state = self.start(x, max_length=0 if self.subsample else None) if state is None else state
+        state = self.resumed(x, state, max_length=0 if self.subsample else None)
         attend = self._among_sets if self.subsample and not self.is_initializing() else self._dense
         return cached_attention(self, x, state, counted(segment_ids), self.num_heads, attend)
 

@@ -84,7 +84,8 @@ def nonlinear_recurrence(
       guess: the trajectory to start from, a tree of states `B T …`; where None, the initial state everywhere.
       jacobian: "full", or "diagonal": more steps, each of whose scans takes N numbers of a token and not N². Both take
         N products with the cell's derivative a step, of N numbers of state; gradients take the full one always.
-      damping: steps take (1 − damping) J in the place of J, for cells that overflow on the way.
+      damping: steps take (1 − damping) J in the place of J, for cells whose J is large where the search begins. Rarely
+        worth it: what overflows keeps its place anyway, and a diagonal that does not converge does not with it either.
       tolerance: 16 rounding errors where None.
       max_iterations: steps before a block falls back. After 3/4 of a step a token it does so earlier.
       block_size: tokens that are solved for together, one block after the other: J of C tokens takes C N² numbers a
