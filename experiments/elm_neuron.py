@@ -16,32 +16,24 @@ Run     python -m experiments.elm_neuron [--preset cpu|gpu]
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxseq.analysis import nearest_in_size, num_parameters
 from jaxseq.data import mnist
 from jaxseq.fields import check_counts
 from jaxseq.mixers import ELM, LSTM
 from jaxseq.tasks import spike_adding, spike_templates
-from jaxseq.train import (
-    CheckpointConfig,
-    MeshConfig,
-    Run,
-    TrainConfig,
-    cross_entropy,
-    digest,
-    ensemble_loss,
-    main,
-    members,
-    per_member,
-    read_metrics,
-)
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, read_metrics
+from jaxseq.train.ensemble import ensemble_init, ensemble_loss, members, per_member
+from jaxseq.train.plots import points_and_mean
+from jaxseq.train.rows import grouped
 
 
 @dataclass(frozen=True)
@@ -151,67 +143,60 @@ def task(config: Config) -> Task:
         templates = spike_templates(keys[0], count=of.templates, length=of.length, channels=of.channels)
         draw: Any = lambda key, count: spike_adding(key, templates, num_examples=count)
         return Task(2 * of.templates - 1, draw, draw(keys[1], of.test))
-    train, test = ((jnp.asarray(x.inputs), jnp.asarray(x.labels)) for x in mnist(of.path, pool=of.pool))
-    rows = lambda key, count: jax.random.randint(key, (count,), 0, len(train[1]))
-    draw = lambda key, count: tuple(x[rows(key, count)] for x in train)
-    return Task(10, draw, (test[0][: of.test], test[1][: of.test]))
-
-
-def parameters(model: nn.Module, x) -> int:
-    return optax.tree.size(jax.eval_shape(model.init, jax.random.key(0), x))
+    train, test = jax.device_put(mnist(of.path, pool=of.pool))
+    return Task(10, train.draw, (test.inputs[: of.test], test.labels[: of.test]))
 
 
 def models(config: Config, of: Task) -> dict[str, nn.Module]:
     elm = partial(ELM, num_memory=config.memories, num_branches=config.branches)
     kinds = {name: partial(elm, version=n + 1, max_tau=config.max_tau) for n, name in enumerate(NEURONS)}
-    found: dict[str, nn.Module] = {name: Neuron(of.classes, slot) for name, slot in kinds.items()}
-    found["short"] = Neuron(of.classes, partial(elm, max_tau=config.short_tau))
-    x = of.test[0][:1]
-    goal = parameters(found["version 2"], x)
-    widths = range(1, 4 * config.memories + 2)
-    width = min(widths, key=lambda n: abs(parameters(Cells(of.classes, n), x) - goal))
-    return found | {"lstm": Cells(of.classes, width)}
+    kinds["short"] = partial(elm, max_tau=config.short_tau)
+    neurons = {name: Neuron(of.classes, slot) for name, slot in kinds.items()}
+    x, cells = of.test[0][:1], partial(Cells, of.classes)
+    width = nearest_in_size(cells, num_parameters(neurons["version 2"], x), x)
+    return neurons | {"lstm": cells(width)}
 
 
 def measure(run: Run[Config]) -> None:
     config, of = run.config, task(run.config)
     params_of, sizes = {}, {}
     for kind, model in models(config, of).items():
-        sizes[kind] = parameters(model, of.test[0][:1])
+        sizes[kind] = num_parameters(model, of.test[0][:1])
         print(f"{kind}: {sizes[kind]:,} parameters", flush=True)
-
-        def init(key, model=model):
-            return jax.vmap(lambda key: model.init(key, of.test[0][:1]))(jax.random.split(key, config.seeds))
-
-        def loss(params, batch, key, model=model):
-            inputs, labels = of.draw(key, config.train.batch_size)
-            return cross_entropy(model.apply(params, inputs), labels)
-
-        # The test is no constant of the program, which would be folded while it is compiled.
-        scores = jax.jit(
-            lambda params, x, y, model=model: jax.lax.map(lambda p: cross_entropy(model.apply(p, x), y)[1], params)
-        )
-
-        def evaluate(params, scores=scores):
-            rows = members(scores(params, *of.test))
-            return {f"test/{seed}": {name: float(x) for name, x in row.items()} for seed, row in enumerate(rows)}
-
-        optimizer = per_member(optax.adam(config.train.learning_rate))
-        params_of[kind] = run.fit(
-            ensemble_loss(loss), init, lambda step: {}, part=kind.replace(" ", "_"), optimizer=optimizer,
-            evaluate=evaluate,
-        ).params  # fmt: skip
+        params_of[kind] = trained(run, of, part_of(kind), model)
     verdict(run, sizes, digest(params_of))
+
+
+def part_of(kind: str) -> str:
+    return kind.replace(" ", "_")
+
+
+def trained(run: Run[Config], of: Task, part: str, model: nn.Module):
+    """Models of all seeds at once, each of which draws batches of its own."""
+    config = run.config
+    init = ensemble_init(lambda key: model.init(key, of.test[0][:1]), config.seeds)
+
+    def loss(params, batch, key):
+        inputs, labels = of.draw(key, config.train.batch_size)
+        return cross_entropy(model.apply(params, inputs), labels)
+
+    # The test is no constant of the program, which would be folded while it is compiled.
+    scores = jax.jit(lambda params, x, y: jax.lax.map(lambda p: cross_entropy(model.apply(p, x), y)[1], params))
+
+    def evaluate(params):
+        rows = members(scores(params, *of.test))
+        return {f"test/{seed}": jax.tree.map(float, row) for seed, row in enumerate(rows)}
+
+    optimizer = per_member(optax.adam(config.train.learning_rate))
+    fitted = run.fit(ensemble_loss(loss), init, lambda step: {}, part=part, optimizer=optimizer, evaluate=evaluate)
+    return fitted.params
 
 
 def verdict(run: Run[Config], sizes: dict[str, int], parameters_digest: str) -> None:
     config = run.config
-    curves: dict[str, dict[str, list]] = {kind: {} for kind in sizes}
-    for row in read_metrics(run.folder):
-        if row["split"].startswith("test/"):
-            _, seed, part = row["split"].split("/")
-            curves[part.replace("_", " ")].setdefault(seed, []).append((row["step"], row["accuracy"]))
-    accuracies = {kind: [curve[-1][1] for curve in of.values()] for kind, of in curves.items()}
+    splits = grouped(read_metrics(run.folder), "split")
+    curves = {kind: [splits[f"test/{seed}/{part_of(kind)}"] for seed in range(config.seeds)] for kind in sizes}
+    accuracies = {kind: [curve[-1]["accuracy"] for curve in of] for kind, of in curves.items()}
     mean = {kind: float(np.mean(each)) for kind, each in accuracies.items()}
     for kind, value in mean.items():
         print(f"{kind:<10} {value:.4f}  {np.round(accuracies[kind], 3)}  {sizes[kind]:,} parameters", flush=True)
@@ -234,13 +219,12 @@ def verdict(run: Run[Config], sizes: dict[str, int], parameters_digest: str) -> 
     )
 
 
-def draw(run: Run, curves: dict[str, dict[str, list]]) -> None:
-    """Test accuracy on the way, a line a seed."""
+def draw(run: Run, curves: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Test accuracy on the way, of each seed and in the mean."""
     with run.figure("accuracy", figsize=(6, 4)) as figure:
         axes = figure.subplots()
-        for n, (kind, of) in enumerate(curves.items()):
-            for seed, curve in of.items():
-                axes.plot(*zip(*curve, strict=True), color=f"C{n}", linewidth=1, label=kind if seed == "0" else None)
+        for kind, of in curves.items():
+            points_and_mean(axes, chain(*of), "step", "accuracy", label=kind)
         axes.set(xlabel="training step", ylabel="accuracy (fraction)")
         axes.legend(frameon=False, fontsize="x-small")
 

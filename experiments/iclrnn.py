@@ -23,22 +23,14 @@ import numpy as np
 import optax
 
 from jaxseq.analysis import convexity_gap, local_lipschitz
+from jaxseq.data import epoch_rows
 from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import ICLRNN, LSTM
 from jaxseq.tasks import decaying_peaks, edge_states, least_cost, reactor, reactor_energy, reactor_path, steered
 from jaxseq.tasks.reactor import LARGEST, REGION
-from jaxseq.train import (
-    CheckpointConfig,
-    MeshConfig,
-    Run,
-    TrainConfig,
-    digest,
-    ensemble_loss,
-    main,
-    members,
-    per_member,
-    projected,
-)
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main, points_and_mean, projected
+from jaxseq.train.ensemble import ensemble_init, ensemble_loss, members, per_member
+from jaxseq.train.rows import grouped, mean_of, where
 
 
 @dataclass(frozen=True)
@@ -180,21 +172,14 @@ def trained(run: Run[Config], task: str, kind: str, drawn: Data):
     noise = np.random.default_rng(config.seed).standard_normal(shape).astype(np.float32)
     noisy = drawn.targets + np.reshape(config.noises, (-1, 1, 1, 1, 1)).astype(np.float32) * noise
     noisy = noisy.reshape(-1, *drawn.targets.shape)
-
-    def init(key):
-        keys = jax.random.split(key, len(noisy))
-        return jax.vmap(lambda key: project(model.init(key, drawn.inputs[:1])))(keys)
+    init = ensemble_init(lambda key: project(model.init(key, drawn.inputs[:1])), len(noisy))
+    rows = epoch_rows(len(drawn.inputs), config.train.batch_size, config.seed)
 
     def loss(params, batch, key, noisy):
         value = jnp.mean((forward(params, drawn.inputs[batch["rows"]]) - noisy[batch["rows"]]) ** 2)
         return value, {"loss": value}
 
-    def batches(step):
-        count, size = len(drawn.inputs), config.train.batch_size
-        epoch, place = divmod(step, count // size)
-        order = np.random.default_rng((config.seed, epoch)).permutation(count)
-        return {"rows": order[place * size : (place + 1) * size].astype(np.int32)}
-
+    batches = lambda step: {"rows": rows(step)}
     optimizer = per_member(projected(optax.adam(config.train.learning_rate), project))
     fitted = run.fit(ensemble_loss(loss, noisy), init, batches, part=f"{task}-{kind}", optimizer=optimizer)
     return jax.jit(init)(jax.random.key(config.seed)), fitted.params
@@ -214,7 +199,7 @@ def certified(config: Config, task: str, kind: str, drawn: Data, start, end) -> 
     if task == "reactor":
         steer = jax.jit(jax.vmap(lambda params: control(config, partial(predicted, params))))
         for row, found in zip(rows, members(steer(end)), strict=True):
-            row |= {name: float(value) for name, value in found.items()}
+            row |= jax.tree.map(float, found)
     return {"rows": rows}
 
 
@@ -292,38 +277,34 @@ def references(config: Config) -> dict[str, dict[str, float]]:
         path = reactor_path(given[:, :2], given[:, 2:])
         return jnp.concatenate([path, reactor_energy(path)[..., None] / ENERGY_SCALE], axis=-1)
 
-    numbers = lambda found: {name: float(x) for name, x in found.items()}
-    return {
-        "planned with the plant": numbers(jax.jit(partial(control, config, plant))()),
-        "no control": numbers(spent(config, jnp.zeros_like)),
+    found = {
+        "planned with the plant": jax.jit(partial(control, config, plant))(),
+        "no control": spent(config, jnp.zeros_like),
     }
+    return jax.tree.map(float, found)
 
 
 COLUMNS = (
     "error", "energy error", "lipschitz", "lipschitz bound", "ratio of pairs", "gap before", "gap", "least weight",
     "largest norm", "energy", "energy at the end", "spread",
 )  # fmt: skip
+PANELS = {"error": "mean squared error", "lipschitz": "largest norm of a Jacobian", "energy": "mean energy"}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    for noise in dict.fromkeys(row["noise"] for row in rows):
-        of = [row for row in rows if row["noise"] == noise]
-        means = {name: np.mean([row[name] for row in of]) for name in COLUMNS if name in of[0]}
-        named = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
+    for noise, of in grouped(rows, "noise").items():
+        named = "  ".join(f"{name} {mean_of(of, name):.3g}" for name in COLUMNS if name in of[0])
         print(f"{of[0]['task']:<8} {of[0]['kind']:<7} noise {noise}  {named}", flush=True)
 
 
 def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str) -> None:
-    config = run.config
-    of = lambda kind, task=None, noise=None: [
-        row for row in rows if row["kind"] == kind and task in (None, row["task"]) and noise in (None, row["noise"])
-    ]
-    mean = lambda name, *which: float(np.mean([row[name] for row in of(*which)]))
+    config, of = run.config, grouped(rows, "kind")
+    mean = lambda name, kind, task, noise: mean_of(where(of[kind], task=task, noise=noise), name)
     parts = {
-        "ICLRNN is convex": min(min(row["gap before"], row["gap"]) for row in of("iclrnn")) >= GAP,
-        "its kernels are bounded": max(row["largest norm"] for row in of("iclrnn")) <= NORM
-        and min(row["least weight"] for row in of("iclrnn")) >= 0,
-        "the others are not convex": max(row["gap"] for row in of("lstm") + of("rnn")) < GAP,
+        "ICLRNN is convex": min(min(row["gap before"], row["gap"]) for row in of["iclrnn"]) >= GAP,
+        "its kernels are bounded": max(row["largest norm"] for row in of["iclrnn"]) <= NORM
+        and min(row["least weight"] for row in of["iclrnn"]) >= 0,
+        "the others are not convex": max(row["gap"] for row in of["lstm"] + of["rnn"]) < GAP,
     }
     for task in config.names():
         noise, most, share = ERRORS[task]
@@ -343,9 +324,9 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
         f"{task}, {kind}, noise {noise}: {name}": mean(name, kind, task, noise)
         for task in config.names() for kind in KINDS for noise in config.noises
         for name in ("error", "energy error", "lipschitz", "lipschitz bound", "ratio of pairs", "energy", "spread")
-        if name in of(kind, task)[0]
+        if name in where(of[kind], task=task)[0]
     }  # fmt: skip
-    measured |= {f"least convexity gap, {kind}": min(row["gap"] for row in of(kind)) for kind in KINDS}
+    measured |= {f"least convexity gap, {kind}": min(row["gap"] for row in of[kind]) for kind in KINDS}
     draw(run, rows, baseline)
     run.finish(
         claim="an ICLRNN is convex and its kernels are bounded, others are not"
@@ -362,23 +343,15 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
 
 def draw(run: Run, rows: list[dict[str, Any]], baseline: dict[str, Any]) -> None:
     """Against the noise to train on: errors and steepness by task, and the energy of the plant under control."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    panels = [(task, name) for task in tasks for name in ("error", "lipschitz")]
-    panels += [("reactor", "energy")] * ("reactor" in tasks)
+    of = grouped(rows, "task")
+    panels = [(task, name) for task in of for name in PANELS if name in of[task][0]]
     with run.figure("iclrnn", figsize=(3.6 * len(panels), 3.6)) as figure:
         for axes, (task, name) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            for n, kind in enumerate(KINDS):
-                of = [row for row in rows if (row["task"], row["kind"]) == (task, kind)]
-                noises = sorted({row["noise"] for row in of})
-                axes.plot([row["noise"] for row in of], [row[name] for row in of], ".", color=f"C{n}")
-                means = [np.mean([row[name] for row in of if row["noise"] == noise]) for noise in noises]
-                axes.plot(noises, means, color=f"C{n}", label=kind)
+            for kind in KINDS:
+                points_and_mean(axes, where(of[task], kind=kind), "noise", name, label=kind)
             for style, (label, found) in zip(("--", ":"), baseline.items() if name == "energy" else (), strict=False):
                 axes.axhline(found["energy"], color="0.4", linestyle=style, linewidth=1, label=label)
-            label = {"error": "mean squared error", "lipschitz": "largest norm of a Jacobian", "energy": "mean energy"}[
-                name
-            ]
-            axes.set(yscale="log", xlabel="noise on the targets", ylabel=f"{task}: {label}")
+            axes.set(yscale="log", xlabel="noise on the targets", ylabel=f"{task}: {PANELS[name]}")
             axes.legend(frameon=False, fontsize="x-small")
 
 

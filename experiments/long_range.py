@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,6 +33,7 @@ from jaxseq.mixers import DSS, LRU, S4, S5
 from jaxseq.tasks import listops
 from jaxseq.tasks.listops import PADDING
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
+from jaxseq.train.evaluation import mean_metrics
 from jaxseq.train.optimizer import STATE_SPACE
 
 
@@ -62,7 +62,7 @@ class DataConfig:
         if self.task == "listops" and self.path is None:
             trees = Labelled(*listops(0, self.examples, lengths=(self.length // 4, self.length)))
             cut = self.examples - self.examples // 10
-            splits = Labelled(*(x[:cut] for x in trees)), Labelled(*(x[cut:] for x in trees))
+            splits = trees.take(slice(cut)), trees.take(slice(cut, None))
         elif self.path is None:
             raise ValueError(f"data.path is needed for data.task={self.task}.")
         elif self.task == "mnist":
@@ -71,9 +71,8 @@ class DataConfig:
             splits = spoken_digits(self.path, length=self.length, keep_every=keep_every)
         else:
             splits = listops_table(self.path)
-        most = (self.examples, self.test_examples)
-        train, test = (Labelled(*(x[:n] for x in split)) for split, n in zip(splits, most, strict=True))
-        return train, test
+        train, test = splits
+        return train.take(slice(self.examples)), test.take(slice(self.test_examples))
 
 
 @dataclass(frozen=True)
@@ -262,12 +261,8 @@ def optimizer(config: Config, name: str) -> optax.GradientTransformation:
     return make_optimizer(replace(config.train, **own(config, name).train), state_space=slow)
 
 
-def accuracy(model: Classifier, params, test: Labelled, size: int = 100) -> dict[str, float]:
-    """Over all of the test, a batch at a time."""
-    loss = jax.jit(partial(classify, model))
-    rows = [range(start, min(start + size, len(test.labels))) for start in range(0, len(test.labels), size)]
-    scores = [loss(params, test.batch(np.asarray(part)), None)[1] for part in rows]
-    return {name: float(np.average([s[name] for s in scores], weights=list(map(len, rows)))) for name in scores[0]}
+def accuracy(model: Classifier, params, test: Labelled) -> dict[str, float]:
+    return mean_metrics(partial(classify, model), params, test.batch, len(test.labels))
 
 
 def classify(model: Classifier, params, batch, key):

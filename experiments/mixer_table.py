@@ -14,7 +14,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseq.analysis import BitsPerByte, decoding_speeds, num_parameters, state_bytes
+from jaxseq.analysis import BitsPerByte, decoding_speeds, nearest_in_size, num_parameters, state_bytes
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, evaluation_windows, joined
 from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
@@ -102,13 +102,7 @@ def of_size(config: ModelConfig, parameters: int, step: int):
     Its feed-forward layers take up the difference.
     """
     model = lambda n, **fields: named_language_model(replace(config, width=n * step), VOCABULARY, **fields)
-    below, above = 1, 2
-    while size(model(above)) < parameters:
-        below, above = above, 2 * above
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if size(model(middle)) < parameters else (below, middle)
-    n = min((below, above), key=lambda n: abs(size(model(n)) - parameters))
+    n = nearest_in_size(model, parameters, jnp.zeros((1, 1), jnp.int32))
     width, layers = n * step, len(config.slots())
     hidden = GatedMLP(width).width() + round((parameters - size(model(n))) / (3 * width * layers))
     return model(n, mlp=partial(GatedMLP, hidden=max(1, hidden)))

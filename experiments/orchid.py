@@ -22,7 +22,7 @@ from jaxseq.data import mnist
 from jaxseq.fields import check_counts
 from jaxseq.mixers import Orchid
 from jaxseq.tasks import associative_recall
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, mean_metrics
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,8 @@ def digits(config: Config):
     """`(batches, test)` of digits as sequences of pixels."""
     assert config.data.path is not None
     train, test = mnist(config.data.path, pool=config.data.pool)
-    train, test = (
-        type(split)(*(x[:most] for x in split))
-        for split, most in ((train, config.data.examples), (test, config.data.test_examples))
-    )
-    batches = train.batches(config.train.batch_size, config.seed)
-    return batches, test.batch(np.arange(len(test.labels)))
+    batches = train.take(slice(config.data.examples)).batches(config.train.batch_size, config.seed)
+    return batches, test.batch(slice(config.data.test_examples))
 
 
 def build(config: Config, task: str, conditioning: str) -> Classifier:
@@ -126,14 +122,9 @@ def classify(model: Classifier, params, batch, key):
     return cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])
 
 
-def tested(model: Classifier, params, test, size: int = 100) -> dict[str, float]:
-    """Over all of the test, a batch at a time."""
-    loss = jax.jit(partial(classify, model))
-    starts = range(0, len(test["labels"]), size)
-    parts = [{name: x[start : start + size] for name, x in test.items()} for start in starts]
-    scores = [loss(params, part, None)[1] for part in parts]
-    weights = [len(part["labels"]) for part in parts]
-    return {name: float(np.average([s[name] for s in scores], weights=weights)) for name in scores[0]}
+def tested(model: Classifier, params, test) -> dict[str, float]:
+    read = lambda rows: {name: x[rows] for name, x in test.items()}
+    return mean_metrics(partial(classify, model), params, read, len(test["labels"]))
 
 
 def measure(run: Run[Config]) -> None:

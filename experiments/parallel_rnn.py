@@ -29,6 +29,7 @@ from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import ELM, GRU, ICLRNN, LSTM, LeakyRNN
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, projected
 from jaxseq.train.optimizer import make_optimizer
+from jaxseq.train.rows import grouped, where
 
 
 class Kind(NamedTuple):
@@ -116,7 +117,7 @@ def measure(run: Run[Config]) -> None:
     windows = TextWindows(text.train, config.data.context, config.train.batch_size, config.seed)
     held_out = [evaluation_windows(text.test, length)[: config.batch] for length in config.lengths]
     rows: list[dict[str, Any]] = []
-    params_of: dict[str, Any] = {}
+    params_of = {}
     for cell in config.names():
         model, (_, project, chaotic) = build(config, cell, "sequential"), CELLS[cell]
         init = lambda key, model=model, project=project: project(model.init(key, jnp.zeros((1, 1), jnp.int32)))
@@ -201,23 +202,21 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(of + f"{row['iterations']:>3} iterations  {errors}{'  fell back' * row['fell back']}{speed}", flush=True)
 
 
-def fallen(rows: list[dict[str, Any]], form: str) -> list[str]:
-    return [f"{r['cell']}, {r['weights']}, {r['length']}" for r in rows if r["form"] == form and r["fell back"]]
-
-
 def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str) -> None:
     config, longest = run.config, max(run.config.lengths)
     tame = [row for row in rows if row["weights"] != "chaotic"]  # of chaos two programs of the loop differ as well
-    wild = [row for row in rows if row["weights"] == "chaotic" and row["length"] == longest]
-    worst = {name: max(row[name] for row in tame) for name in ("values", "gradients")}
-    fastest = {
-        cell: max(row["speed"] for row in tame if (row["cell"], row["length"]) == (cell, longest) and "speed" in row)
-        for cell in config.names()
+    wild, by_form = where(rows, weights="chaotic", length=longest), grouped(tame, "form")
+    fallen = {
+        form: [f"{row['cell']}, {row['weights']}, {row['length']}" for row in of if row["fell back"]]
+        for form, of in by_form.items()
     }
+    worst = {name: max(row[name] for row in tame) for name in ("values", "gradients")}
+    timed = grouped(where(tame, weights="trained", length=longest), "cell")
+    fastest = {cell: max(row["speed"] for row in of) for cell, of in timed.items()}
     parts = {
         "outputs are the loop's": worst["values"] <= VALUES,
         "so are gradients": worst["gradients"] <= GRADIENTS,
-        "Newton converges": not any(row["fell back"] for row in tame if row["form"] == "full"),
+        "Newton converges": not fallen["full"],
         "speed": min(fastest.values()) >= config.least_speed,
     }
     if wild:
@@ -225,11 +224,8 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
     run.finish(
         claim="Newton over time gives the loop's outputs and gradients, falls back where cells are chaotic"
         + (f", and trains {config.least_speed} times as fast" if config.least_speed else ""),
-        measured={
-            f"most iterations, {form}": max(row["iterations"] for row in tame if row["form"] == form)
-            for form in PARALLEL
-        }
-        | {f"fell back, {form}": fallen(tame, form) for form in PARALLEL}
+        measured={f"most iterations, {form}": max(row["iterations"] for row in of) for form, of in by_form.items()}
+        | {f"fell back, {form}": names for form, names in fallen.items()}
         | {f"largest error, {name}": value for name, value in worst.items()}
         | {f"speed, {cell}": value for cell, value in fastest.items()},
         baseline={"speed of the loop": 1.0},
@@ -245,9 +241,9 @@ def draw(run: Run, rows: list[dict[str, Any]]) -> None:
     """Iterations against length, dotted where untrained, and speed in training against the loop's."""
     with run.figure("parallel_rnn", figsize=(12, 4)) as figure:
         left, right = figure.subplots(1, 2)
-        for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
+        for i, (cell, of_cell) in enumerate(grouped(rows, "cell").items()):
             for (form, marker), (weights, line) in product(zip(PARALLEL, "os", strict=True), LINES.items()):
-                of = [row for row in rows if (row["cell"], row["form"], row["weights"]) == (cell, form, weights)]
+                of = where(of_cell, form=form, weights=weights)
                 at, style = [row["length"] for row in of], {"color": f"C{i}", "marker": marker, "linestyle": line}
                 left.plot(at, [row["iterations"] for row in of], **style)
                 if weights == "trained":

@@ -28,7 +28,7 @@ from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import BaseConv, Mamba2, SelectiveAttention
 from jaxseq.models.block import Slot
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
-from jaxseq.train.files import atomically, read_json, write_json
+from jaxseq.train.files import read_arrays, read_json, write_arrays, write_json
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,8 @@ def measure(run: Run[Config]) -> None:
             scores, about = trained(run, name, stream, contexts)
             path.parent.mkdir(exist_ok=True)
             write_json(path.with_suffix(".json"), about)
-            with atomically(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **scores)  # type: ignore[arg-type, misc]
-        found |= dict(np.load(path))
+            write_arrays(path, scores)
+        found |= read_arrays(path)
         facts[name] = read_json(path.with_suffix(".json"))
     run.plot()
     # Documents are drawn whole where there are enough of them to draw from.

@@ -27,26 +27,16 @@ import numpy as np
 import optax
 from scipy.stats import spearmanr
 
-from jaxseq.analysis import effective_rank, gram_alignment, representation_alignment
+from jaxseq.analysis import effective_rank, gram_alignment, representation_alignment, tangent_kernel
 from jaxseq.data import mnist
 from jaxseq.fields import check_counts
 from jaxseq.layers.initialisers import low_rank
 from jaxseq.ops import nonlinear_recurrence
 from jaxseq.tasks import delayed_match, two_choices
-from jaxseq.train import (
-    CheckpointConfig,
-    MeshConfig,
-    Run,
-    TrainConfig,
-    cross_entropy,
-    digest,
-    ensemble_loss,
-    main,
-    members,
-    per_member,
-    read_metrics,
-    stacked,
-)
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, read_metrics
+from jaxseq.train.ensemble import ensemble_loss, members, per_member, stacked
+from jaxseq.train.plots import points_and_mean
+from jaxseq.train.rows import grouped, mean_of
 
 
 @dataclass(frozen=True)
@@ -154,10 +144,8 @@ def task(config: Config) -> Task:
         draw: Any = lambda key, count: of(key, num_examples=count)
         return Task(draw, draw(keys[0], config.test), draw(keys[1], config.probes)[0])
     by_rows = lambda pixels: pixels.reshape(len(pixels), math.isqrt(pixels.shape[1]), -1)
-    train, test = ((jnp.asarray(by_rows(x.inputs)), jnp.asarray(x.labels)) for x in mnist(config.data.path))
-    rows = lambda key, count: jax.random.randint(key, (count,), 0, len(train[1]))
-    draw = lambda key, count: tuple(x[rows(key, count)] for x in train)
-    return Task(draw, (test[0][: config.test], test[1][: config.test]), test[0][-config.probes :])
+    train, test = (x._replace(inputs=by_rows(x.inputs)) for x in jax.device_put(mnist(config.data.path)))
+    return Task(train.draw, (test.inputs[: config.test], test.labels[: config.test]), test.inputs[-config.probes :])
 
 
 def measure(run: Run[Config]) -> None:
@@ -206,10 +194,8 @@ def trained(run: Run[Config], of: Task, part: str, init, names: list[str]):
 
     def state(params):
         """Test metrics, the tangent kernel in the recurrent weights, and the last states."""
-        logits = lambda W, x: apply({"params": params["params"] | {"recurrent": W}}, x[None])[0][0]
-        J = jax.vmap(jax.jacrev(logits), (None, 0))(params["params"]["recurrent"], of.probes)
-        J = J.reshape(-1, config.width**2)  # a row for each probe and class
-        return cross_entropy(apply(params, of.test[0])[0], of.test[1])[1], J @ J.T, apply(params, of.probes)[1]
+        kernel = tangent_kernel(lambda params, x: apply(params, x[None])[0], params, of.probes, "recurrent")
+        return cross_entropy(apply(params, of.test[0])[0], of.test[1])[1], kernel, apply(params, of.probes)[1]
 
     states = jax.jit(lambda params: jax.lax.map(state, params))
     before = jax.jit(init)(None)
@@ -217,16 +203,17 @@ def trained(run: Run[Config], of: Task, part: str, init, names: list[str]):
 
     def evaluate(params):
         metrics, kernels_now, lasts = states(params)
-        changes = jax.tree.map(lambda a, b: a - b, params, before)["params"]["recurrent"]
-        rows = {}
-        for n, name in enumerate(names):
-            rows[f"test/{name}"] = {metric: float(x[n]) for metric, x in metrics.items()} | {
+        changes = params["params"]["recurrent"] - before["params"]["recurrent"]
+        return {
+            f"test/{name}": jax.tree.map(float, row)
+            | {
                 "kernel alignment": gram_alignment(kernels[n], kernels_now[n]),
                 "representation alignment": representation_alignment(firsts[n], lasts[n]),
                 "same signs": float(np.mean(((firsts[n] > 0) == (lasts[n] > 0)).all(axis=0))),
                 "weight change": float(np.linalg.norm(changes[n])),
             }
-        return rows
+            for n, (name, row) in enumerate(zip(names, members(metrics), strict=True))
+        }
 
     optimizer = per_member(optax.sgd(config.train.learning_rate, momentum=0.9))
     fitted = run.fit(ensemble_loss(loss), init, lambda step: {}, part=part, optimizer=optimizer, evaluate=evaluate)
@@ -235,29 +222,22 @@ def trained(run: Run[Config], of: Task, part: str, init, names: list[str]):
 
 def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None:
     config = run.config
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in read_metrics(run.folder):
-        if row["split"].startswith("test/"):
-            rows.setdefault(row["split"].split("/")[1], []).append(row)
+    splits = grouped(read_metrics(run.folder), "split")
+    rows = {split.split("/")[1]: of for split, of in splits.items() if split.startswith("test/")}
     # What the slowest ends with: all are compared where they first come to it.
-    level = max(run_of[-1]["loss"] for run_of in rows.values())
-    level_rows = {name: next(row for row in run_of if row["loss"] <= level) for name, run_of in rows.items()}
-    ranks = [effective_rank(np.asarray(start["params"]["recurrent"])) for start in starts]
-    table = {
-        name: {"effective rank": rank, "accuracy": of[-1]["accuracy"], "loss": of[-1]["loss"]}
-        | {measure: of[-1][measure] for measure in MEASURES}
-        | {"step of equal loss": level_rows[name]["step"], "accuracy then": level_rows[name]["accuracy"]}
-        | {f"{measure} then": level_rows[name][measure] for measure in MEASURES}
-        for (name, of), rank in zip(rows.items(), ranks, strict=True)
+    level, table = max(of[-1]["loss"] for of in rows.values()), {}
+    for (name, of), start in zip(rows.items(), starts, strict=True):
+        then = next(row for row in of if row["loss"] <= level)
+        table[name] = {"effective rank": effective_rank(np.asarray(start["params"]["recurrent"]))}
+        table[name] |= {column: of[-1][column] for column in ("accuracy", "loss", *MEASURES)}
+        table[name] |= {"step of equal loss": then["step"]}
+        table[name] |= {f"{column} then": then[column] for column in ("accuracy", *MEASURES)}
+    kinds = {
+        kind: [f"{kind}, {seed}" for seed in range(config.seeds)]
+        for kind in (*(f"rank {rank}" for rank in config.ranks), *SMALL)
     }
-    kinds = [f"rank {rank}" for rank in config.ranks] + list(SMALL)
     columns = ("effective rank", "accuracy", *MEASURES, "step of equal loss", "kernel alignment then")
-    mean = {
-        kind: {
-            c: float(np.mean([row[c] for name, row in table.items() if name.split(",")[0] == kind])) for c in columns
-        }
-        for kind in kinds
-    }
+    mean = {kind: {c: mean_of([table[n] for n in names], c) for c in columns} for kind, names in kinds.items()}
     for kind, row in mean.items():
         print(f"{kind:<10}" + "  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)
     drawn = [row for name, row in table.items() if name.startswith("rank")]
@@ -276,7 +256,7 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
         parts |= {f"rank and {measure}": correlation[measure] >= config.least_correlation for measure in MEASURES[:2]}
         moved = [mean[f"rank {rank}"]["weight change"] for rank in config.ranks]
         parts["low rank moves weights more"] = moved[0] > moved[-1]
-    draw(run, table, rows)
+    draw(run, table, {kind: [row for name in names for row in rows[name]] for kind, names in kinds.items()})
     run.finish(
         claim="networks that began with recurrent weights of low rank learn richly, those of full rank lazily",
         measured={f"kernel alignment, {kind}": row["kernel alignment"] for kind, row in mean.items()}
@@ -293,7 +273,7 @@ def verdict(run: Run[Config], starts: list[Any], parameters_digest: str) -> None
     )
 
 
-def draw(run: Run, table, rows) -> None:
+def draw(run: Run, table, rows_of) -> None:
     """Alignments against effective rank, and on the way."""
     with run.figure("rich_lazy", figsize=(13, 4)) as figure:
         *scatter, way = figure.subplots(1, 3)
@@ -304,13 +284,8 @@ def draw(run: Run, table, rows) -> None:
                     [row["effective rank"] for row in of], [row[measure] for row in of], marker, label=label, alpha=0.7
                 )
             axes.set(xscale="log", xlabel="effective rank of the initial recurrent weights", ylabel=measure)
-        for kind in dict.fromkeys(name.split(",")[0] for name in rows):
-            of = [rows_of for name, rows_of in rows.items() if name.split(",")[0] == kind]
-            way.plot(
-                [row["step"] for row in of[0]],
-                np.mean([[row[MEASURES[0]] for row in r] for r in of], axis=0),
-                label=kind,
-            )
+        for kind, of in rows_of.items():
+            points_and_mean(way, of, "step", MEASURES[0], label=kind)
         way.set(xlabel="training step", ylabel=f"{MEASURES[0]}, mean")
         for axes in (*scatter, way):
             axes.legend(frameon=False, fontsize="x-small")

@@ -25,8 +25,8 @@ import numpy as np
 import optax
 
 from jaxseq.analysis.timing import Case, side_by_side
-from jaxseq.data import inertial_motion
-from jaxseq.fields import check_counts, chosen
+from jaxseq.data import epoch_rows, inertial_motion
+from jaxseq.fields import check_counts, check_positive, chosen
 from jaxseq.mixers import LSTM, S4D, Mamba
 from jaxseq.models import FlatRegressor, HiSS, Stack
 from jaxseq.tasks import drifting_sensor
@@ -52,9 +52,7 @@ class DataConfig:
 
     def __post_init__(self):
         check_counts(self, "chunk", "chunks", "examples", section="data.")
-        for name in ("train_seconds", "test_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be above 0.")
+        check_positive(self, "train_seconds", "test_seconds", section="data.")
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,6 @@ def measure(run: Run[Config]) -> None:
     data = synthetic(config) if config.data.path is None else recorded(config)
     (inputs, targets), test = data.train, data.test
     size = config.train.batch_size
-    if len(inputs) < size:
-        raise ValueError(f"train.batch_size={size} is more than the {len(inputs)} sequences to train on.")
     print(f"{len(inputs)} sequences of {inputs.shape[1]} samples to train on, {len(test[0])} to test on", flush=True)
     run.require_same(data=digest([*data.train, *data.test]))
     table, params = {}, {}
@@ -195,13 +191,8 @@ def measure(run: Run[Config]) -> None:
             return value, {"loss": value}
 
         for seed in range(config.seed, config.seed + config.seeds):
-            part = f"{name}-{seed}"
-
-            def batches(step, seed=seed):
-                epoch, place = divmod(step, len(inputs) // size)
-                rows = np.random.default_rng((seed, epoch)).permutation(len(inputs))[place * size : (place + 1) * size]
-                return {"inputs": inputs[rows], "targets": targets[rows]}
-
+            part, rows = f"{name}-{seed}", epoch_rows(len(inputs), size, seed, of="sequences")
+            batches = lambda step, rows=rows: {"inputs": inputs[rows(step)], "targets": targets[rows(step)]}
             init = lambda key, model=model, seed=seed: model.init(jax.random.fold_in(key, seed), inputs[:1])
             params[part] = run.fit(loss, init, batches, part=part).params
 

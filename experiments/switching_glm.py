@@ -12,7 +12,6 @@ Run     python -m experiments.switching_glm [--preset cpu|gpu|spikes] [--data.pa
 import hashlib
 import itertools
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -26,13 +25,14 @@ import optax
 
 from jaxseq.analysis import matched_states
 from jaxseq.data import spike_counts
-from jaxseq.fields import check_counts
+from jaxseq.fields import check_counts, check_positive
 from jaxseq.learn import best_fit, expectation_maximisation, gradient_ascent, hidden_markov_start
 from jaxseq.models import SwitchingGLM, one_hot_parameters
 from jaxseq.models.switching_glm import THRESHOLD
 from jaxseq.ops import hidden_markov_filter, hidden_markov_smoother
 from jaxseq.tasks import switching_spikes
 from jaxseq.train import MetricsWriter, Run, digest, main
+from jaxseq.train.files import read_arrays, write_arrays
 
 Link = Literal["sigmoid", "softplus"]
 
@@ -72,9 +72,7 @@ class FitConfig:
     """Random couplings to begin at; after a quarter of the rounds the likeliest goes on."""
 
     def __post_init__(self):
-        for name in ("steps", "inner_steps", "learning_rate", "starts"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be above 0.")
+        check_positive(self, *vars(self), section="train.")
 
 
 @dataclass(frozen=True)
@@ -219,13 +217,8 @@ MODELS: dict[str, Callable[..., Fit]] = {
 def kept(path: Path, fit: Callable[[], Fit]) -> Fit:
     """The fit of an earlier start, or a new one."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, **fit()._asdict())
-        os.replace(temporary, path)
-    with np.load(path) as arrays:
-        return Fit(**arrays)
+        write_arrays(path, fit()._asdict())
+    return Fit(**read_arrays(path))
 
 
 @cache

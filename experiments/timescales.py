@@ -17,6 +17,7 @@ Run     python -m experiments.timescales [--preset cpu|gpu] [--tasks parity,matc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,14 +27,15 @@ import numpy as np
 import optax
 
 from jaxseq.analysis import autocorrelation_timescale
-from jaxseq.fields import check_counts, chosen
+from jaxseq.fields import check_counts, check_positive, chosen
 from jaxseq.layers.initialisers import symmetric_uniform
 from jaxseq.mixers.leaky_rnn import LeakyRNNState, leaky_cell
 from jaxseq.ops import nonlinear_recurrence
 from jaxseq.tasks import match_bits, matches_last, parity_bits, parity_of_last
-from jaxseq.train import Curriculum, Run, digest, main
-from jaxseq.train.files import atomically, read_json, write_json
+from jaxseq.train import Curriculum, Run, digest, ensemble_init, main, members, points_and_mean
+from jaxseq.train.files import read_arrays, write_arrays
 from jaxseq.train.paths import named_leaves
+from jaxseq.train.rows import grouped, mean_of, where
 
 TASKS: dict[str, tuple[Callable, Callable]] = {
     "parity": (parity_bits, parity_of_last),
@@ -59,9 +61,7 @@ class TrainConfig:
     """Norm that gradients are clipped to."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"train.{name}={value} must be above 0.")
+        check_positive(self, *vars(self), section="train.")
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,10 @@ def schooling(config: Config, task: str, curriculum: Curriculum) -> Epoch:
 
 
 def measure(run: Run[Config]) -> None:
-    config, rows = run.config, []
-    for task in config.names():
-        for name in CURRICULA:
-            path = run.folder / f"{task}-{name}.json"
-            if not path.exists():
-                write_json(path, schooled(run, task, name))
-            rows += read_json(path)["rows"]
+    rows = []
+    for task, name in product(run.config.names(), CURRICULA):
+        rows += run.kept(f"{task}, {name}", partial(schooled, run, task, name))["rows"]
+    draw(run, rows)
     verdict(run, rows)
 
 
@@ -215,7 +212,7 @@ def schooled(run: Run[Config], task: str, name: str) -> dict[str, Any]:
     curriculum = Curriculum(2, config.last, CURRICULA[name])
     school = schooling(config, task, curriculum)
     key = jax.random.key(config.seed)
-    learners = jax.jit(jax.vmap(school.start))(jax.random.split(key, config.seeds))
+    learners = jax.jit(ensemble_init(school.start, config.seeds))(key)
     rows: list[dict[str, Any]] = []
     for epoch in range(1, train.epochs + 1):
         before = np.asarray(learners.level)
@@ -227,18 +224,15 @@ def schooled(run: Run[Config], task: str, name: str) -> dict[str, Any]:
         length = max(config.last, min(-(-longest // 8) * 8, 4 * config.last + 1))
         learners, accuracy, loss = school.run(learners, keys, length)
         for seed in np.flatnonzero(np.asarray(learners.level) > before):
-            params = jax.tree.map(lambda x, n=seed: x[n], learners.params)
             row = {"task": task, "curriculum": name, "seed": int(seed), "N": int(before[seed]), "epoch": epoch}
             right = np.asarray(accuracy[seed], float).round(4).tolist()
-            row |= {"first": right[0], "accuracies": right} | timescales(config, params)
+            row |= {"first": right[0], "accuracies": right} | timescales(config, members(learners.params)[seed])
             rows.append(row)
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
         metrics = {"loss": float(loss.mean()), "accuracy": float(accuracy[:, 0].mean())}
         metrics["level"] = float(np.mean(learners.level))
         run.record(epoch * train.steps, f"train/{task}-{name}", metrics)
-    run.checkpoints.mkdir(exist_ok=True)
-    with atomically(run.checkpoints / f"{task}-{name}.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **named_leaves(learners.params))
+    write_arrays(run.checkpoints / f"{task}-{name}.npz", named_leaves(learners.params))
     return {"rows": rows}
 
 
@@ -268,27 +262,26 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
     config = run.config
     parts, measured = {}, {}
     for task in config.names():
-        at = {name: partial(mean_at, rows, task, name) for name in CURRICULA}
+        at = lambda name, N, key, task=task: mean_of(where(rows, task=task, curriculum=name, N=N), key)
         for name, goal in REACHES.items():
-            mine = [row for row in rows if (row["task"], row["curriculum"]) == (task, name)]
-            reached = min(max([row["N"] for row in mine if row["seed"] == seed] + [1]) for seed in range(config.seeds))
+            mine = where(rows, task=task, curriculum=name)
+            reached = min(max([row["N"] for row in where(mine, seed=n)] + [1]) for n in range(config.seeds))
             parts[f"{task}, {name}: N = {goal}"] = reached >= goal
             measured[f"{task}, {name}: N reached"] = reached
             for key in ("tau", "network", "epoch"):
-                measured |= {f"{task}, {name}: {key} at {N}": at[name](N, key) for N in (2, 5, config.last)}
-            kept = [row["first"] for row in mine if row["N"] == 5]
-            measured[f"{task}, {name}: accuracy at 2 once at 5"] = float(np.mean(kept)) if kept else float("nan")
+                measured |= {f"{task}, {name}: {key} at {N}": at(name, N, key) for N in (2, 5, config.last)}
+            measured[f"{task}, {name}: accuracy at 2 once at 5"] = at(name, 5, "first")
+            kept = [row["first"] for row in where(mine, N=5)]
             right = max(kept, default=1) <= FORGETS if name == "single" else min(kept, default=0) >= KEEPS
             parts[f"{task}, {name}: {'forgets' if name == 'single' else 'keeps'} N = 2"] = right
         if config.last >= 20:
             parts |= {
-                f"{task}: half of the epochs": at["multi"](20, "epoch") <= 0.5 * at["single"](20, "epoch"),
-                f"{task}: single-head units are slower": at["single"](20, "tau") > at["multi"](20, "tau"),
-                f"{task}: multi-head activity slows down": at["multi"](20, "network")
-                > max(1, at["multi"](5, "network")),
+                f"{task}: half of the epochs": at("multi", 20, "epoch") <= 0.5 * at("single", 20, "epoch"),
+                f"{task}: single-head units are slower": at("single", 20, "tau") > at("multi", 20, "tau"),
+                f"{task}: multi-head activity slows down": at("multi", 20, "network")
+                > max(1, at("multi", 5, "network")),
             }
-    draw(run, rows)
-    saved = {path.name: dict(np.load(path)) for path in sorted(run.checkpoints.glob("*.npz"))}
+    saved = {path.name: read_arrays(path) for path in sorted(run.checkpoints.glob("*.npz"))}
     run.finish(
         claim="multi-head curricula master all N and keep them, single-head ones forget",
         measured=measured,
@@ -301,12 +294,6 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
     )
 
 
-def mean_at(rows: list[dict[str, Any]], task: str, name: str, N: int, key: str) -> float:
-    """Over the seeds that mastered N; NaN where none did."""
-    found = [r[key] for r in rows if (r["task"], r["curriculum"], r["N"]) == (task, name, N) and r[key] is not None]
-    return float(np.mean(found)) if found else float("nan")
-
-
 def draw(run: Run, rows: list[dict[str, Any]]) -> None:
     """By N: epochs it took, time constants of units, timescales of activity, and what is left of N = 2."""
     with run.figure("timescales", figsize=(13, 3.6)) as figure:
@@ -315,13 +302,8 @@ def draw(run: Run, rows: list[dict[str, Any]]) -> None:
             "first": "accuracy at N = 2",
         }  # fmt: skip
         for axes, (key, label) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-            for n, (task, name) in enumerate(dict.fromkeys((r["task"], r["curriculum"]) for r in rows)):
-                of = [r for r in rows if (r["task"], r["curriculum"]) == (task, name) and r[key] is not None]
-                at = sorted({r["N"] for r in of})
-                axes.plot([r["N"] for r in of], [r[key] for r in of], ".", color=f"C{n}", alpha=0.6)
-                axes.plot(
-                    at, [mean_at(rows, task, name, N, key) for N in at], color=f"C{n}", label=f"{task}, {name}-head"
-                )
+            for (task, name), of in grouped(rows, "task", "curriculum").items():
+                points_and_mean(axes, of, "N", key, label=f"{task}, {name}-head")
             axes.set(xlabel="N", ylabel=label)
             axes.legend(frameon=False, fontsize="x-small")
 

@@ -10,6 +10,13 @@ def check_counts(config: object, *names: str, section: str = "") -> None:
             raise ValueError(f"{section}{name}={getattr(config, name)} must be at least 1.")
 
 
+def check_positive(config: object, *names: str, section: str = "") -> None:
+    """Raise unless every field named is above 0, which NaN is not; `section` as for `check_counts`."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{section}{name}={getattr(config, name)} must be above 0.")
+
+
 def chosen(field: str, given: str, known: Iterable[str]) -> list[str]:
     """The names in `given`, with commas between them; all that are known where it is empty.
 

@@ -25,6 +25,7 @@ from .laziness import representation_alignment as representation_alignment
 from .laziness import tangent_kernel as tangent_kernel
 from .lipschitz import local_lipschitz as local_lipschitz
 from .matching import matched_states as matched_states
+from .parameters import nearest_in_size as nearest_in_size
 from .parameters import num_parameters as num_parameters
 from .self_ensemble import self_ensemble as self_ensemble
 from .timescales import Timescale as Timescale

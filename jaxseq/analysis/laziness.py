@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..exact import matmul
 from ..shapes import Array, Float
 
 
@@ -48,8 +49,13 @@ def representation_alignment(before: Float[np.ndarray, "M N"], after: Float[np.n
     return gram_alignment(gram(before), gram(after))
 
 
-def tangent_kernel(outputs: Callable[[Any], Array], params: Any, select: str = "") -> np.ndarray:
-    """J Jᵀ of `outputs(params)`, its entries as rows in order, in the parameters whose path holds `select`; float64.
+def tangent_kernel(
+    outputs: Callable[[Any, Array], Array], params: Any, probes: Float[Array, "M ..."], select: str = ""
+) -> Float[Array, "R R"]:
+    """J Jᵀ of `outputs(params, probe)` in the parameters whose path holds `select`; inside `jit` too.
+
+    J has a row for each entry of the outputs of one probe after the other. Probes are taken one at a time, as what one
+    gives does not depend on the others: it costs a backward pass through one probe for each row.
 
     Raises:
       ValueError: no parameter has such a path.
@@ -61,18 +67,22 @@ def tangent_kernel(outputs: Callable[[Any], Array], params: Any, select: str = "
         raise ValueError(f"select={select!r} is in none of the paths {names}.")
     tree = jax.tree.structure(params)
 
-    def of(chosen):
-        return jnp.ravel(outputs(jax.tree.unflatten(tree, [chosen.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])))
+    def of(chosen, probe):
+        whole = jax.tree.unflatten(tree, [chosen.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
+        return jnp.ravel(outputs(whole, probe))
 
-    jacobian = jax.tree.leaves(jax.jacrev(of)(chosen))
-    J = np.concatenate([np.asarray(part, np.float64).reshape(len(part), -1) for part in jacobian], axis=1)
-    return J @ J.T
+    jacobian = jax.tree.leaves(jax.vmap(jax.jacrev(of), (None, 0))(chosen, probes))
+    J = jnp.concatenate([part.reshape(part.shape[0] * part.shape[1], -1) for part in jacobian], axis=1)
+    return matmul(J, J.T)
 
 
-def kernel_alignment(outputs: Callable[[Any], Array], before: Any, after: Any, select: str = "") -> float:
+def kernel_alignment(
+    outputs: Callable[[Any, Array], Array], before: Any, after: Any, probes: Float[Array, "M ..."], select: str = ""
+) -> float:
     """Of the tangent kernels at two sets of parameters, by `gram_alignment`.
 
     Raises:
       ValueError: as `tangent_kernel` and `gram_alignment`.
     """
-    return gram_alignment(*(tangent_kernel(outputs, params, select) for params in (before, after)))
+    before, after = (np.asarray(tangent_kernel(outputs, params, probes, select)) for params in (before, after))
+    return gram_alignment(before, after)

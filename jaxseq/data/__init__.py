@@ -7,6 +7,7 @@ from .config import TextConfig as TextConfig
 from .corpus import Corpus as Corpus
 from .corpus import Document as Document
 from .corpus import joined as joined
+from .epochs import epoch_rows as epoch_rows
 from .inertial import Motion as Motion
 from .inertial import inertial_motion as inertial_motion
 from .labelled import Labelled as Labelled

@@ -6,20 +6,32 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..tasks.listops import VOCABULARY, padded
+from .epochs import epoch_rows
 
 
 class Labelled(NamedTuple):
-    """Sequences, padded after their ends."""
+    """Sequences, padded after their ends; `jax.device_put` brings them to a device."""
 
     inputs: np.ndarray  # N T F float32, or tokens N T int32
     labels: np.ndarray  # N int32
     lengths: np.ndarray  # N int32
 
+    def take(self, rows) -> "Labelled":
+        """The sequences of these rows, indices or a slice."""
+        return Labelled(*(array[rows] for array in self))
+
     def batch(self, rows) -> dict[str, np.ndarray]:
-        return {"inputs": self.inputs[rows], "labels": self.labels[rows], "lengths": self.lengths[rows]}
+        return self.take(rows)._asdict()
+
+    def draw(self, key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """Inputs and labels of `count` sequences drawn with replacement; inside `jit` too."""
+        rows = jax.random.randint(key, (count,), 0, len(self.labels))
+        return jnp.asarray(self.inputs)[rows], jnp.asarray(self.labels)[rows]
 
     def batches(self, size: int, seed: int):
         """`step -> batch`, a function of the step alone: each epoch in an order of its own, whole batches.
@@ -27,16 +39,8 @@ class Labelled(NamedTuple):
         Raises:
           ValueError: there are fewer sequences than one batch takes.
         """
-        per_epoch = len(self.labels) // size
-        if per_epoch < 1:
-            raise ValueError(f"batch_size={size} is more than the {len(self.labels)} sequences there are.")
-
-        def batch(step: int) -> dict[str, np.ndarray]:
-            epoch, place = divmod(step, per_epoch)
-            order = np.random.default_rng((seed, epoch)).permutation(len(self.labels))
-            return self.batch(order[place * size : (place + 1) * size])
-
-        return batch
+        rows = epoch_rows(len(self.labels), size, seed, of="sequences")
+        return lambda step: self.batch(rows(step))
 
 
 def mnist(folder: str | os.PathLike[str], *, pool: int = 1) -> tuple[Labelled, Labelled]:
@@ -94,8 +98,7 @@ def spoken_digits(
         row[: len(samples), 0] = samples / scale
     lengths = np.array([len(samples) for samples in kept], np.int32)
     everything = Labelled(inputs, digits.astype(np.int32), lengths)
-    train, test = (Labelled(*(array[rows] for array in everything)) for rows in (index > 4, index <= 4))
-    return train, test
+    return everything.take(index > 4), everything.take(index <= 4)
 
 
 def listops_table(path: str | os.PathLike[str], *, test_share: float = 0.2) -> tuple[Labelled, Labelled]:
@@ -115,11 +118,9 @@ def listops_table(path: str | os.PathLike[str], *, test_share: float = 0.2) -> t
         trees = [[tokens[word] for word in source.replace("(", "").replace(")", "").split()] for source, _ in rows]
     except (KeyError, ValueError, TypeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is no table of ListOps ({error!r}).") from None
-    inputs, labels = padded(trees), np.array([target for _, target in rows], np.int32)
-    lengths = np.array([len(tree) for tree in trees], np.int32)
-    cut = round(len(rows) * (1 - test_share))
-    train, test = (Labelled(inputs[part], labels[part], lengths[part]) for part in (slice(cut), slice(cut, None)))
-    return train, test
+    labels, lengths = np.array([target for _, target in rows], np.int32), np.array([*map(len, trees)], np.int32)
+    everything, cut = Labelled(padded(trees), labels, lengths), round(len(rows) * (1 - test_share))
+    return everything.take(slice(cut)), everything.take(slice(cut, None))
 
 
 def _whole(inputs: np.ndarray, labels: np.ndarray) -> Labelled:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .epochs import epoch_rows
 from .table import Table
 
 
@@ -62,16 +63,8 @@ class Windows(NamedTuple):
           ValueError: there are fewer windows than one batch takes.
         """
         starts = np.arange(self.number) if starts is None else starts
-        per_epoch = len(starts) // size
-        if per_epoch < 1:
-            raise ValueError(f"batch_size={size} is more than the {len(starts)} windows there are.")
-
-        def batch(step: int) -> dict[str, np.ndarray]:
-            epoch, place = divmod(step, per_epoch)
-            order = np.random.default_rng((seed, epoch)).permutation(len(starts))
-            return self.at(starts[order[place * size : (place + 1) * size]])
-
-        return batch
+        rows = epoch_rows(len(starts), size, seed, of="windows")
+        return lambda step: self.at(starts[rows(step)])
 
 
 def pooled(parts: Sequence[np.ndarray], lookback: int, horizon: int, *, stride: int = 1) -> tuple[Windows, np.ndarray]:

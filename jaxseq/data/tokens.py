@@ -10,6 +10,7 @@ from jaxtyping import Int32
 
 from ..train.files import atomically
 from .corpus import Document
+from .epochs import epoch_rows
 
 
 def byte_pairs(documents: Sequence[Document], vocabulary: int, path: str | os.PathLike[str]) -> Any:
@@ -61,13 +62,10 @@ def token_batches(
       ValueError: there are fewer windows than one batch takes.
     """
     count = (len(stream) - 1) // length
-    if count < batch_size:
-        raise ValueError(f"batch_size={batch_size} is more than the {count} windows of length={length} that there are.")
+    places = epoch_rows(count, batch_size, seed, of=f"windows of length={length}")
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        epoch, place = divmod(step, count // batch_size)
-        order = np.random.default_rng((seed, epoch)).permutation(count)[place * batch_size : (place + 1) * batch_size]
-        rows = stream[order[:, None] * length + np.arange(length + 1)]
+        rows = stream[places(step)[:, None] * length + np.arange(length + 1)]
         return {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
 
     return batch

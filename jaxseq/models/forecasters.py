@@ -1,5 +1,6 @@
 """What a practitioner would try first on a window `B L V` for a forecast `B S V`."""
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -56,16 +57,45 @@ class LinearForecaster(nn.Module):
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
-        length = x.shape[1]
-        forecast = lambda name, x: fan_in_projection(self.horizon, name, self, length)(x.swapaxes(1, 2))
+        forecast = lambda name, x: fan_in_projection(self.horizon, name, self, x.shape[1])(x.swapaxes(1, 2))
+        forecasts = [forecast(name, part) for name, part in self._parts(x).items()]
+        return restored(jnp.sum(jnp.stack(forecasts), axis=0).swapaxes(1, 2))
+
+    def solved(self, batches: Iterable[Mapping[str, Array]], *, ridge: float = 1e-4) -> Any:
+        """The parameters with the least squared error over all `inputs B L V` and `targets B S V`, in closed form.
+
+        Weights are pulled to zero by `ridge` as a share of the features' mean square. Trained by gradient descent the
+        maps stop short of these.
+        """
+        outer: Any = 0.0
+        crossed: Any = 0.0
+        for batch in batches:
+            x, targets = jnp.asarray(batch["inputs"]), np.asarray(batch["targets"], np.float64)
+            x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
+            # Errors count in the units of the targets: what restores them is a shift and a scale of each window.
+            shift, above = (np.asarray(restored(y + jnp.zeros_like(x[:, :1])), np.float64) for y in (0.0, 1.0))
+            rows = np.concatenate([*self._parts(x).values(), jnp.ones_like(x[:, :1])], axis=1, dtype=np.float64)
+            rows, targets = (above - shift) * rows, targets - shift
+            outer = outer + np.einsum("bfv,bgv->fg", rows, rows)
+            crossed = crossed + np.einsum("bfv,bsv->fs", rows, targets)
+        share = ridge * np.trace(outer) / len(outer)
+        kernel = np.linalg.solve(outer + share * np.eye(len(outer)), crossed)
+        names, (*kernels, bias) = self._parts(x), np.split(kernel, np.arange(1, len(self._parts(x)) + 1) * x.shape[1])
+        biases = [bias[0]] + [0 * bias[0]] * (len(kernels) - 1)
+        leaf = lambda a: jnp.asarray(a, self.param_dtype)
+        maps = zip(names, kernels, biases, strict=True)
+        return {"params": {name: {"kernel": leaf(W), "bias": leaf(b)} for name, W, b in maps}}
+
+    def _parts(self, x: Array) -> dict[str, Array]:
+        """What is mapped, by the name of its map."""
         if self.window is None:
-            return restored(forecast("map", x).swapaxes(1, 2))
+            return {"map": x}
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window={self.window}; LinearForecaster takes an odd number of steps, or None.")
         reach = self.window // 2
         padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)), mode="edge")
-        trend = sum(padded[:, n : n + length] for n in range(self.window)) / self.window
-        return restored((forecast("trend_map", trend) + forecast("rest_map", x - trend)).swapaxes(1, 2))
+        trend = jnp.stack([padded[:, n : n + x.shape[1]] for n in range(self.window)]).mean(axis=0)
+        return {"trend_map": trend, "rest_map": x - trend}
 
 
 class PatchForecaster(nn.Module):

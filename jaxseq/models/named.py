@@ -92,8 +92,8 @@ def slot_fields(name: str) -> set[str]:
 def _known() -> dict[str, Any]:
     """Those that have a state, and what is made of them."""
     kinds = {name: (kind.func if isinstance(kind, partial) else kind, kind) for name, kind in vars(mixers).items()}
-    causal = lambda of: isinstance(of, type) and issubclass(of, Mixer)
-    return {name.lower(): kind for name, (of, kind) in kinds.items() if causal(of)}
+    stateful = lambda of: isinstance(of, type) and issubclass(of, Mixer) and of.init_state is not Mixer.init_state
+    return {name.lower(): kind for name, (of, kind) in kinds.items() if stateful(of)}
 
 
 def _with_options(kind, options) -> Slot:

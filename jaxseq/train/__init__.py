@@ -8,10 +8,12 @@ from .config import CheckpointConfig as CheckpointConfig
 from .config import MeshConfig as MeshConfig
 from .config import TrainConfig as TrainConfig
 from .curriculum import Curriculum as Curriculum
+from .ensemble import ensemble_init as ensemble_init
 from .ensemble import ensemble_loss as ensemble_loss
 from .ensemble import members as members
 from .ensemble import per_member as per_member
 from .ensemble import stacked as stacked
+from .evaluation import mean_metrics as mean_metrics
 from .fit import FitResult as FitResult
 from .fit import fit as fit
 from .interrupt import Interrupted as Interrupted
@@ -24,6 +26,7 @@ from .metrics import read_metrics as read_metrics
 from .optimizer import make_optimizer as make_optimizer
 from .paths import digest as digest
 from .plots import draw_curves as draw_curves
+from .plots import points_and_mean as points_and_mean
 from .progress import Progress as Progress
 from .projected import projected as projected
 from .run import Run as Run

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..fields import check_counts
+from ..fields import check_counts, check_positive
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = ("batch_size", "accumulate", "learning_rate", "clip_norm", "max_bad_steps", "log_every")
-        for name in positive + ("state_space_learning_rate",):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be above 0.")
+        check_positive(self, *positive, "state_space_learning_rate", section="train.")
         for name in ("steps", "warmup_steps", "weight_decay", "evaluate_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must not be negative.")

@@ -8,6 +8,11 @@ import jax.numpy as jnp
 import optax
 
 
+def ensemble_init(init: Callable[[jax.Array], Any], count: int) -> Callable[[jax.Array], Any]:
+    """`key -> parameters` of `count` stacked models, each of a key of its own, from that of one."""
+    return lambda key: jax.vmap(init)(jax.random.split(key, count))
+
+
 def ensemble_loss(loss: Callable, *own: Any) -> Callable:
     """The loss of stacked models from that of one, `loss(params, batch, key, *own) -> (scalar, metrics)`, for `fit`.
 

@@ -3,10 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @contextmanager
@@ -39,6 +41,18 @@ def read_json(path: Path, remedy: str = "; repair it, or give another --out") ->
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object{remedy}.")
     return value
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """An npz file of arrays by name, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomically(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 def finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The figures of a run: its learning curves, and those that an experiment draws."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from matplotlib.ticker import EngFormatter
 
 from .files import atomically
 from .metrics import read_metrics
+from .rows import Row, grouped, mean_of
 
 COLORS = {"train": "#3b6fb6", "validation": "#d1602f", "test": "#3f8f5b"}
 #: One for each of several models of a run.
@@ -46,6 +47,17 @@ def draw_curves(folder: str | Path, baselines: dict[str, float] | None = None, *
     lines = {"bits_per_byte": baselines or {}} | more
     found = [metric for metric in LABELS if any(row.get(metric) is not None for row in rows)]
     return [_draw(Path(folder), metric, rows, lines.get(metric, {})) for metric in found]
+
+
+def points_and_mean(axes: Any, rows: Iterable[Row], x: str, y: str, **style: Any) -> None:
+    """A point for each row, field `y` over field `x`, and a line through their means at each x, which has the label.
+
+    Rows whose y is None are left out; `style` is of the line, whose colour the points have too.
+    """
+    known = [row for row in rows if row[y] is not None]
+    at = dict(sorted(grouped(known, x).items()))
+    (line,) = axes.plot(list(at), [mean_of(of, y) for of in at.values()], **style)
+    axes.plot([row[x] for row in known], [row[y] for row in known], ".", color=line.get_color(), alpha=0.6)
 
 
 def _draw(folder: Path, metric: str, rows: list[dict], baselines: dict[str, float]) -> Path:
