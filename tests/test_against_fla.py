@@ -162,14 +162,11 @@ OPS = {
     "fla_mesa_net": Recorded(least_squares, ("hkk_t", "hkv_t")),
     "fla_dplr": Recorded(lambda i, impl: general(i, i["alpha"], i["beta"], impl=impl)),
 }
-#: The widest of each family: in float32 by default too.
-WIDEST = ("fla_gla", "fla_kda", "fla_dplr", "fla_forgetting_attn", "fla_path_attn")
 #: In float32 the gradient of A_log, a sum over all tokens, loses more.
 LONG_SUMS = {"fla_mamba2_ssd": 1e-5}
-#: By default the chunks in float64, and the widest also in float32; the loop is theirs too: tests/test_ops.py.
-SLOWLY = lambda file, form, dtype: form == "sequential" or (dtype == "float32" and file not in WIDEST)
+#: By default the chunks in float64; other forms, and float32, are those of tests/test_ops.py.
 PRECISIONS = [
-    pytest.param(file, form, dtype, marks=[pytest.mark.slow] * SLOWLY(file, form, dtype))
+    pytest.param(file, form, dtype, marks=[pytest.mark.slow] * (form != "chunked" or dtype == "float32"))
     for file, case in OPS.items()
     for form in case.forms
     for dtype in ("float64", "float32")
@@ -261,7 +258,7 @@ LAYERS = {
     ),
 }  # fmt: skip
 
-COMMON = ("fla_layer_gla", "fla_layer_gated_deltanet", "fla_layer_rwkv7", "fla_layer_mamba2", "fla_layer_gsa")
+COMMON = ("fla_layer_gla", "fla_layer_rwkv7", "fla_layer_mamba2")
 
 #: Fields that are recorded beside the weights, and inputs beside x.
 GIVEN, BESIDE = ("lower_bound",), {"v_first": "first_value"}

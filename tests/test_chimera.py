@@ -201,10 +201,10 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(message):
     with pytest.raises(ValueError, match=message):
-        Chimera(**{"d_model": 4} | BAD[message]).init(jax.random.key(0), drawn())
+        jax.eval_shape(Chimera(**{"d_model": 4} | BAD[message]).init, jax.random.key(0), drawn())
 
 
 @pytest.mark.parametrize("coupling", ["both", "time"])
 def test_a_form_that_does_not_exist_is_named(coupling):
     with pytest.raises(NotImplementedError, match="impl='spiral' is no form of"):
-        Chimera(4, coupling=coupling, impl="spiral").init(jax.random.key(0), drawn())
+        jax.eval_shape(Chimera(4, coupling=coupling, impl="spiral").init, jax.random.key(0), drawn())

@@ -49,6 +49,23 @@ def recorded_itransformer(**fields):
     return ITransformer(12, 16, slots, partial(MLP, hidden=32), **fields), {"params": params}, z
 
 
+@pytest.mark.parametrize("fields", [{}, {"window": None, "normalise": True}], ids=["dlinear", "rlinear"])
+def test_a_linear_map_in_closed_form_has_the_least_error(fields):
+    """The gradient is zero there; its parameters are those that `init` makes."""
+    model, rng = LinearForecaster(3, **fields), np.random.default_rng(0)
+    series = np.cumsum(rng.standard_normal((200, 2)), axis=0).astype(np.float32)
+    seen = np.arange(150)[:, None] + np.arange(30)
+    inputs, targets = series[seen], series[seen[:, -1:] + 1 + np.arange(3)]
+    halves = ({"inputs": inputs[n::2], "targets": targets[n::2]} for n in range(2))
+    params = model.solved(halves, ridge=1e-9)
+    made = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, made)
+    slope = jax.grad(lambda params: jnp.mean((model.apply(params, inputs) - targets) ** 2))
+    start = jax.tree.map(jnp.zeros_like, params)
+    largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+    assert largest(slope(params)) <= 1e-4 * largest(slope(start))
+
+
 @recorded
 def test_itransformer_is_the_authors():
     """With marks and without, permuted, and unscaled; the parameters are those that `init` makes."""
@@ -74,9 +91,9 @@ def itransformer(horizon, num_heads=4, dropout=0.1):
 def test_itransformer_takes_any_number_of_variates():
     model = itransformer(5)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 3)), jnp.float32)
-    params = model.init(jax.random.key(0), x)
-    assert model.apply(params, jnp.concatenate([x, x], axis=2)).shape == (2, 5, 6)
-    dropped = [model.apply(params, x, rngs={"dropout": jax.random.key(n)}) for n in range(2)]
+    params, apply = jax.jit(model.init)(jax.random.key(0), x), jax.jit(model.apply)
+    assert apply(params, jnp.concatenate([x, x], axis=2)).shape == (2, 5, 6)
+    dropped = [apply(params, x, rngs={"dropout": jax.random.key(n)}) for n in range(2)]
     assert np.abs(dropped[0] - dropped[1]).max() > 1e-3
     with pytest.raises(ValueError, match="horizon=0"):
         itransformer(0).init(jax.random.key(0), x)
@@ -103,11 +120,11 @@ MODELS = {
 def test_forecasters(name):
     """Where windows are normalised, one that is shifted and scaled gives the forecast that is."""
     model, x = MODELS[name], windows()
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     y = jax.jit(model.apply)(params, x)
     assert y.shape == (2, 6, 3)
     with jax.numpy_dtype_promotion("standard"):  # flax's own norms promote
-        half = model.clone(dtype=jnp.bfloat16).apply(params, x.astype(jnp.bfloat16))
+        half = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(params, x.astype(jnp.bfloat16))
     assert np.linalg.norm(half.astype(jnp.float32) - y) <= 0.05 * np.linalg.norm(y)
     if name != "dlinear":
         np.testing.assert_allclose(jax.jit(model.apply)(params, 50 * x + 7), 50 * y + 7, rtol=1e-3, atol=1e-2)
@@ -117,9 +134,9 @@ def test_forecasters(name):
 def test_variates_by_themselves(name):
     """What one variate does says nothing of the others."""
     model, x = MODELS[name], windows()
-    params = model.init(jax.random.key(0), x)
+    params, apply = jax.jit(model.init)(jax.random.key(0), x), jax.jit(model.apply)
     other = x.at[:, :, 1].multiply(-3)
-    y, z = (model.apply(params, a) for a in (x, other))
+    y, z = (apply(params, a) for a in (x, other))
     np.testing.assert_allclose(y[..., [0, 2]], z[..., [0, 2]], atol=1e-6)
     assert np.abs(y - z)[..., 1].max() > 1e-3
 

@@ -40,7 +40,10 @@ def test_no_lapack_in_ops(name):
         assert not LAPACK.search(text) and "triangular-solve" not in text
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n.startswith(("gla", "delta_rule", "dplr_rec", "log_linear"))])
+CHUNKED = [n for n in OPS if n.startswith(("gla", "delta_rule", "dplr_rec", "log_linear"))]
+
+
+@pytest.mark.parametrize("name", by_default([n for n in CHUNKED if OPS[n].sweep], CHUNKED))
 def test_the_gradient_of_a_chunked_form_is_no_longer_for_longer_sequences(name):
     """A substitution or a scan that Python unrolls takes a minute to compile."""
     if "chunked" not in OPS[name].forms:
@@ -129,6 +132,7 @@ def test_decays_between_tokens_that_strong_ones_are_far_behind(impl):
     q, k, v = (rng.standard_normal((1, T, heads, 4)) for _ in range(3))
     log_decay = np.concatenate([np.full((1, T - 100, heads), -200.7), np.full((1, 100, heads), -0.1)], axis=1)
     attend = lambda inputs, impl: ops.softmax_attention(*inputs[:3], log_decay=inputs[3], impl=impl)[:, -100:]
+    run = lambda impl, dtype: jax.jit(partial(attend, impl=impl))(cast((q, k, v, log_decay), dtype))
     with jax.enable_x64(True):
-        expected = attend(cast((q, k, v, log_decay), jnp.float64), "sequential")
-    assert_close(jax.jit(partial(attend, impl=impl))(cast((q, k, v, log_decay), jnp.float32)), expected, "float32")
+        expected = run("sequential", jnp.float64)
+    assert_close(run(impl, jnp.float32), expected, "float32")

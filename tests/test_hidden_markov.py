@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import assert_close
+from sampled import by_default
 
 from jaxseq import ops
 
@@ -78,7 +79,7 @@ def test_the_curvature_of_the_likelihood_is_the_covariance_of_the_states():
                 assert_close(curvature[0, t, :, 0, t], expected, 1e-10)
 
 
-@pytest.mark.parametrize("impl", ["sequential", "chunked"])
+@pytest.mark.parametrize("impl", by_default(["chunked"], ["sequential", "chunked"]))
 def test_a_shorter_sequence_is_the_sequence_cut(impl):
     """Whatever stands after its end; filter, smoother, likelihood, its gradient, and the path."""
     lengths = [LENGTH, 1, 5]
@@ -135,7 +136,7 @@ def test_bin_by_bin_is_the_whole():
 _filter = jax.jit(ops.hidden_markov_filter)
 
 
-@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("impl", by_default(["sequential", "chunked"], FORMS))
 def test_states_that_cannot_be_are_no_nan(impl):
     """A left-to-right model, a bin that rules a state out, and a sequence that cannot be at all."""
     start = jnp.asarray([0.0, -jnp.inf, -jnp.inf])

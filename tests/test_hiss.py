@@ -26,7 +26,7 @@ STACK = partial(Stack, mixers=(partial(S4D, state_size=8),) * 2, mlp=None, norm=
 def built(low, high, **fields):
     module = HiSS(2, chunk=5, d_model=8, low=low, high=high, **{"low_width": 4} | fields)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 35, 6)), jnp.float32)
-    return module, module.init(jax.random.key(0), x), x
+    return module, jax.jit(module.init)(jax.random.key(0), x), x
 
 
 class TwoLSTMs(Mixer):
@@ -213,24 +213,24 @@ def test_whole_in_parts_and_by_samples(low, high):
 
 def test_an_output_sees_its_chunk_and_what_came_before():
     module, params, x = built(STACK, STACK)
-    seen = jax.jacobian(lambda x: module.apply(params, x)[0, 3].sum())(x)[0]
+    seen = jax.jit(jax.grad(lambda x: module.apply(params, x)[0, 3].sum()))(x)[0]
     assert (np.abs(seen[:20]).max(axis=1) > 1e-5).all() and np.abs(seen[20:]).max() < 1e-7
 
 
 @pytest.mark.parametrize("readout, sees", [("last", 20), ("first", 16)])
 def test_what_the_flat_model_sees(readout, sees):
-    _, _, x = built(STACK, STACK)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 35, 6)), jnp.float32)
     module = FlatRegressor(2, 5, 8, STACK, readout)
-    params = module.init(jax.random.key(0), x)
-    seen = jax.jacobian(lambda x: module.apply(params, x)[0, 3].sum())(x)[0]
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    seen = jax.jit(jax.grad(lambda x: module.apply(params, x)[0, 3].sum()))(x)[0]
     assert (np.abs(seen[:sees]).max(axis=1) > 1e-5).all() and np.abs(seen[sees:]).max() < 1e-7
 
 
 def test_bfloat16_is_near_float32():
     module, params, x = built(STACK, STACK)
-    exact = module.apply(params, x)
+    exact, half = jax.jit(module.apply)(params, x), HiSS(2, 5, 8, 4, STACK, STACK, dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
-        rough = HiSS(2, 5, 8, 4, STACK, STACK, dtype=jnp.bfloat16).apply(params, x.astype(jnp.bfloat16))
+        rough = jax.jit(half.apply)(params, x.astype(jnp.bfloat16))
     assert_close(rough.astype(jnp.float32), exact, 0.1)
 
 

@@ -275,7 +275,7 @@ RECORDED = {
 
 
 @recorded
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", by_default(["gated_deltanet", "hgrn2"], RECORDED))
 def test_their_layers_in_a_model_of_theirs(name, tmp_path):
     """Names and config as theirs; the logits of blocks written out, and of layers that agree with the record."""
     file, layer, config, fields = RECORDED[name]

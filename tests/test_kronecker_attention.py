@@ -12,6 +12,7 @@ from families import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import load, recorded
+from sampled import by_default
 
 from jaxseq import ops
 from jaxseq.mixers import KroneckerAttention
@@ -47,8 +48,8 @@ def plain(q, k1, k2, v1, v2, causal=True, ordered=False, ids=None):
 def test_recorded(name):
     z = load("kronecker_attention")
     inputs = [jnp.asarray(z[n], jnp.float32)[None, :, None] for n in ("Q", "K1", "K2", "V1", "V2")]
-    exact = ops.kronecker_attention(*inputs, block_size=5, **PAIRS[name])
-    near, _ = ops.kronecker_polynomial(*inputs, degree=4, **PAIRS[name])
+    exact = jax.jit(partial(ops.kronecker_attention, block_size=5, **PAIRS[name]))(*inputs)
+    near, _ = jax.jit(partial(ops.kronecker_polynomial, degree=4, **PAIRS[name]))(*inputs)
     np.testing.assert_allclose(exact[0, :, 0], z[name], atol=1e-6)
     np.testing.assert_allclose(near[0, :, 0], z[f"poly4_{name}"], atol=1e-6)
 
@@ -75,24 +76,26 @@ def test_a_head_by_hand_finds_triples():
     np.testing.assert_array_equal(np.isclose(scores.max((1, 2)), 1), z["match3_label"])
 
 
-@pytest.mark.parametrize("name, packed", [(name, packed) for name in PAIRS for packed in (False, True)])
+ONCE = [("full", False), ("causal", True), ("causal_ordered", True)]
+
+
+@pytest.mark.parametrize("name, packed", by_default(ONCE, product(PAIRS, (False, True))))
 def test_exact_is_the_definition_in_value_and_gradient(name, packed):
     """In blocks that do not divide the length, and keys of other segments unseen."""
     ids = jnp.asarray([[0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 2, 2, 3, 3]]) if packed else None
     with jax.enable_x64(True):
         inputs = drawn(bound=3.0)
-        value = lambda f: jax.value_and_grad(lambda inputs: jnp.sum(jnp.sin(f(*inputs))))(inputs)
+        value = lambda f: jax.jit(jax.value_and_grad(lambda inputs: jnp.sum(jnp.sin(f(*inputs)))))(inputs)
         blocked = partial(ops.kronecker_attention, block_size=3, segment_ids=ids, **PAIRS[name])
         assert_close(value(blocked), value(partial(plain, ids=ids, **PAIRS[name])), "float64")
 
 
 def test_large_scores_and_few_keys_make_no_nan():
     inputs = drawn(bound=60.0, dtype=np.float32)
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(ops.kronecker_attention(*x, ordered=True)))(inputs)
+    total = lambda x: jnp.sum(ops.kronecker_attention(*x, ordered=True))
+    value, gradient = jax.jit(jax.value_and_grad(total))(inputs)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradient)))
-    unseen = ops.kronecker_attention(
-        *inputs, segment_ids=jnp.zeros((2, 7), jnp.int32), key_segment_ids=jnp.full((2, 7), -1)
-    )
+    unseen = EXACT(*inputs, segment_ids=jnp.zeros((2, 7), jnp.int32), key_segment_ids=jnp.full((2, 7), -1))
     np.testing.assert_array_equal(unseen, 0)
 
 
@@ -161,11 +164,22 @@ def test_the_bound_is_its_formula_and_falls_with_the_degree():
     assert bounds == sorted(bounds, reverse=True) and bounds[-1] < 1e-15 < 1 < bounds[0]
 
 
+def test_a_bound_that_holds_changes_nothing():
+    """Also where its dtype rounds it, and where nothing is known of the entries; length has no cap but for the exact."""
+    inputs = tuple(jnp.full((1, 2, 1, 3), 0.1, jnp.float32) for _ in range(5))
+    o, final = ops.kronecker_polynomial(*inputs)
+    assert_close(ops.kronecker_polynomial(*inputs, bound=0.1), (o, final), 0.0)
+    assert_close(jax.jit(partial(ops.kronecker_polynomial, bound=0.01))(*inputs), (o, final), "float32")
+    x = jax.ShapeDtypeStruct((1, 9, 8), jnp.float32)
+    for fields in ({"degree": 2, "max_length": 8}, {"max_length": None}, {"max_length": 9}):
+        assert jax.eval_shape(KroneckerAttention(8, **fields).init_with_output, jax.random.key(0), x)[0].shape == x.shape
+
+
 def test_the_polynomial_over_parts_and_segments():
     with jax.enable_x64(True):
         inputs = drawn()
         for ordered in (False, True):
-            run = partial(ops.kronecker_polynomial, ordered=ordered)
+            run = jax.jit(partial(ops.kronecker_polynomial, ordered=ordered))
             whole, final = run(*inputs)
             first, state = run(*(x[:, :3] for x in inputs))
             rest, last = run(*(x[:, 3:] for x in inputs), initial_state=state)
@@ -180,9 +194,9 @@ def test_where_all_is_seen_order_does_not_matter():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 8)), jnp.float32)
     for fields in ({}, {"degree": 2}):
         module = KroneckerAttention(8, num_heads=2, causal=False, **fields)
-        params = module.init(jax.random.key(0), x)
+        params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
         order = np.random.default_rng(1).permutation(9)
-        np.testing.assert_allclose(module.apply(params, x[:, order]), module.apply(params, x)[:, order], atol=1e-6)
+        np.testing.assert_allclose(apply(params, x[:, order]), apply(params, x)[:, order], atol=1e-6)
         with pytest.raises(NotImplementedError, match=r"KroneckerAttention\(causal=False\) looks ahead"):
             module.init_state(1, max_length=4)
 
@@ -217,6 +231,20 @@ BAD = {
     "ordered=True with causal=False; Kronecker": lambda x: KroneckerAttention(8, ordered=True, causal=False).init(
         jax.random.key(0), jnp.zeros((1, 3, 8))
     ),
+    "max_length=0; KroneckerAttention takes 1": lambda x: KroneckerAttention(8, max_length=0).init_state(1),
+    r"x has 7 tokens; KroneckerAttention\(max_length=6\) is exact": lambda x: KroneckerAttention(8, max_length=6).init(
+        jax.random.key(0), jnp.zeros((1, 7, 8))
+    ),
+    r"max_length=7; the cache of KroneckerAttention\(max_length=6\)": lambda x: KroneckerAttention(
+        8, max_length=6
+    ).init_state(1, max_length=7),
+    "degree=6 of heads of 32 channels has 2,760,681 monomials": lambda x: KroneckerAttention(32, 1, 6).init_state(1),
+    "degree=46 of heads of 3 channels has 18,424": lambda x: ops.kronecker_polynomial(*x, degree=46),
+    "bound=0; kronecker_polynomial takes": lambda x: ops.kronecker_polynomial(*x, bound=0),
+    r"key_2 holds -?1\.\d+; kronecker_polynomial\(bound=1.0\)": lambda x: ops.kronecker_polynomial(
+        *x[:2], 1.5 * x[2], *x[3:], bound=1.0
+    ),
+    "query holds nan; kronecker_polynomial": lambda x: ops.kronecker_polynomial(jnp.nan * x[0], *x[1:], bound=1.0),
     "order=4; match_sums takes 2": lambda x: match_sums(jax.random.key(0), num_examples=1, order=4),
 }
 

@@ -2,11 +2,12 @@
 
 import gzip
 
+import jax
 import numpy as np
 import pytest
 from recorded import REFERENCE
 
-from jaxseq.data import Labelled, listops_table, mnist, spoken_digits
+from jaxseq.data import Labelled, epoch_rows, listops_table, mnist, spoken_digits
 from jaxseq.tasks import listops
 from jaxseq.tasks.listops import PADDING, evaluate
 
@@ -106,5 +107,24 @@ def test_an_epoch_uses_each_sequence_once():
     second = np.concatenate([batch(step)["labels"] for step in range(3, 6)])
     assert len(set(second)) == 9 and not (first == second).all()
     np.testing.assert_array_equal(batch(4)["labels"], data.batches(3, seed=0)(4)["labels"])
-    with pytest.raises(ValueError, match="batch_size=11"):
+    with pytest.raises(ValueError, match="batch_size=11 is more than the 10 sequences there are"):
         data.batches(11, seed=0)
+    with pytest.raises(ValueError, match="batch_size=0; choose 1 or more"):
+        epoch_rows(10, 0, seed=0)
+
+
+def test_what_is_drawn_has_its_own_label():
+    """On the host and on a device, inside `jit`; another key draws others, all are drawn in time."""
+    data = Labelled(10.0 * np.arange(6)[:, None], np.arange(6), np.ones(6, int))
+    inputs, labels = data.draw(jax.random.key(0), 100)
+    assert set(labels.tolist()) == set(range(6))
+    np.testing.assert_array_equal(inputs[:, 0], 10 * labels)
+    on_device = jax.jit(jax.device_put(data).draw, static_argnums=1)(jax.random.key(0), 100)
+    np.testing.assert_array_equal(on_device[1], labels)
+    assert (data.draw(jax.random.key(1), 100)[1] != labels).any()
+
+
+def test_rows_are_taken_of_all_arrays():
+    data = Labelled(np.arange(6)[:, None], np.arange(6), np.arange(6))
+    for rows in (slice(2, 4), np.array([2, 3]), data.labels // 2 == 1):
+        assert all(np.ravel(x).tolist() == [2, 3] for x in data.take(rows))

@@ -38,11 +38,11 @@ def test_measures_are_the_recorded_ones(rank):
         np.testing.assert_allclose(h, z[f"h_last_before_rank{rank}"], atol=1e-9)
         np.testing.assert_allclose(moved, z[f"h_last_after_rank{rank}"], atol=1e-9)
         assert representation_alignment(h, moved) == pytest.approx(float(z[f"rep_alignment_rank{rank}"]), abs=1e-9)
-        outputs = lambda params: states(params, x) @ params["out"]
-        K = tangent_kernel(outputs, before, "recurrent")
+        outputs, probes = lambda params, x: states(params, x[:, None])[0] @ params["out"], x.swapaxes(0, 1)
+        K = tangent_kernel(outputs, before, probes, "recurrent")
         # Theirs is of finite differences.
         np.testing.assert_allclose(K, z[f"K_before_rank{rank}"], rtol=1e-8, atol=1e-8)
-        found = kernel_alignment(outputs, before, after, "recurrent")
+        found = kernel_alignment(outputs, before, after, probes, "recurrent")
         assert found == pytest.approx(float(z[f"kernel_alignment_rank{rank}"]), abs=1e-8)
 
 
@@ -67,6 +67,21 @@ def test_alignment_is_one_of_itself_whatever_the_order():
     assert 0 < representation_alignment(H, other) < 1
 
 
+def test_the_tangent_kernel_of_a_linear_map_is_the_gram_matrix_of_its_probes():
+    """For each output, and of none with another; of the bias alone it is 1."""
+    X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)), jnp.float32)
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(2)}
+    kernel = jax.jit(
+        lambda params, select: tangent_kernel(
+            lambda params, x: params["kernel"] @ x + params["bias"], params, X, select
+        ),
+        static_argnums=1,
+    )
+    np.testing.assert_allclose(kernel(params, "kernel"), np.kron(X @ X.T, np.eye(2)), atol=1e-6)
+    np.testing.assert_allclose(kernel(params, "bias"), np.kron(np.ones((4, 4)), np.eye(2)))
+    np.testing.assert_allclose(kernel(params, ""), np.kron(1 + X @ X.T, np.eye(2)), atol=1e-6)
+
+
 def test_effective_rank_counts_equal_singular_values():
     assert effective_rank(np.diag([2.0, 2, 2, 0])) == pytest.approx(3)
     assert 1 < effective_rank(np.diag([5.0, 0.1])) < 1.2
@@ -80,7 +95,7 @@ def test_effective_rank_counts_equal_singular_values():
         (lambda: gram_alignment(np.eye(2), 0 * np.eye(2)), "not zero"),
         (lambda: gram_alignment(np.eye(2), np.nan * np.eye(2)), "finite"),
         (
-            lambda: tangent_kernel(lambda p: p["w"], {"w": jnp.ones(2)}, "gate"),
+            lambda: tangent_kernel(lambda p, x: p["w"] * x, {"w": jnp.ones(2)}, jnp.ones((3, 2)), "gate"),
             r"select='gate' is in none of the paths \['w'\]",
         ),
     ],

@@ -12,6 +12,7 @@ from families import assert_close
 from sampled import by_default
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
+from jaxseq.analysis import nearest_in_size, num_parameters
 from jaxseq.layers import NgramEmbedding
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import DSS, H3, LRU, RWKV7, S4, S5, Mamba2
@@ -336,3 +337,13 @@ def test_wrong_models_are_named():
         shape(Classifier(5, WIDTH, vocab_size=VOCAB, dropout=1.0), tokens)
     with pytest.raises(ValueError, match="vocab_size=None; tokens take one"):
         shape(Classifier(5, WIDTH), tokens)
+
+
+def test_the_width_that_brings_as_many_parameters():
+    """Of all widths none is nearer; too few are those of the narrowest."""
+    x, build = jnp.zeros((1, 3)), lambda n: nn.Dense(n)  # 4 n parameters
+    assert num_parameters(build(5), x) == 20
+    found = [nearest_in_size(build, parameters, x) for parameters in (1, 4, 7, 9, 401, 403)]
+    assert found == [1, 1, 2, 2, 100, 101]
+    with pytest.raises(ValueError, match="parameters=0; choose 1 or more"):
+        nearest_in_size(build, 0, x)

@@ -1,6 +1,7 @@
 """Newton over time: that it converges and how fast, that it falls back, what it keeps, and how it is split."""
 
 from functools import cache, partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from sampled import by_default
 
 from jaxseq.ops import nonlinear_recurrence
 
@@ -219,8 +221,11 @@ def test_under_vmap(jacobian):
     assert_close(found, jnp.stack([each(W, "sequential") for W in many]), 2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"jacobian": "diagonal"}, {"max_iterations": 1}], ids=str)
-@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (2, 2)], ids=str)
+SHAPES, WAYS = [(1, 4), (2, 1), (2, 2)], [{}, {"jacobian": "diagonal"}, {"max_iterations": 1}]
+SPLIT = [((1, 4), {}), ((1, 4), {"max_iterations": 1}), ((2, 2), {"jacobian": "diagonal"})]
+
+
+@pytest.mark.parametrize("shape, options", by_default(SPLIT, product(SHAPES, WAYS)), ids=str)
 def test_split_over_devices(shape, options):
     """Time, the batch, or both; also where Newton falls back: then the devices run one after the other."""
     mesh = jax.make_mesh(shape, ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)

@@ -65,10 +65,19 @@ def truth():
     return of
 
 
+def again(name, form):
+    """A kernel whose values and gradients are met in float32, below or in tests/test_pallas.py; or one setting more of
+    a form that runs with others."""
+    if form == "pallas":
+        return OPS[name].sweep or name.startswith(("softmax_attention", "delta_rule", "linear_recurrence complex"))
+    settings = ("gla", "delta_rule", "selective_scan", "softmax_attention")
+    return form == "parallel" and name.startswith(settings) and not OPS[name].sweep
+
+
 @pytest.mark.parametrize(
     "name, impl",
     [
-        pytest.param(name, form, marks=[pytest.mark.slow] * member.slow)
+        pytest.param(name, form, marks=[pytest.mark.slow] * (member.slow or again(name, form)))
         for name, member in OPS.items()
         for form in member.forms
         if form != "sequential"
@@ -90,7 +99,15 @@ def test_accuracy_in_float32(name, impl, truth):
         assert_close(form(inputs, cast(cotangents, jnp.float32), ids), truth(name, strength, jnp.float32), tolerance)
 
 
-@pytest.mark.parametrize("name, impl", fast(param for param in SWEPT if "state_space" not in param.values[0]))
+def rounded():
+    """Of the kernels two by default; those of matrix states are in tests/test_pallas.py."""
+    for p in fast(param for param in SWEPT if "state_space" not in param.values[0]):
+        name, impl = p.values
+        kernel = impl == "pallas" and name not in ("linear_recurrence", "softmax_attention")
+        yield pytest.param(name, impl, marks=[*p.marks] or [pytest.mark.slow] * kernel)
+
+
+@pytest.mark.parametrize("name, impl", list(rounded()))
 def test_accuracy_in_bfloat16(name, impl, truth):
     inputs, cotangents, ids = case(name, dtype=jnp.bfloat16)
     expected = truth(name, "mild", jnp.bfloat16)
@@ -101,8 +118,20 @@ def test_accuracy_in_bfloat16(name, impl, truth):
     assert_close(actual["gradient"], expected["gradient"], "bfloat16 gradient")
 
 
-@pytest.mark.parametrize("length", by_default([1, CHUNK + 1], [1, CHUNK - 1, CHUNK, CHUNK + 1]))
-@pytest.mark.parametrize("name", SWEPT)
+def sampled(name, length):
+    """A chunk and one more; of few ops also the single token, which other forms take."""
+    single = ("linear_recurrence", "delta_rule per channel", "softmax_attention")
+    return length == CHUNK + 1 or (length == 1 and name in single)
+
+
+@pytest.mark.parametrize(
+    "name, length",
+    [
+        pytest.param(*p.values, length, marks=[*p.marks] or [pytest.mark.slow] * (not sampled(*p.values, length)))
+        for p in SWEPT
+        for length in (1, CHUNK - 1, CHUNK, CHUNK + 1)
+    ],
+)
 def test_lengths(name, length):
     with jax.enable_x64(True):
         sample = case(name, length)
@@ -201,15 +230,22 @@ def matrix_inputs(op, level, keys, per_head=False, bonus=False, width=16, T=131)
 
 MATRIX_OPS = (ops.gated_linear_attention, ops.delta_rule, ops.dplr_recurrence)
 LEVELS = (-20, 0, "mixed")
-IN_USE: list = [
-    pytest.param(op, keys, level, {}, marks=[pytest.mark.slow] * (KEYS.index(keys) != LEVELS.index(level)))
-    for op, keys, level in product(MATRIX_OPS, KEYS, LEVELS)
-]
-IN_USE += [(op, keys, "mixed", {"per_head": True}) for op, keys in zip(MATRIX_OPS, KEYS, strict=True)]
-IN_USE += [(ops.gated_linear_attention, "norm 1", level, {"bonus": True}) for level in (-20, "mixed")]
-IN_USE += [
-    pytest.param(op, "norm 1", "mixed", {"T": T}, marks=pytest.mark.slow) for op in MATRIX_OPS for T in (31, 32, 33, 65)
-]
+IN_USE = by_default(
+    [  # every op, every kind of keys and every level
+        (ops.gated_linear_attention, "norm 1", -20, {}),
+        (ops.gated_linear_attention, "norm 1", "mixed", {"bonus": True}),
+        (ops.delta_rule, "norm 10", 0, {}),
+        (ops.delta_rule, "norm 10", "mixed", {"per_head": True}),
+        (ops.delta_rule, "repeated", "mixed", {}),
+        (ops.dplr_recurrence, "repeated", "mixed", {}),
+    ],
+    [
+        *((op, keys, level, {}) for op, keys, level in product(MATRIX_OPS, KEYS, LEVELS)),
+        *((op, keys, "mixed", {"per_head": True}) for op, keys in zip(MATRIX_OPS, KEYS, strict=True)),
+        *((ops.gated_linear_attention, "norm 1", level, {"bonus": True}) for level in (-20, "mixed")),
+        *((op, "norm 1", "mixed", {"T": T}) for op in MATRIX_OPS for T in (31, 32, 33, 65)),
+    ],
+)
 
 
 @pytest.mark.parametrize("op, keys, level, options", IN_USE)

@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def lag_inputs(length, window, dtype=np.float64):
 
 @pytest.mark.parametrize(
     "length, window, chunk",
-    by_default([(1, 3, 4), (11, 3, 4)], [(1, 3, 4), (4, 1, 4), (11, 3, 4), (5, 7, 2), (9, 4, 16)]),
+    by_default([(11, 3, 4)], [(1, 3, 4), (4, 1, 4), (11, 3, 4), (5, 7, 2), (9, 4, 16)]),
 )
 def test_forms_of_the_lag_correlation_agree(length, window, chunk):
     """In float64: values, final states and all gradients, from a state, with and without segments."""
@@ -165,7 +166,7 @@ def shift_error(length, **fields):
     return float(jnp.abs(shifted - jnp.roll(apply(params, x), 3, axis=1)).max())
 
 
-@pytest.mark.parametrize("length", [16, 15])
+@pytest.mark.parametrize("length", by_default([15], [16, 15]))
 @pytest.mark.parametrize("conditioning", ["magnitude", "correlation", "none"])
 def test_a_shift_around_the_end_shifts_the_output(conditioning, length):
     assert shift_error(length, conditioning=conditioning) < 1e-5
@@ -177,8 +178,10 @@ def test_what_loses_the_symmetry(broken):
     assert shift_error(16, conditioning="magnitude", **broken) > 1e-3
 
 
-@pytest.mark.parametrize("transform", ["dft", "dct"])
-@pytest.mark.parametrize("conditioning", ["magnitude", "correlation"])
+@pytest.mark.parametrize(
+    "conditioning, transform",
+    by_default([("magnitude", "dct"), ("correlation", "dft")], product(["magnitude", "correlation"], ["dft", "dct"])),
+)
 def test_all_tokens_and_parameters_matter(conditioning, transform):
     module, params = built(conditioning=conditioning, transform=transform)
     x = draw(2, 9, WIDTH)
@@ -190,7 +193,7 @@ def test_all_tokens_and_parameters_matter(conditioning, transform):
 
 def test_silence_has_a_gradient():
     module, params = built(conditioning="magnitude")
-    gradient = jax.grad(lambda x: jnp.sum(module.apply(params, x)))(jnp.zeros((1, 9, WIDTH)))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(module.apply(params, x))))(jnp.zeros((1, 9, WIDTH)))
     assert np.isfinite(gradient).all()
 
 
@@ -221,9 +224,9 @@ def test_the_kernel_of_another_sequence():
 def test_bfloat16_is_near_float32():
     module, params = built()
     x = draw(2, 9, WIDTH)
-    half = Orchid(WIDTH, dtype=jnp.bfloat16).apply(params, x.astype(jnp.bfloat16))
+    half = jax.jit(Orchid(WIDTH, dtype=jnp.bfloat16).apply)(params, x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
-    assert_close(half, module.apply(params, x), "mixer bfloat16")
+    assert_close(half, jax.jit(module.apply)(params, x), "mixer bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from jaxseq.layers.random_features import (
     relu_features,
     trigonometric_features,
 )
-from jaxseq.mixers import Linformer, Performer, Synthesizer
-from jaxseq.models import Stack
+from jaxseq.mixers import Linformer, Performer, Reformer, Synthesizer
+from jaxseq.models import Stack, mixer_names
 
 Z = load("efficient_transformers")
 by_time = lambda name: jnp.asarray(Z[name], jnp.float32).swapaxes(1, 2)
@@ -128,35 +128,35 @@ def test_the_mixer_is_its_equation(causal):
     with jax.enable_x64(True):
         module = Performer(8, num_heads=2, num_features=6, causal=causal, seed=3, param_dtype=jnp.float64)
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 11, 8)))
-        params = module.init(jax.random.key(0), x)
+        params = jax.jit(module.init)(jax.random.key(0), x)
         w = orthogonal_features(jax.random.key(3), 6, 4).astype(jnp.float64)
         weights = params["params"]
         q, k, v = (split_heads(x @ weights[f"{name}_proj"]["kernel"], 4) for name in "qkv")
         o = attended(positive(q, w), positive(k, w), v, causal)
         expected = o.reshape(x.shape) @ weights["out_proj"]["kernel"]
-        assert_close(module.apply(params, x), expected, 1e-10)
+        assert_close(jax.jit(module.apply)(params, x), expected, 1e-10)
 
 
 def test_later_keys_change_nothing_and_large_ones_overflow_nothing():
     """Also where a later key is the largest by far: other implementations divide by it."""
     module = Performer(8, num_heads=1, num_features=16)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 8)), jnp.float32)
-    params = module.init(jax.random.key(0), x)
-    y = module.apply(params, x)
-    moved = module.apply(params, x.at[:, -1].multiply(300.0))
+    params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
+    y = apply(params, x)
+    moved = apply(params, x.at[:, -1].multiply(300.0))
     np.testing.assert_allclose(moved[:, :-1], y[:, :-1], atol=1e-6)
-    slopes = jax.grad(lambda x: module.apply(params, x)[0, 4].sum())(x.at[:, -1].multiply(300.0))
+    slopes = jax.jit(jax.grad(lambda x: module.apply(params, x)[0, 4].sum()))(x.at[:, -1].multiply(300.0))
     assert np.isfinite(moved).all() and np.isfinite(slopes).all() and not slopes[0, 5:].any()
 
 
 def test_features_are_drawn_again_with_a_key():
     module = Stack(8, (partial(Performer, num_heads=2, num_features=4),) * 2, mlp=None)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 8)), jnp.float32)
-    params = module.init(jax.random.key(0), x)
-    at = lambda n: module.apply(params, x, rngs={"features": jax.random.key(n)})[0]
+    params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
+    at = lambda n: apply(params, x, rngs={"features": jax.random.key(n)})[0]
     np.testing.assert_array_equal(at(1), at(1))
     assert jnp.abs(at(1) - at(2)).max() > 1e-4
-    np.testing.assert_array_equal(module.apply(params, x)[0], module.apply(params, x)[0])
+    np.testing.assert_array_equal(apply(params, x)[0], apply(params, x)[0])
 
 
 def linformer(x, **fields):
@@ -205,7 +205,7 @@ def test_synthesizer_is_its_equation(kind):
     """A shorter sequence uses the first places; what the mask leaves out may hold anything."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8)), jnp.float32)
     module = Synthesizer(8, num_heads=2, max_length=12, kind=kind, rank=3)
-    params = module.init(jax.random.key(0), x)
+    params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
     w = jax.tree.map(lambda a: 10 * a, params["params"])
     if kind == "dense":
         hidden = jax.nn.relu(x @ w["hidden_proj"]["kernel"] + w["hidden_proj"]["bias"][None, None])
@@ -217,10 +217,10 @@ def test_synthesizer_is_its_equation(kind):
         scores = jnp.stack([w["rows"][h] @ w["columns"][h].T for h in range(2)])[None].repeat(2, axis=0)
     v = split_heads(x @ w["v_proj"]["kernel"], 4)
     o = jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(jnp.asarray(scores)[:, :, :9, :9]), v).reshape(x.shape)
-    np.testing.assert_allclose(module.apply({"params": w}, x), o @ w["out_proj"]["kernel"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(apply({"params": w}, x), o @ w["out_proj"]["kernel"], rtol=1e-3, atol=1e-4)
     mask = jnp.broadcast_to(jnp.arange(9) < 6, (2, 9))
-    alone = module.apply({"params": w}, x[:, :6])
-    found = module.apply({"params": w}, x.at[:, 6:].set(7.0), mask=mask)[:, :6]
+    alone = apply({"params": w}, x[:, :6])
+    found = apply({"params": w}, x.at[:, 6:].set(7.0), mask=mask)[:, :6]
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -244,6 +244,27 @@ def test_wrong_input_is_named(module, options, message):
         jax.eval_shape(partial(module.init, **options), jax.random.key(0), jnp.zeros((1, 6, 8)))
 
 
-def test_what_looks_ahead_has_no_state():
-    with pytest.raises(NotImplementedError, match="looks ahead: it has no state"):
-        Performer(8, causal=False).init_state(1)
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (Performer(8, causal=False), r"Performer\(causal=False\)"),
+        (Linformer(8), "Linformer"),
+        (Reformer(8), "Reformer"),
+        (Synthesizer(8), "Synthesizer"),
+    ],
+    ids=["performer", "linformer", "reformer", "synthesizer"],
+)
+def test_what_looks_ahead_has_no_state(module, name):
+    """Nor one token at a time, nor in a stack; and no name among those that a language model takes."""
+    refused = partial(pytest.raises, NotImplementedError, match=f"^{name} looks ahead: it has no state")
+    x, trace = jnp.zeros((1, 6, 8)), lambda *args, **kw: jax.eval_shape(partial(module.init, **kw), *args)
+    with refused():
+        module.init_state(1, max_length=4)
+    for method, inputs in (("step", (x[:, 0], None)), ("step", (x[:, 0], ())), ("prefill", (x, ()))):
+        with refused():
+            trace(jax.random.key(0), *inputs, method=method)
+    with refused():
+        Stack(8, (lambda d_model, **dtypes: module.clone(**dtypes),)).init_state(1)
+    assert name.lower() not in mixer_names()
+    y, state = jax.eval_shape(partial(module.init_with_output, method="prefill"), jax.random.key(0), x, None)[0]
+    assert y.shape == x.shape and state is None

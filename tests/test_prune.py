@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from families import assert_close
+from sampled import by_default
 
 from jaxseq import LanguageModel
 from jaxseq.compress import cubic_sparsity, keep, masked, pruned, sparsity_of
@@ -97,7 +98,7 @@ def test_the_schedule_is_cubic():
     np.testing.assert_allclose(jax.vmap(schedule)(jnp.asarray([15, 99])), 0.8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("by", ["magnitude", "movement"])
+@pytest.mark.parametrize("by", by_default(["movement"], ["magnitude", "movement"]))
 def test_a_model_keeps_its_sparsity_through_training(by):
     """In `fit`, at every step that the schedule and `every` say, and to the weight; what is no matrix stays dense."""
     model = LanguageModel(11, 8, (MinGRU,) * 2)

@@ -119,7 +119,7 @@ def test_a_state_has_its_gradient():
         assert_close(undone, kept, 1e-8)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_call_is_prefill_and_steps(shared):
     model = LanguageModel(VOCAB, WIDTH, (gla, attention) * 2, reversible=True, shared=shared)
     params = initialised(model, tokens)
@@ -239,19 +239,20 @@ def test_time_over_devices():
     assert_close(actual, expected, 1e-4)
 
 
-def temporaries(depth, **fields):
+def temporaries(slot, depth, **fields):
     """Bytes that the gradient of a stack takes, beside its arguments and results."""
-    stack = Stack(WIDTH, (gru,) * depth, **fields)
+    stack = Stack(WIDTH, (slot,) * depth, **fields)
     x = jax.ShapeDtypeStruct((4, 128, WIDTH), jnp.float32)
     params = jax.eval_shape(stack.init, jax.random.key(0), x)
     gradient = jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(stack.apply(params, x)[0])), argnums=(0, 1)))
     return gradient.lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_flat_in_depth():
+@pytest.mark.parametrize("slot", [gru, partial(Reformer, num_heads=2, bucket_size=16)], ids=["gru", "reformer"])
+def test_memory_is_flat_in_depth(slot):
     """Gradients of the parameters are results; what is beside them is that of one layer, where undoing is on."""
-    flat = {depth: temporaries(depth, reversible=True) for depth in (2, 8)}
-    kept = {depth: temporaries(depth, remat=False) for depth in (2, 8)}
+    flat = {depth: temporaries(slot, depth, reversible=True) for depth in (2, 8)}
+    kept = {depth: temporaries(slot, depth, remat=False) for depth in (2, 8)}
     one_stream = 4 * 128 * WIDTH * 4
     assert flat[8] - flat[2] < one_stream
     assert kept[8] - kept[2] > 6 * 10 * one_stream

@@ -30,7 +30,9 @@ from jaxseq.train import (
     read_config,
     read_metrics,
 )
-from jaxseq.train.files import read_json
+from jaxseq.train.files import read_arrays, read_json, write_arrays
+from jaxseq.train.plots import points_and_mean, saved_figure
+from jaxseq.train.rows import grouped, mean_of, where
 
 TRAIN = TrainConfig(steps=40, batch_size=4, warmup_steps=5, evaluate_every=15, log_every=2)
 CHECKPOINT, MESH = CheckpointConfig(every=7), MeshConfig()
@@ -306,6 +308,37 @@ def test_progress_is_one_live_line_on_a_terminal_and_rare_elsewhere():
         text = stream.getvalue()
         assert text.startswith(f"{shown}step 1/100  loss 1.0000  2.500 bits/byte")
         assert "step 100/100" in text and text.count("\n") <= 2 and "tokens/s  0 s left" in text
+
+
+VALUES = (("b", 0, 2, 3.0), ("b", 1, 2, 5.0), ("b", 0, 1, 1.0), ("a", 0, 1, None))
+ROWS = [dict(zip(("kind", "seed", "x", "y"), values, strict=True)) for values in VALUES]
+
+
+def test_rows_are_chosen_grouped_and_averaged():
+    """What JSON has no number for counts for nothing; groups stay in the order of the rows."""
+    assert where(ROWS, kind="b", seed=0) == [ROWS[0], ROWS[2]] and where(ROWS, kind="c") == []
+    assert list(grouped(ROWS, "kind")) == ["b", "a"] and grouped(ROWS, "kind")["a"] == [ROWS[3]]
+    assert list(grouped(ROWS, "kind", "x")) == [("b", 2), ("b", 1), ("a", 1)]
+    assert mean_of(ROWS, "y") == 3 and np.isnan(mean_of(where(ROWS, kind="a"), "y"))
+    with pytest.raises(KeyError, match="speed"):
+        where(ROWS, speed=1)
+
+
+def test_a_line_goes_through_the_means_of_points(tmp_path):
+    """In the order of x, past rows without a value; points have the colour of their line."""
+    with saved_figure(tmp_path / "plots" / "line.png") as figure:
+        axes = figure.subplots()
+        points_and_mean(axes, ROWS, "x", "y", label="all", color="red")
+    line, points = axes.lines
+    assert line.get_xydata().tolist() == [[1, 1], [2, 4]] and line.get_label() == "all"
+    assert points.get_xydata().tolist() == [[2, 3], [2, 5], [1, 1]] and points.get_color() == "red"
+
+
+def test_arrays_come_back_from_a_folder_that_was_not_there(tmp_path):
+    write_arrays(tmp_path / "a" / "b" / "x.npz", {"layer/kernel": np.eye(2), "bias": np.arange(3)})
+    found = read_arrays(tmp_path / "a" / "b" / "x.npz")
+    assert list(found) == ["layer/kernel", "bias"] and found["bias"].tolist() == [0, 1, 2]
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["x.npz"]
 
 
 def test_curves_are_drawn_from_metrics(tmp_path):

@@ -90,7 +90,7 @@ def test_top_is_a_threshold_that_is_known_beforehand(drawn):
     params, x = drawn
     x = x[:1]
     ids = jnp.asarray([[0] * 6 + [1] * 7])
-    _, sown = build().apply(params, x, mutable=["intermediates"])
+    _, sown = jax.jit(partial(build().apply, mutable=["intermediates"]))(params, x)
     (chance,) = sown["intermediates"]["chance"]
     fourth, fifth = np.sort(np.asarray(chance[0]))[[-4, -5]]
     loss = lambda module: lambda params: jnp.sum(jnp.sin(module.apply(params, x, ids)))
@@ -103,7 +103,7 @@ def test_unselected_tokens_take_no_room(drawn):
     """A cache for all selected tokens but the last decodes as a full one does; a shorter one forgets."""
     params, x = drawn
     module = build(threshold=0.5)
-    _, sown = module.apply(params, x, mutable=["intermediates"])
+    whole, sown = jax.jit(partial(module.apply, mutable=["intermediates"]))(params, x)
     most = int((sown["intermediates"]["chance"][0] > 0.5).sum(1).max())
     assert 2 <= most < x.shape[1]
 
@@ -111,7 +111,6 @@ def test_unselected_tokens_take_no_room(drawn):
         step = lambda state, x: module.apply(params, x, state, method="step")[::-1]
         return jax.lax.scan(step, module.init_state(2, max_length=length), x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
-    whole = module.apply(params, x)
     assert_close(decoded(most - 1), whole, "mixer")
     assert np.abs(np.asarray(decoded(most - 2) - whole)).max() > 1e-3
 
@@ -143,11 +142,12 @@ def test_losses_leave_a_language_model_and_train_it():
         cost = sum(jnp.sum(x) for x in jax.tree.leaves(sown["losses"]))
         return cross_entropy(logits, batch["inputs"])[0] + cost, {"loss": cost}
 
-    sown = model.apply(params, tokens, mutable=["losses"])[1]["losses"]
+    sown = jax.eval_shape(partial(model.apply, mutable=["losses"]), params, tokens)[1]["losses"]
     assert [x.shape for x in jax.tree.leaves(sown)] == [(2,)]
     config = TrainConfig(steps=30, batch_size=4, learning_rate=6e-2, warmup_steps=5)
     trained = fit(loss, lambda key: model.init(key, tokens), lambda step: {"inputs": tokens}, config=config)
-    before, after = (float(loss(p, {"inputs": tokens}, None)[1]["loss"]) for p in (params, trained.params))
+    cost = jax.jit(lambda params: loss(params, {"inputs": tokens}, None)[1]["loss"])
+    before, after = (float(cost(p)) for p in (params, trained.params))
     assert after < 0.2 * before
 
 

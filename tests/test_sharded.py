@@ -48,7 +48,7 @@ def scanned(name, devices, reverse):
     return jax.jit(lambda e, s: (apart(e, s), run(scan.sequential, e, s)))
 
 
-@settings(deadline=None, max_examples=14, derandomize=True)
+@settings(deadline=None, max_examples=9, derandomize=True)
 @given(
     name=st.sampled_from(["affine", "affine complex", "segmented matrix affine", "log-sum-exp", "segmented softmax"]),
     devices=st.sampled_from([1, 2, 4, 8]),
@@ -111,20 +111,29 @@ def test_bfloat16_stays_what_it_is(name):
     times = {name: IN_TIME if name in moving else P() for name in inputs}
     call = lambda inputs, ids: member.call(inputs, ids, None)
     apart = split(call, 4, (times, IN_TIME), (IN_TIME, P() if member.moving else ()))
-    (out, final), expected = (jax.jit(form)(inputs, ids) for form in (apart, call))
+
+    def slopes(form):
+        """With the values that it takes them of."""
+
+        def loss(inputs):
+            values = form(inputs, ids)
+            return jnp.sum(jnp.sin(values[0].astype(jnp.float32))), values
+
+        return jax.value_and_grad(loss, has_aux=True)
+
+    both = jax.jit(lambda inputs: [slopes(form)(inputs) for form in (apart, call)])
+    ((_, (out, final)), split_slopes), ((_, expected), whole_slopes) = both(inputs)
     assert out.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(final))
     assert_close(out, expected[0], "bfloat16")
     assert_close(final, expected[1], "bfloat16 exchanged")
-    slopes = lambda form: jax.grad(lambda inputs: jnp.sum(jnp.sin(form(inputs, ids)[0].astype(jnp.float32))))
-    split_slopes, slopes = jax.jit(lambda i: (slopes(apart)(i), slopes(call)(i)))(inputs)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, split_slopes, inputs))
-    assert_close(split_slopes, slopes, "bfloat16 gradient")
+    assert_close(split_slopes, whole_slopes, "bfloat16 gradient")
 
 
 @pytest.mark.parametrize(
     "name",
     by_default(
-        ["GLA", "Mamba", "Attention window grouped"],
+        ["Mamba"],
         [name.values[0] for name in FULL_MIXERS if not MIXERS[name.values[0]].whole],
     ),
 )
@@ -239,7 +248,10 @@ def communicated(compiled) -> int:
     return sum(sizes[kind] * int(np.prod([int(n) for n in shape.split(",") if n])) for kind, shape in shapes)
 
 
-@pytest.mark.parametrize("name", ["GLA conv grouped", "GatedDeltaNet", "Mamba", "S4D", "Attention window grouped"])
+FIXED = ["GLA conv grouped", "GatedDeltaNet", "Mamba", "S4D", "Attention window grouped"]
+
+
+@pytest.mark.parametrize("name", by_default(["GLA conv grouped", "Attention window grouped"], FIXED))
 def test_mixers_of_fixed_state_communicate_states_alone(name):
     """The bytes of a layer, forward and backward, do not grow with the time that is split."""
     module, params = initialised(MIXERS[name])

@@ -18,7 +18,7 @@ from jaxseq.tasks import (
     spike_templates,
     two_choices,
 )
-from jaxseq.train import Curriculum, TrainConfig, ensemble_loss, fit, members, per_member, stacked
+from jaxseq.train import Curriculum, TrainConfig, ensemble_init, ensemble_loss, fit, members, per_member, stacked
 
 
 def test_models_side_by_side_are_those_alone():
@@ -48,6 +48,10 @@ def test_models_side_by_side_have_keys_of_their_own():
     loss = lambda params, batch, key: (jnp.sum(params) * jax.random.normal(key), {})
     gradient = jax.grad(lambda params: ensemble_loss(loss)(params, {}, jax.random.key(0))[0])(jnp.zeros(3))
     assert len(set(gradient.tolist())) == 3
+    init = lambda key: {"w": jax.random.normal(key, (2,))}
+    keys = jax.random.split(jax.random.key(0), 3)
+    for model, key in zip(members(ensemble_init(init, 3)(jax.random.key(0))), keys, strict=True):
+        np.testing.assert_array_equal(model["w"], init(key)["w"])
 
 
 def test_a_curriculum_advances_where_the_last_and_the_mean_are_mastered():

@@ -1,6 +1,7 @@
 """Subsampled attention: the recorded outputs, exact limits, costs, and what training and evaluation do with it."""
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from families import WIDTH, assert_close
 from recorded import load, recorded
+from sampled import by_default
 
 from jaxseq import Attention, LanguageModel, ops
 from jaxseq.analysis import self_ensemble
@@ -56,11 +58,12 @@ def test_recorded_outputs(mode, causal):
     if name not in golden:
         pytest.skip("not recorded")
     permutations = golden["perm_uniform" if mode in ("window", "truncate") else "perm_local"]
+    attend = jax.jit(partial(ops.subsampled_attention, queries_too=mode in BY_TOKENS, causal=causal))
     with jax.enable_x64(True):
         q, k, v = (jnp.asarray(golden[n].swapaxes(1, 2)) for n in "qkv")
         for permutation, expected in zip(permutations, golden[name], strict=True):
             sets = jnp.asarray(np.sort(permutation.reshape(-1, w), axis=1)[: 1 if mode == "truncate" else None])
-            o = ops.subsampled_attention(q, k, v, sets, queries_too=mode in BY_TOKENS, causal=causal)
+            o = attend(q, k, v, sets)
             assert_close(o, expected.swapaxes(1, 2), "float64")
 
 
@@ -90,8 +93,10 @@ def test_near_tokens_share_a_window_as_often_as_recorded():
     np.testing.assert_allclose(together, golden["pair_prob_by_distance_local"], atol=0.02)
 
 
-@MODES
-@pytest.mark.parametrize("causal", [True, False])
+ONCE = [(causal, mode) for mode, causal in zip(SUBSETS, (True, False, True, True), strict=True)]
+
+
+@pytest.mark.parametrize("causal, mode", by_default(ONCE, product([True, False], SUBSETS)))
 def test_any_subset_is_a_mask(mode, causal):
     """Values and gradients, of packed documents; a causal token always sees itself."""
     T, ids = 24, np.repeat([0, 1, 2], [5, 12, 7])
@@ -202,7 +207,7 @@ def test_evaluation_is_dense_attention():
     )
 
 
-@MODES
+@pytest.mark.parametrize("mode", by_default(("truncate", "local"), SUBSETS))
 def test_training(mode):
     """Another draw, another output; the same key, the same; causal by original positions; packed documents apart."""
     module, params = built(subsample=True, mode=mode, sigma=2.0)
@@ -269,7 +274,8 @@ class Drawn(nn.Module):
 def test_layers_draw_their_own_subsets():
     """In a scan over depth, with the parameters of the dense model."""
     rngs = {"subsample": jax.random.key(1)}
-    _, drawn = Stack(WIDTH, (Drawn,) * 3, mlp=None).init_with_output(rngs | {"params": jax.random.key(0)}, draw(4))
+    made = jax.jit(Stack(WIDTH, (Drawn,) * 3, mlp=None).init_with_output)
+    _, drawn = made(rngs | {"params": jax.random.key(0)}, draw(4))
     assert len(set(np.asarray(jax.tree.leaves(drawn["losses"])[0]).tolist())) == 3
 
     slots = lambda **fields: (partial(SubsampledAttention, num_heads=2, ratio=2, **fields),) * 3

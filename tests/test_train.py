@@ -27,6 +27,7 @@ from jaxseq.train import (
     digest,
     fit,
     make_optimizer,
+    mean_metrics,
     restore_parameters,
     shard_batch,
     shardings,
@@ -287,6 +288,16 @@ def test_cross_entropy_counts_what_is_asked():
     np.testing.assert_allclose(value, np.mean(np.asarray(expected)[np.asarray(targets) >= 0]), rtol=1e-5)
     np.testing.assert_allclose(metrics["bits_per_byte"], value / np.log(2) / 2, rtol=1e-6)
     np.testing.assert_allclose(cross_entropy(logits, targets, mask=targets >= 0)[0], value)
+
+
+def test_metrics_in_parts_are_those_of_the_whole():
+    x = np.random.default_rng(0).standard_normal(7).astype(np.float32)
+    loss = lambda params, batch, key: (0.0, {"square": jnp.mean((params * batch) ** 2), "no key": float(key is None)})
+    for size in (1, 3, 7, 100):
+        found = mean_metrics(loss, 2.0, lambda rows: x[rows], len(x), size=size)
+        assert found == pytest.approx({"square": np.mean((2 * x) ** 2), "no key": 1.0}, rel=1e-6)
+    with pytest.raises(ValueError, match="count=0 and size=100 must be at least 1"):
+        mean_metrics(loss, 2.0, lambda rows: x[rows], 0)
 
 
 def test_config_mesh_and_batch_must_agree():
