@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..ops.softmax_attention import softmax_attention
 from ..shapes import Array, Float, Int, accumulator, typed
 from ..sharded import check_whole
 from .projection import fan_in_projection
@@ -18,7 +19,8 @@ class SelfAttention(nn.Module):
     looks at the whole sequence: there is no state, and `__call__` alone.
 
     Raises:
-      NotImplementedError: time is split over devices.
+      ValueError: `num_heads` does not divide `d_model`.
+      NotImplementedError: weights are dropped, and time is split over devices.
     """
 
     d_model: int
@@ -30,17 +32,24 @@ class SelfAttention(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
-        check_whole("SelfAttention", "give every device whole sequences")
         if self.num_heads < 1 or self.d_model % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}.")
         project = lambda name, x: fan_in_projection(self.d_model, name, self, self.d_model)(x)
         heads = lambda name: project(name, x).reshape(*x.shape[:2], self.num_heads, -1)
         q, k, v = (heads(f"{name}_proj") for name in "qkv")
+        if self.dropout and self.has_rng("dropout"):
+            o = self._dropping(q, k, v, segment_ids)
+        else:
+            o = softmax_attention(q, k, v, causal=False, segment_ids=segment_ids)
+        dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        return dropped(project("out_proj", o.reshape(x.shape)))
+
+    def _dropping(self, q, k, v, segment_ids):
+        """With all weights at once, of which some are dropped."""
+        check_whole("SelfAttention", "give every device whole sequences where it drops weights")
         logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator(q.dtype)) / q.shape[-1] ** 0.5
         if segment_ids is not None:
             same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
             logits = jnp.where(same, logits, jnp.finfo(logits.dtype).min)
-        dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
-        weights = dropped(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
-        o = jnp.einsum("bhts,bshv->bthv", weights, v).reshape(x.shape)
-        return dropped(project("out_proj", o))
+        weights = nn.Dropout(self.dropout, deterministic=False)(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
+        return jnp.einsum("bhts,bshv->bthv", weights, v)
