@@ -37,6 +37,15 @@ def segment_counts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 @typed
+def last_of_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position of the last token of each token's segment; all of the time is at hand."""
+    index, length = jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape[1]
+    starts = jnp.where(segment_starts(segment_ids), index[None], length)
+    later = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    return lax.cummin(later, axis=1, reverse=True) - 1
+
+
+@typed
 def tokens_so_far(starts: Bool[Array, "B T"], before: Int[Array, "B"]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     """How many tokens of its segment there are up to each one, itself included, and up to the last.
 

@@ -871,7 +871,9 @@ MIXERS = {
         partial(Attention, WIDTH, num_heads=2, num_kv_heads=1, block_size=3, look_back=1), cheap=True, reach=6
     ),
     "SubsampledAttention": MixerMember(partial(SubsampledAttention, WIDTH, num_heads=2), recurrent=False, cheap=True),
-    "Longformer": MixerMember(partial(Longformer, WIDTH, num_heads=2, window=2, dilation=(1, 2)), cheap=True, reach=5),
+    "Longformer": MixerMember(
+        partial(Longformer, WIDTH, num_heads=2, window=2, dilation=(1, 2)), cheap=True, reach=5, whole=True
+    ),
     "Performer": MixerMember(
         partial(Performer, WIDTH, num_heads=2, num_features=5, chunk_size=CHUNK),
         extreme={"k_proj/kernel": 1e3},
@@ -881,9 +883,10 @@ MIXERS = {
         partial(KroneckerAttention, WIDTH, num_heads=2, block_size=4),
         recurrent=False,
         cheap=True,
+        whole=True,
     ),
     "KroneckerAttention ordered": MixerMember(
-        partial(KroneckerAttention, WIDTH, num_heads=2, ordered=True), recurrent=False, cheap=True
+        partial(KroneckerAttention, WIDTH, num_heads=2, ordered=True), recurrent=False, cheap=True, whole=True
     ),
     "KroneckerAttention polynomial": MixerMember(
         partial(KroneckerAttention, WIDTH, num_heads=4, degree=2),
@@ -898,6 +901,7 @@ MIXERS = {
         recurrent=False,
         cheap=True,
         packs=False,
+        whole=True,
     ),
     "SelectiveAttention": MixerMember(
         partial(SelectiveAttention, WIDTH, num_heads=2),

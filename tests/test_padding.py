@@ -25,6 +25,7 @@ from jaxseq.mixers import (
     Performer,
     Reformer,
     SelectiveAttention,
+    SubsampledAttention,
     Synthesizer,
 )
 from jaxseq.models import Tagger
@@ -45,6 +46,7 @@ AHEAD = {
     "bigbird, more blocks": partial(
         BigBird, num_heads=2, block_size=1, num_window_blocks=1, num_global_blocks=0, num_random_blocks=2, causal=False
     ),
+    "subsampled": partial(SubsampledAttention, num_heads=2, causal=False),
     "reformer": partial(Reformer, num_heads=2, bucket_size=2, rounds=2),
     "linformer": partial(Linformer, num_heads=2, rank=3, max_length=LENGTH),
     "synthesizer": partial(Synthesizer, num_heads=2, max_length=LENGTH),

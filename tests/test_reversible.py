@@ -248,7 +248,11 @@ def temporaries(slot, depth, **fields):
     return gradient.lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("slot", [gru, partial(Reformer, num_heads=2, bucket_size=16)], ids=["gru", "reformer"])
+@pytest.mark.parametrize(
+    "slot",
+    [pytest.param(gru, marks=pytest.mark.slow), partial(Reformer, num_heads=2, bucket_size=16)],
+    ids=["gru", "reformer"],
+)
 def test_memory_is_flat_in_depth(slot):
     """Gradients of the parameters are results; what is beside them is that of one layer, where undoing is on."""
     flat = {depth: temporaries(slot, depth, reversible=True) for depth in (2, 8)}

@@ -161,6 +161,15 @@ def test_every_mixer_from_a_state(name):
     assert_close(actual, expected, "mixer")
 
 
+@pytest.mark.parametrize("name", [name for name, member in MIXERS.items() if member.whole])
+def test_what_takes_whole_sequences_says_so(name):
+    module = MIXERS[name].build()
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((2, LENGTH, WIDTH)))
+    apart = split(module.apply, 4, (P(), IN_TIME), IN_TIME)
+    with pytest.raises(NotImplementedError, match=f"time split over mesh axis {AXIS}; give every device whole"):
+        jax.eval_shape(apart, params, jax.ShapeDtypeStruct((2, LENGTH, WIDTH), jnp.float32))
+
+
 def test_attention_to_keys_of_other_segments():
     """Keys may have ids of their own: here some that no query sees."""
     rng = np.random.default_rng(0)

@@ -248,14 +248,82 @@ def test_what_is_refused():
         module.apply(params, draw(16))
     with pytest.raises(ValueError, match="ratio=4 does not divide the 15 tokens"):
         module.apply(params, draw(15), rngs={"subsample": jax.random.key(0)})
-    with pytest.raises(NotImplementedError, match="has no state; decode without subsample"):
-        state = module.init_state(2, max_length=16)
-        module.apply(params, draw(16), state, method="prefill", rngs={"subsample": jax.random.key(0)})
+    with pytest.raises(NotImplementedError, match=r"SubsampledAttention\(causal=False\) looks ahead: it has no state"):
+        SubsampledAttention(WIDTH, causal=False).init_state(1, max_length=4)
     for fields, message in ((dict(ratio=0), "ratio=0"), (dict(sigma=-1.0), "sigma=-1"), (dict(mode="x"), "mode='x'")):
         with pytest.raises(ValueError, match=message):
             built(**fields)
     with pytest.raises(ValueError, match="size=0; self_ensemble takes 1 or more"):
         self_ensemble(lambda key: jnp.zeros(3), jax.random.key(0), 0)
+
+
+def by_masks(params, x, mask):
+    """The mixer without rotary positions, as four matrices and a mask."""
+    maps = {name: np.asarray(part["kernel"], np.float64) for name, part in params["params"].items()}
+    q, k, v = ((np.asarray(x) @ maps[f"{n}_proj"]).reshape(*x.shape[:2], 2, -1) for n in "qkv")
+    return dense(q, k, v, mask).reshape(x.shape) @ maps["out_proj"]
+
+
+@pytest.mark.parametrize("mode", by_default(("window", "local_source"), SUBSETS))
+def test_where_all_is_seen(mode):
+    """An encoder: dense, and in training each set to its own, what comes later included; it has no state."""
+    fields = dict(causal=False, mode=mode, sigma=2.0, rotary_base=None)
+    module, params = built(subsample=True, **fields)
+    x, rngs = draw(16), {"subsample": jax.random.key(1)}
+    key = module.apply(params, method=lambda m: m.make_rng("subsample"), rngs=rngs)
+    mask = mask_of(ops.subsets(key, 16, ratio=4, mode=mode, sigma=2.0), mode, 16)
+    assert mask.sum() == 16 * 4 and np.triu(mask, 1).any()
+    assert_close(jax.jit(module.apply)(params, x, rngs=rngs), by_masks(params, x, mask), "mixer")
+    evaluated = jax.jit(built(**fields)[0].apply)(params, x)
+    assert_close(evaluated, by_masks(params, x, np.ones((16, 16), bool)), "mixer")
+
+
+@pytest.mark.parametrize("mode", by_default(("local",), SUBSETS))
+def test_decoding_by_subsets(mode):
+    """From a state each token sees its own subset, the same in any parts, of any room; of ratio 1 it is dense."""
+    T, ratio = 13, 3
+    module, params = built(subsample=True, ratio=ratio, mode=mode, sigma=2.0, rotary_base=None)
+    x, rngs = draw(T), {"subsample": jax.random.key(1)}
+    key = module.apply(params, method=lambda m: m.make_rng("subsample"), rngs=rngs)
+    at, seen = jnp.arange(T, dtype=jnp.int32), partial(ops.subset_seen, ratio=ratio, mode=mode, sigma=2.0)
+    mask = np.asarray(jax.jit(jax.vmap(partial(seen, key), (0, None)))(at, at))
+    assert (mask <= np.tri(T, dtype=bool)).all() and mask.diagonal().all()
+    counts, share = mask.sum(axis=1), np.arange(1, T + 1) / ratio
+    own = mode not in BY_TOKENS  # itself besides
+    assert (counts >= np.floor(share)).all() and (counts <= np.ceil(share) + own).all()
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def run(module, cuts, x, state):
+        parts = []
+        for a, b in zip((0, *cuts), (*cuts, T), strict=True):
+            y, state = module.apply(params, x[:, a:b], state, method="prefill", rngs=rngs)
+            parts.append(y)
+        return jnp.concatenate(parts, axis=1)
+
+    expected = by_masks(params, x, mask)
+    for cuts, room in (((), 13), ((5,), 20), ((1, 2, 9, 12), 13)):
+        assert_close(run(module, cuts, x, module.init_state(2, max_length=room)), expected, "mixer")
+    step = lambda state, x: module.apply(params, x, state, method="step", rngs=rngs)[::-1]
+    steps = jax.jit(lambda x: jax.lax.scan(step, module.init_state(2, max_length=T), x)[1])(x.swapaxes(0, 1))
+    assert_close(steps.swapaxes(0, 1), expected, "mixer")
+    whole = run(module.clone(ratio=1), (5,), x, module.init_state(2, max_length=T))
+    assert_close(whole, by_masks(params, x, np.tri(T, dtype=bool)), "mixer")
+    # Packed: of the subset, what is of its own document.
+    ids = jnp.asarray(np.arange(T) >= 6, jnp.int32)[None].repeat(2, axis=0)
+    packed = module.apply(params, x, module.init_state(2, max_length=T), ids, method="prefill", rngs=rngs)[0]
+    same = np.asarray(ids[0])[:, None] == np.asarray(ids[0])
+    assert_close(packed, by_masks(params, x, mask & same), "mixer")
+
+
+@MODES
+def test_the_last_token_sees_what_it_does_in_training(mode):
+    """By lag, as often as under the sets drawn for as many tokens."""
+    T, ratio, draws = 24, 4, jax.random.split(jax.random.key(0), 4000)
+    at, fields = jnp.arange(T, dtype=jnp.int32), dict(ratio=ratio, mode=mode, sigma=4.0)
+    decoded = jax.jit(jax.vmap(lambda key: ops.subset_seen(key, at[-1], at, **fields)))(draws)
+    sets = np.asarray(jax.jit(jax.vmap(partial(ops.subsets, length=T, **fields)))(draws))
+    trained = np.stack([mask_of(own, mode, T)[-1] for own in sets]) | (np.arange(T) == T - 1)
+    np.testing.assert_allclose(np.mean(np.asarray(decoded), axis=0), trained.mean(0), atol=0.04)
 
 
 class Drawn(nn.Module):

@@ -60,13 +60,15 @@ class Mixer(nn.Module):
     token; a change of `segment_ids` inside the call restarts. Further inputs `B T …` are keywords, which the other
     names hand on.
     `init_state(batch_size, *, max_length=None, dtype=float32) -> state`: the state at the start of a sequence, a
-    pytree of the structure, shapes and dtypes that `prefill` returns. It needs no parameters.
+    pytree of the structure, shapes and dtypes that `prefill` returns. It needs no parameters. What always looks ahead
+    has none, and `prefill` returns None for it.
     """
 
     def prefill(self, x, state: Any, segment_ids=None):
         raise NotImplementedError(f"{type(self).__name__} defines no prefill.")
 
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
+        self.check_causal()
         raise NotImplementedError(f"{type(self).__name__} defines no init_state.")
 
     def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None, **inputs):
@@ -76,6 +78,7 @@ class Mixer(nn.Module):
     @typed
     def step(self, x: Float[Array, "B D"], state: Any, **inputs):
         """One token: `(x_t "B D", state) → (y_t "B D", state)`."""
+        self.check_causal()
         y, state = self.prefill(x[:, None], state, **{name: value[:, None] for name, value in inputs.items()})
         return y[:, 0], state
 
@@ -99,14 +102,18 @@ class Mixer(nn.Module):
 
     @nn.nowrap
     def looks_ahead(self) -> str | None:
-        """The field, if any, by which outputs see what comes later: there is no state then, and `__call__` alone."""
+        """The field, if any, by which outputs see what comes later: there is no state then, and `__call__` alone.
+
+        It is "" where no field makes a difference.
+        """
         return None
 
     @nn.nowrap
     def check_causal(self) -> None:
         """Raise where it looks ahead."""
         if (field := self.looks_ahead()) is not None:
-            raise NotImplementedError(f"{type(self).__name__}({field}) looks ahead: it has no state.")
+            by_field = f"({field})" if field else ""
+            raise NotImplementedError(f"{type(self).__name__}{by_field} looks ahead: it has no state.")
 
     @nn.nowrap
     def check_mask(self, mask: Array | None) -> None:

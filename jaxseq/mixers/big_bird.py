@@ -9,7 +9,8 @@ import numpy as np
 
 from .. import ops
 from ..layers.cached_attention import AttentionState, cached_attention, counted, empty_cache
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
+from ..segments import last_of_segment
 from ..shapes import Array, Float, Int, known, typed
 from ..sharded import check_whole
 
@@ -26,8 +27,14 @@ class BigBird(Mixer):
 
     Causal, it keeps what lies behind: half of the neighbours, and of the others those before. It has the whole contract
     then, and a cache of `max_length` tokens, of which a step reads the blocks that it sees. With `causal=False` the
-    global blocks see everything too, as the paper has it, and it has `__call__` alone. Segments are kept apart, but
-    blocks are those of the whole row: a packed sequence sees what it would alone only where it starts the row.
+    global blocks see everything too, as the paper has it, and it has `__call__` alone; the random ones are then drawn
+    from those up to the last that holds tokens of the segment in which the block starts, so that a row sees the same
+    however far it is padded. Segments are kept apart, but blocks are those of the whole row: a packed sequence sees
+    what it would alone only where it starts the row.
+
+    Raises:
+      ValueError: `num_heads` does not divide `d_model`, or a number of blocks or tokens is out of range.
+      NotImplementedError: time is split over devices, or a state is asked for with `causal=False`.
     """
 
     d_model: int
@@ -51,13 +58,35 @@ class BigBird(Mixer):
             self.check_causal()
         check_whole("BigBird", "give every device whole sequences")
         first = np.zeros((), np.int32) if state is None else state.position
-        attend = lambda q, k, v, **packed: self._attend(first, q, k, v, packed)
-        return cached_attention(self, x, state, counted(segment_ids), self.num_heads, attend)
+        attend = lambda q, k, v, **packed: self._listed(first, None, q, k, v, packed)
+        return cached_attention(
+            self, x, state, counted(segment_ids), self.num_heads, attend if self.causal else self._both_ways
+        )
 
-    def _attend(self, first, q, k, v, packed):
-        """Attention of queries at positions from `first` on, the last among those of the keys."""
+    def _both_ways(self, q, k, v, segment_ids=None, key_segment_ids=None):
+        """Attention of all blocks, each by its list, and of the first ones to everything."""
+        size, start = self.block_size, np.zeros((), np.int32)
+
+        def row(q, k, v, ids, total):
+            packed = dict(segment_ids=ids[None], key_segment_ids=ids[None])
+            return self._listed(start, total, q[None], k[None], v[None], packed)[0]
+
+        if segment_ids is None:
+            o = self._listed(start, -(-q.shape[1] // size), q, k, v, {})
+        else:  # every row draws from the blocks of its own segments
+            o = jax.vmap(row)(q, k, v, segment_ids, last_of_segment(segment_ids)[:, ::size] // size + 1)
+        ahead = min(q.shape[1], self.num_global_blocks * size)
+        if ahead == 0:
+            return o
+        some = {} if segment_ids is None else dict(segment_ids=segment_ids[:, :ahead], key_segment_ids=segment_ids)
+        return o.at[:, :ahead].set(ops.softmax_attention(q[:, :ahead], k, v, causal=False, **some))
+
+    def _listed(self, first, total, q, k, v, packed):
+        """Attention of queries at positions from `first` on, the last among those of the keys, each block by its list.
+
+        `total`, where it is not causal, is how many blocks there are to draw from, of all blocks or of each.
+        """
         size, length, span = self.block_size, q.shape[1], k.shape[1]
-        total = None if self.causal else -(-length // size)
         before = first + length - span  # the position of the first key
         start = first + jnp.arange(0, length, size, dtype=jnp.int32)
         blocks = self._blocks(start // size, total)
@@ -68,25 +97,22 @@ class BigBird(Mixer):
         keys = jnp.where(blocks[..., None] == NONE, NONE, keys - before).reshape(len(start), -1)
 
         def visible(i, j):
-            seen = self._blocks((i[:, 0] + first) // size, total)[:, None] == ((j + before) // size)[..., None]
+            n = (i[:, 0] + first) // size
+            own = total if total is None or jnp.ndim(total) == 0 else total[n]
+            seen = self._blocks(n, own)[:, None] == ((j + before) // size)[..., None]
             return seen.any(-1) & ((j + before <= i + first) if self.causal else True)
 
         # Fewer queries than a block holds, one of them where it decodes, are a block as they are.
-        o = ops.block_sparse_attention(q, k, v, keys, visible, block_size=min(size, length), **packed)
-        first_ones = min(length, self.num_global_blocks * size)
-        if self.causal or first_ones == 0:
-            return o
-        some = packed and {
-            "segment_ids": packed["segment_ids"][:, :first_ones],
-            "key_segment_ids": packed["segment_ids"],
-        }
-        return o.at[:, :first_ones].set(ops.softmax_attention(q[:, :first_ones], k, v, causal=False, **some))
+        return ops.block_sparse_attention(q, k, v, keys, visible, block_size=min(size, length), **packed)
 
-    def _blocks(self, n: Int[Array, "Q"], total: int | None) -> Int[Array, "Q M"]:
-        """What each block n sees, of `total` or, causal, of those up to n; NONE for one that is not there."""
+    def _blocks(self, n: Int[Array, "Q"], total: int | Int[Array, "Q"] | None) -> Int[Array, "Q M"]:
+        """What each block n sees, random ones of the first `total` or, causal, of those up to n.
+
+        NONE stands for one that is not there. Neighbours and global blocks beyond the sequence are listed.
+        """
         side, g, r = self.num_window_blocks // 2, self.num_global_blocks, self.num_random_blocks
         n, ahead = n[:, None], 0 if self.causal else side
-        last = n if total is None else jnp.full_like(n, total - 1)
+        last = n if total is None else jnp.broadcast_to(jnp.asarray(total, n.dtype).reshape(-1, 1) - 1, n.shape)
         window = n + jnp.arange(-side, ahead + 1, dtype=n.dtype)[None]
         near, far = jnp.maximum(n - side, g), jnp.maximum(jnp.minimum(n + ahead, last) + 1, g)
         others = near - g + jnp.maximum(last + 1 - far, 0)
@@ -97,8 +123,9 @@ class BigBird(Mixer):
         drawn = low + (jax.vmap(draw)(n[:, 0]) * (high - low).astype(jnp.float32)).astype(n.dtype)
         random = jnp.where(drawn < near - g, g + drawn, far + drawn - (near - g))
         first = jnp.broadcast_to(jnp.arange(g, dtype=n.dtype)[None], (len(n), g))
-        there = lambda blocks, known: jnp.where(known & (blocks >= 0) & (blocks <= last), blocks, NONE)
-        return jnp.concatenate([there(window, True), there(first, True), there(random, low < high)], axis=1)
+        there = lambda blocks, seen: jnp.where(seen & (blocks >= 0), blocks, NONE)
+        first = there(first, (first <= n) | (not self.causal))
+        return jnp.concatenate([there(window, True), first, there(random, low < high)], axis=1)
 
     def start(self, x, *, max_length: int | None = None):
         """It starts at a position that is known."""
@@ -118,10 +145,6 @@ class BigBird(Mixer):
     @nn.nowrap
     def _check(self) -> None:
         self.checked_heads(num_heads=self.num_heads)
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}; BigBird takes 1 or more.")
+        at_least(self, block_size=1, num_global_blocks=0, num_random_blocks=0)
         if self.num_window_blocks < 1 or self.num_window_blocks % 2 == 0:
             raise ValueError(f"num_window_blocks={self.num_window_blocks}; BigBird takes an odd number.")
-        for name in ("num_global_blocks", "num_random_blocks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; BigBird takes 0 or more.")

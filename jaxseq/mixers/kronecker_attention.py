@@ -28,10 +28,16 @@ class KroneckerAttention(Mixer):
     of tokens i, j ≤ t, with i ≤ j where `ordered`; of all with `causal=False`, which has `__call__` alone, and of which
     `mask` leaves tokens out. There are no positions. v' starts near one: the layer starts as attention over i.
 
-    With `degree` None it is exact, in time T³ and with a cache of `max_length` tokens: queries and keys are normalised
-    a head and scaled by K^-½. With an even `degree` it is `kronecker_polynomial`, in time T: entries x are bounded by
-    β tanh(x / β), β the `bound`, and scaled by 1/K, so that no score exceeds β³; the state is 2 R (K + 1) numbers a
-    head, R monomials of K entries: heads of 4 to 8 channels are what it can afford.
+    With `degree` None it is exact, in time T³ and with a cache of tokens: queries and keys are normalised a head and
+    scaled by K^-½. A call, and the cache, take `max_length` tokens at most, any number with None. With an even `degree`
+    it is `kronecker_polynomial`, in time T: entries x are bounded by β tanh(x / β), β the `bound`, and scaled by 1/K,
+    so that no score exceeds β³; the state is 2 R (K + 1) numbers a head, R monomials of K entries: heads of 4 to 8
+    channels are what it can afford.
+
+    Raises:
+      ValueError: a field is out of range, exact attention is given more than `max_length` tokens, or there are too many
+        monomials.
+      NotImplementedError: time is split over devices without a `degree`, or a state is asked for with `causal=False`.
     """
 
     d_model: int
@@ -40,6 +46,7 @@ class KroneckerAttention(Mixer):
     bound: float = 1.0
     ordered: bool = False
     causal: bool = True
+    max_length: int | None = 1024
     block_size: int = 32
     norm_eps: float = 1e-6
     dtype: Any = None
@@ -87,6 +94,11 @@ class KroneckerAttention(Mixer):
 
     def _exact(self, q, keys, values, state, segment_ids, mask):
         check_whole("KroneckerAttention", "give every device whole sequences, or take a degree")
+        if self.max_length is not None and q.shape[1] > self.max_length:
+            raise ValueError(
+                f"x has {q.shape[1]} tokens; KroneckerAttention(max_length={self.max_length}) is exact, in time T³, "
+                "and takes at most as many in a call: give it a degree, or another max_length."
+            )
         options = dict(causal=self.causal, ordered=self.ordered, scale=q.shape[-1] ** -0.5, block_size=self.block_size)
         counts = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_counts(segment_ids)
         if state is None:
@@ -117,6 +129,11 @@ class KroneckerAttention(Mixer):
             raise ValueError(
                 f"max_length={max_length}; KroneckerAttention takes the number of tokens its cache holds, 0 or more."
             )
+        if self.max_length is not None and max_length > self.max_length:
+            raise ValueError(
+                f"max_length={max_length}; the cache of KroneckerAttention(max_length={self.max_length}) holds at most "
+                "as many tokens."
+            )
         pairs = jnp.zeros((batch_size, max_length, 2, self.num_heads, width), dtype)
         return PairCache(pairs, pairs, jnp.full((batch_size, max_length), -1, jnp.int32))
 
@@ -127,7 +144,7 @@ class KroneckerAttention(Mixer):
     @nn.nowrap
     def _check(self) -> None:
         self.checked_heads(num_heads=self.num_heads)
-        at_least(self, block_size=1)
+        at_least(self, block_size=1, **({} if self.max_length is None else {"max_length": 1}))
         if self.degree is not None and (self.degree < 0 or self.degree % 2):
             raise ValueError(f"degree={self.degree}; KroneckerAttention takes an even one of 0 or more, or None.")
         if not self.bound > 0:

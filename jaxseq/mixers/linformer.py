@@ -6,15 +6,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.initialisers import symmetric_uniform
-from ..layers.mixer import at_least
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import check_whole
 
 SHARING = ("headwise", "key_value", "none")
 
 
-class Linformer(nn.Module):
+class Linformer(Mixer):
     """Softmax attention over `rank` mixtures of the tokens (arXiv 2006.04768, eq. 7): O(T rank), in both directions.
 
         K̄ = Eᵀ K,  V̄ = Fᵀ V        o = softmax(K^-½ Q K̄ᵀ) V̄        E, F: max_length × rank
@@ -25,7 +25,7 @@ class Linformer(nn.Module):
 
     Raises:
       ValueError: x is longer than `max_length`, a number is below 1, `sharing` is unknown, or there are segments.
-      NotImplementedError: time is split over devices.
+      NotImplementedError: time is split over devices, or a state is asked for.
     """
 
     d_model: int
@@ -39,14 +39,16 @@ class Linformer(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(
+    def prefill(
         self,
         x: Float[Array, "B T D"],
+        state: Any,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        check_width(x, self.d_model, "Linformer")
+    ):
+        if self.resumed(x, state) is not None:
+            self.check_causal()
         check_whole("Linformer", "give every device whole sequences")
         self._check(x.shape[1])
         if segment_ids is not None:
@@ -60,7 +62,7 @@ class Linformer(nn.Module):
         logits = jnp.einsum("bthk,brhk->bhtr", q, k, preferred_element_type=accumulator(q.dtype))
         weights = nn.softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
         o = jnp.einsum("bhtr,brhv->bthv", weights, v).reshape(x.shape)
-        return projection(self.d_model, "out_proj", self, use_bias=True)(o)
+        return projection(self.d_model, "out_proj", self, use_bias=True)(o), None
 
     def _mix(self, name: str):
         own = (self.num_heads,) if self.sharing == "none" else ()
@@ -73,10 +75,13 @@ class Linformer(nn.Module):
         return jnp.einsum("htr,bthk->brhk" if mix.ndim == 3 else "tr,bthk->brhk", mix, a)
 
     @nn.nowrap
+    def looks_ahead(self) -> str:
+        return ""
+
+    @nn.nowrap
     def _check(self, length: int) -> None:
-        at_least(self, num_heads=1, rank=1, max_length=1)
-        if self.d_model % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}.")
+        self.checked_heads(num_heads=self.num_heads)
+        at_least(self, rank=1, max_length=1)
         if self.sharing not in SHARING:
             raise ValueError(f"sharing={self.sharing!r}; choose one of {', '.join(SHARING)}.")
         if length > self.max_length:

@@ -29,6 +29,10 @@ class Longformer(Mixer):
     `causal=False` it is the encoder: `global_tokens` are positions that every query sees too, and that see everything,
     with projections of their own for that; it has `__call__` alone. Segments are kept apart in both, and positions
     are rotary where the authors' are learnt.
+
+    Raises:
+      ValueError: a number is out of range, or `global_tokens` are repeated, or beyond the sequence, or causal.
+      NotImplementedError: time is split over devices, or a state is asked for with `causal=False`.
     """
 
     d_model: int
@@ -133,12 +137,14 @@ class Longformer(Mixer):
         """Of every head."""
         self.checked_heads(num_heads=self.num_heads)
         dilations = (self.dilation,) * self.num_heads if isinstance(self.dilation, int) else self.dilation
-        if self.window < 0:
-            raise ValueError(f"window={self.window}; Longformer takes 0 or more tokens a side.")
+        if self.window < 1:
+            raise ValueError(f"window={self.window}; Longformer takes 1 or more tokens a side.")
         if min(dilations) < 1 or len(dilations) != self.num_heads:
             raise ValueError(f"dilation={self.dilation}; Longformer takes 1 or more, or {self.num_heads} of them.")
         if self.causal and self.global_tokens:
             raise ValueError(f"global_tokens={self.global_tokens} see ahead; Longformer takes them with causal=False.")
+        if len(set(self.global_tokens)) < len(self.global_tokens):
+            raise ValueError(f"global_tokens={self.global_tokens} holds a token twice; Longformer takes each once.")
         return dilations
 
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
-from ..layers.mixer import at_least
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
-from ..ops.lsh_attention import num_buckets
-from ..shapes import Array, Bool, Float, Int, check_width, typed
+from ..ops.lsh_attention import bucket_factors, num_buckets
+from ..shapes import Array, Bool, Float, Int, typed
 
 
-class Reformer(nn.Module):
+class Reformer(Mixer):
     """Attention whose queries are the keys too, each among tokens of its bucket (arXiv 2001.04451, section 2).
 
         o_t = Σ_s softmax_s(q_t·q_s / |q_s| K^-½) v_s        q = x W_qk, s in the bucket of t in one of the rounds
@@ -24,6 +24,10 @@ class Reformer(nn.Module):
     hashes otherwise than alone.
 
     Which tokens share a chunk depends on all of them: there is no state, and `__call__` alone, `causal` or not.
+
+    Raises:
+      ValueError: `num_heads` does not divide `d_model`, or a number is below 1.
+      NotImplementedError: time is split over devices, or a state is asked for.
     """
 
     d_model: int
@@ -38,24 +42,29 @@ class Reformer(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(
+    def prefill(
         self,
         x: Float[Array, "B T D"],
+        state: Any,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        check_width(x, self.d_model, "Reformer")
-        at_least(self, num_heads=1, bucket_size=1, rounds=1)
-        if self.d_model % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}.")
+    ):
+        if self.resumed(x, state) is not None:
+            self.check_causal()
+        self.checked_heads(num_heads=self.num_heads)
+        at_least(self, bucket_size=1, rounds=1)
         width = self.d_model // self.num_heads
         key = self.make_rng("features") if self.has_rng("features") else jax.random.key(self.seed)
-        axes = num_buckets(x.shape[1], self.bucket_size) // 2
+        axes = sum(bucket_factors(num_buckets(x.shape[1], self.bucket_size))) // 2
         heads = lambda name: split_heads(projection(self.d_model, name, self)(x), width)
         o = ops.lsh_attention(
             heads("qk_proj"), heads("v_proj"), jax.random.normal(key, (width, self.rounds, axes)),
             bucket_size=self.bucket_size, causal=self.causal, segment_ids=segment_ids, mask=mask,
             count_once=self.count_once,
         )  # fmt: skip
-        return projection(self.d_model, "out_proj", self)(o.reshape(x.shape))
+        return projection(self.d_model, "out_proj", self)(o.reshape(x.shape)), None
+
+    @nn.nowrap
+    def looks_ahead(self) -> str:
+        return ""

@@ -5,15 +5,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ..layers.mixer import at_least
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import check_whole
 
 KINDS = ("dense", "random", "factorised")
 
 
-class Synthesizer(nn.Module):
+class Synthesizer(Mixer):
     """Weights over places that a token says by itself, or that are learned for all sequences (arXiv 2005.00743).
 
         o_t = Σ_s softmax_s(S_ts) v_s        S_t = W_2 relu(W_1 x_t + b_1) + b_2        "dense"
@@ -25,7 +25,7 @@ class Synthesizer(nn.Module):
     Raises:
       ValueError: x is longer than `max_length`, a number is below 1, `kind` is unknown, or there are segments, whose
         places are not those that were learned.
-      NotImplementedError: time is split over devices.
+      NotImplementedError: time is split over devices, or a state is asked for.
     """
 
     d_model: int
@@ -38,14 +38,16 @@ class Synthesizer(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(
+    def prefill(
         self,
         x: Float[Array, "B T D"],
+        state: Any,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        check_width(x, self.d_model, "Synthesizer")
+    ):
+        if self.resumed(x, state) is not None:
+            self.check_causal()
         check_whole("Synthesizer", "give every device whole sequences")
         self._check(x.shape[1])
         if segment_ids is not None:
@@ -57,7 +59,7 @@ class Synthesizer(nn.Module):
             scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         weights = jnp.broadcast_to(nn.softmax(scores), (len(x), *scores.shape[1:])).astype(v.dtype)
         o = jnp.einsum("bhts,bshv->bthv", weights, v).reshape(x.shape)
-        return projection(self.d_model, "out_proj", self)(o)
+        return projection(self.d_model, "out_proj", self)(o), None
 
     def _scores(self, x, width: int) -> Float[Array, "_ H T T"]:
         H, N, T = self.num_heads, self.max_length, x.shape[1]
@@ -74,10 +76,13 @@ class Synthesizer(nn.Module):
         return jnp.einsum("htr,hsr->hts", rows[:, :T], columns[:, :T])[None]
 
     @nn.nowrap
+    def looks_ahead(self) -> str:
+        return ""
+
+    @nn.nowrap
     def _check(self, length: int) -> None:
-        at_least(self, num_heads=1, rank=1, max_length=1)
-        if self.d_model % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide d_model={self.d_model}.")
+        self.checked_heads(num_heads=self.num_heads)
+        at_least(self, rank=1, max_length=1)
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}; choose one of {', '.join(KINDS)}.")
         if length > self.max_length:

@@ -44,4 +44,5 @@ from .state_space import diagonal_kernel as diagonal_kernel
 from .state_space import diagonal_state_space as diagonal_state_space
 from .state_space import mimo_state_space as mimo_state_space
 from .subsampled_attention import subsampled_attention as subsampled_attention
+from .subsampled_attention import subset_seen as subset_seen
 from .subsampled_attention import subsets as subsets

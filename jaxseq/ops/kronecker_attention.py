@@ -10,13 +10,15 @@ import numpy as np
 from jax import lax
 
 from ..scan import join_chunks, split_chunks
-from ..shapes import Array, Bool, Float, Int, accumulator, promoted, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, known, promoted, typed
 from ..sharded import check_whole
 from .linear_recurrence import linear_recurrence
 from .visibility import check_lengths, check_segments
 
 #: A logit that no pair has: finite, so that the difference of two is no NaN.
 NONE = -1e30
+#: The most monomials that a head may have: each is V + 1 numbers of a state, and of every token in training.
+MOST_MONOMIALS = 2**14
 
 
 @typed
@@ -117,7 +119,16 @@ def _read(first, second, causal: bool, ordered: bool, queries):
 
 
 def monomials(width: int, degree: int) -> np.ndarray:
-    """The exponents `R width` of all monomials of a degree or less: R is width + degree over degree."""
+    """The exponents `R width` of all monomials of a degree or less: R is width + degree over degree.
+
+    Raises:
+      ValueError: there are more than `MOST_MONOMIALS`.
+    """
+    if (number := math.comb(width + degree, degree)) > MOST_MONOMIALS:
+        raise ValueError(
+            f"degree={degree} of heads of {width} channels has {number:,} monomials; at most {MOST_MONOMIALS:,} are "
+            "taken: choose a lower degree, or more and so narrower heads."
+        )
     chosen = [c for g in range(degree + 1) for c in combinations_with_replacement(range(width), g)]
     return np.stack([np.bincount(np.asarray(c, int), minlength=width) for c in chosen])
 
@@ -134,6 +145,7 @@ def kronecker_polynomial(
     causal: bool = True,
     ordered: bool = False,
     scale: float | None = None,
+    bound: float | None = None,
     initial_state: Float[Array, "B S H R _"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
@@ -144,16 +156,19 @@ def kronecker_polynomial(
         φ_α(q) = scale^|α| q^α / α!,  |α| ≤ g
 
     It is near where scale · K |q| |k| |k'| (largest entries) is at most about 1, and wrong where that is well above g
-    (arXiv 2310.04064, theorem 1.3; `kronecker_polynomial_error` bounds it). The polynomial of an even degree is
-    positive everywhere. R is the number of monomials, K + g over g. Causal sums over i, j ≤ t are two
-    `linear_recurrence`s; ordered, the second one sums the products of the first with what is new: Σ_{i ≤ j ≤ t}. The
-    state is these two sums, V + 1 numbers each. Sums over all tokens leave out those that `mask` does.
+    (arXiv 2310.04064, theorem 1.3; `kronecker_polynomial_error` bounds it). `bound` is the β that entries of queries
+    and keys are said to be within, ±β: it changes nothing, and one that is wrong raises where they are known, so not
+    under `jit`. The polynomial of an even degree is positive everywhere. R is the number of monomials, K + g over g.
+    Causal sums over i, j ≤ t are two `linear_recurrence`s; ordered, the second one sums the products of the first with
+    what is new: Σ_{i ≤ j ≤ t}. The state is these two sums, V + 1 numbers each. Sums over all tokens leave out those
+    that `mask` does.
 
     Raises:
-      ValueError: shapes disagree, the degree is odd or below 0, `ordered`, a state or segments without `causal`, or a
-        mask with it.
+      ValueError: shapes disagree, the degree is odd or below 0, or has more than `MOST_MONOMIALS` monomials, `ordered`,
+        a state or segments without `causal`, or a mask with it, bound ≤ 0, or an entry known to be beyond it.
     """
     _check_degree("kronecker_polynomial", degree)
+    _check_bound(bound, {"query": query, "key_1": key_1, "key_2": key_2})
     given = {"ordered": ordered or None, "initial_state": initial_state, "segment_ids": segment_ids}
     if not causal and (wrong := [name for name, value in given.items() if value is not None]):
         raise ValueError(f"{wrong[0]} with causal=False; kronecker_polynomial takes it with causal=True.")
@@ -163,12 +178,12 @@ def kronecker_polynomial(
     exponents = monomials(width, degree)
     scale = 1 / width if scale is None else scale
     coefficients = [scale ** int(a.sum()) / math.prod(map(math.factorial, a.tolist())) for a in exponents]
-    u = _powers(query.astype(wide), exponents) * jnp.asarray(coefficients, wide)[None, None, None]
+    u = _powers(query.astype(wide), degree) * jnp.asarray(coefficients, wide)[None, None, None]
     parts = []
     for k, v in ((key_1, value_1), (key_2, value_2)):
         v = jnp.pad(v.astype(wide), ((0, 0),) * 3 + ((0, 1),), constant_values=1)
         v = v if mask is None else jnp.where(mask[..., None, None], v, 0)
-        parts.append(_powers(k.astype(wide), exponents)[..., None] * v[..., None, :])
+        parts.append(_powers(k.astype(wide), degree)[..., None] * v[..., None, :])
     if not causal:
         check_whole("kronecker_polynomial(causal=False)", "give every device whole sequences")
         first, second = (part.sum(axis=1, keepdims=True) for part in parts)
@@ -223,10 +238,27 @@ def _check_degree(op: str, degree: int) -> None:
         raise ValueError(f"degree={degree}; {op} takes an even degree of 0 or more.")
 
 
-def _powers(x, exponents: np.ndarray):
-    """x^α `… R` of x `… K`: products of powers, so that zero to the power of zero is one with no NaN behind it."""
-    powers = [jnp.ones_like(x)]
-    for _ in range(exponents.max()):
-        powers.append(powers[-1] * x)
-    table = jnp.stack(powers, axis=-1)
-    return math.prod(table[..., l, exponents[:, l]] for l in range(x.shape[-1]))
+def _check_bound(bound: float | None, entries: dict[str, Array]) -> None:
+    """Raise where entries are known and beyond ±bound, as their dtype has it, or no numbers."""
+    if bound is None:
+        return
+    if not bound > 0:
+        raise ValueError(f"bound={bound}; kronecker_polynomial takes a number above 0, or None.")
+    for name, array in entries.items():
+        if (values := known(array)) is not None:
+            beyond = values[~(np.abs(values) <= np.asarray(bound, values.dtype))]
+            if beyond.size:
+                raise ValueError(f"{name} holds {beyond[0]}; kronecker_polynomial(bound={bound}) takes ±{bound}.")
+
+
+def _powers(x, degree: int):
+    """x^α `… R` in the order of `monomials`, without a gather, whose gradient would be a scatter.
+
+    Those of degree g that begin with x_l are x_l times the last ones of degree g − 1, which begin with x_l or later.
+    """
+    width, graded = x.shape[-1], [jnp.ones_like(x[..., :1])]
+    for g in range(1, degree + 1):
+        before = graded[-1]
+        starts = [before.shape[-1] - math.comb(width - l + g - 2, g - 1) for l in range(width)]
+        graded.append(jnp.concatenate([x[..., l : l + 1] * before[..., n:] for l, n in enumerate(starts)], axis=-1))
+    return jnp.concatenate(graded, axis=-1)

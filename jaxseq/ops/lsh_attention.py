@@ -1,5 +1,7 @@
 """Attention among tokens that fall into the same buckets: locality-sensitive hashing by random rotations."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -11,11 +13,27 @@ from ..sharded import check_whole
 ITSELF = -5e4
 #: The logit of what is not seen: below that, and finite.
 UNSEEN = -1e30
+#: The most buckets that one rotation tells apart: it takes an axis for two of them.
+LARGEST_FACTOR = 128
 
 
 def num_buckets(length: int, bucket_size: int) -> int:
     """The even number of buckets that hold so many tokens; 1 where one does."""
     return 1 if length <= bucket_size else 2 * -(-length // (2 * bucket_size))
+
+
+def bucket_factors(buckets: int) -> tuple[int, ...]:
+    """Even numbers n_f, near each other, whose product is this even number of buckets or little more; () for 1 bucket.
+
+    They are as few as there are of `LARGEST_FACTOR` or less.
+    """
+    sizes, count = [], 1
+    while LARGEST_FACTOR**count < buckets:
+        count += 1
+    for left in range(count if buckets > 1 else 0, 0, -1):
+        sizes.append(2 * math.ceil(round(buckets ** (1 / left), 9) / 2))
+        buckets = -(-buckets // sizes[-1])
+    return tuple(sizes)
 
 
 @typed
@@ -34,12 +52,16 @@ def lsh_attention(
 
         o_t = Σ_s a_ts v_s        a_ts = softmax_s(q_t·k_s K^-½)        k = q / |q|
 
-    In each of R rounds the n buckets of a token are the signs and axes of its rotation, argmax [x R_r; −x R_r] with
-    `rotations` of n/2 axes, n = `num_buckets(T, bucket_size)`. Tokens are sorted by bucket and position and cut into
-    chunks of `bucket_size`; a chunk sees itself and the one before, the first the last one of the round before. Rounds
-    are averaged by the sum of their weights. A token sees itself where it sees nothing else, and others of its segment.
-    A pair that meets in several rounds counts as often, or with `count_once` once. Tokens that `mask` leaves out fall
-    into no bucket, and no other one sees them. O(R T bucket_size).
+    In each of R rounds the bucket of a token is the sign and the axis of its rotation that it is nearest to,
+
+        b_r = argmax [x R_r; −x R_r]        or, in factors,        b_r = Σ_f (Π_{g<f} n_g) argmax [x R_rf; −x R_rf]
+
+    with `rotations` to n/2 axes, n = `num_buckets(T, bucket_size)`; where n is above `LARGEST_FACTOR` they are to
+    Σ n_f/2 axes side by side, n_f = `bucket_factors(n)`, as the authors' code has it. Tokens are sorted by bucket and
+    position and cut into chunks of `bucket_size`; a chunk sees itself and the one before, the first the last one of the
+    round before. Rounds are averaged by the sum of their weights. A token sees itself where it sees nothing else, and
+    others of its segment. A pair that meets in several rounds counts as often, or with `count_once` once. Tokens that
+    `mask` leaves out fall into no bucket, and no other one sees them. O(R T (bucket_size + Σ n_f)).
 
     `causal` masks what comes later, but buckets fill up with it: which earlier tokens are seen may depend on later
     ones. With one bucket it is dense attention.
@@ -55,21 +77,22 @@ def lsh_attention(
     if bucket_size < 1:
         raise ValueError(f"bucket_size={bucket_size}; lsh_attention takes 1 or more.")
     buckets = num_buckets(length, bucket_size)
-    if rotations.shape[2] != buckets // 2:
+    factors = bucket_factors(buckets)
+    if rotations.shape[2] != sum(factors) // 2:
         raise ValueError(
             f"rotations have {rotations.shape[2]} axes; {length} tokens in {buckets} buckets of {bucket_size} take "
-            f"{buckets // 2}."
+            f"{sum(factors) // 2}."
         )
     size = length if buckets == 1 else bucket_size
     wide = accumulator(query_key.dtype)
     q = query_key.swapaxes(1, 2)
-    bucket = hashed(q.astype(wide), rotations.astype(wide))
+    bucket, none = hashed(q.astype(wide), rotations.astype(wide), factors), math.prod(factors)
     if mask is not None:
-        bucket = jnp.where(mask[:, None, None], bucket, buckets)
+        bucket = jnp.where(mask[:, None, None], bucket, none)
         segment_ids = padded_segments(segment_ids, mask)
     pad = lambda x, fill: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, buckets * size - length),), constant_values=fill)
     # Padding comes last, and is no token.
-    order = jnp.argsort(pad(bucket, buckets), axis=-1, stable=True).reshape(batch, heads, -1, size)
+    order = jnp.argsort(pad(bucket, none), axis=-1, stable=True).reshape(batch, heads, -1, size)
     key = q * jax.lax.rsqrt(jnp.sum(q.astype(wide) ** 2, axis=-1, keepdims=True) + 1e-12).astype(q.dtype)
     segments = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
     own = lambda x: _taken(x, jnp.minimum(order, length - 1))
@@ -93,12 +116,20 @@ def lsh_attention(
     return o.astype(value.dtype)
 
 
-def hashed(x: Float[Array, "B H T K"], rotations: Float[Array, "K R N"]) -> Int[Array, "B H R T"]:
-    """The bucket of every token in every round, of 2 N; 0 where there are no axes."""
-    turned = jnp.einsum("bhtk,krn->bhrtn", x, rotations)
-    if rotations.shape[2] == 0:
-        return jnp.zeros(turned.shape[:-1], jnp.int32)
-    return jnp.argmax(jnp.concatenate([turned, -turned], axis=-1), axis=-1).astype(jnp.int32)
+def hashed(
+    x: Float[Array, "B H T K"], rotations: Float[Array, "K R N"], factors: tuple[int, ...]
+) -> Int[Array, "B H R T"]:
+    """The bucket of every token in every round, of Π n_f for these factors n_f; 0 where there are none."""
+    bucket = jnp.zeros((*x.shape[:2], rotations.shape[1], x.shape[2]), jnp.int32)
+    first, before = 0, 1
+    for size in factors:
+        turned = jnp.einsum("bhtk,krn->bhrtn", x, rotations[:, :, first : first + size // 2])
+        # The first of the largest in [turned; −turned], which is not laid out.
+        ahead = turned.max(axis=-1) >= -turned.min(axis=-1)
+        place = jnp.where(ahead, turned.argmax(axis=-1), size // 2 + turned.argmin(axis=-1))
+        bucket += before * place.astype(jnp.int32)
+        first, before = first + size // 2, before * size
+    return bucket
 
 
 def _taken(x, at):

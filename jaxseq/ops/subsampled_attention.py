@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..shapes import Array, Float, Int, typed
+from ..shapes import Array, Bool, Float, Int, typed
 from ..sharded import check_whole
 from .block_sparse_attention import block_sparse_attention
 from .softmax_attention import softmax_attention
@@ -40,6 +40,29 @@ def subsets(key: jax.Array, length: int, *, ratio: int, mode: str = "local", sig
         permutation = jnp.argsort(index.astype(noise.dtype) + sigma * noise, stable=True).astype(jnp.int32)
     sets = jnp.sort(permutation.reshape(ratio, -1), axis=1)
     return sets[:1] if mode == "truncate" else sets
+
+
+@typed
+def subset_seen(
+    key: jax.Array, position: Int[Array, ""], others: Int[Array, "S"], *, ratio: int, mode: str, sigma: float = 16.0
+) -> Bool[Array, "S"]:
+    """Which of the tokens at these positions the token at `position` sees, as the last one, where it decodes.
+
+    It is what `subsets` would have it see if the sequence ended there: its own set, of a share of 1 / ratio of the N
+    `others` from position 0 up to its own, and with "truncate" and "local_source" itself besides. `others` hold
+    `position`, each once. What is drawn is of the two positions alone: the same key draws the same for tokens one by
+    one as for many.
+    """
+    noise = lambda other: jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, position), other))
+    place = jax.vmap(noise)(others)
+    if mode in ("local", "local_source"):
+        place = others.astype(place.dtype) + sigma * place
+    there = (others >= 0) & (others <= position)
+    rank = jnp.argsort(jnp.argsort(jnp.where(there, place, jnp.inf), stable=True)).astype(jnp.int32)
+    group = rank * ratio // there.sum(dtype=jnp.int32)
+    own = jnp.sum(jnp.where(others == position, group, 0))
+    chosen = {"truncate": 0, "local_source": ratio - 1}.get(mode, own)
+    return there & ((group == chosen) | (others == position))
 
 
 @typed
