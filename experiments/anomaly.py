@@ -46,6 +46,7 @@ from jaxseq.train import (
     Run,
     TrainConfig,
     digest,
+    ensemble_init,
     ensemble_loss,
     main,
     make_optimizer,
@@ -174,13 +175,11 @@ def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
     windows, starts = pooled(learned, config.lookback, config.horizon)
     first = jnp.asarray(windows.at(starts[:1])["inputs"])
 
-    def init(key):
-        return jax.vmap(lambda key: model.init(key, first))(jax.random.split(key, config.seeds))
-
     def loss(params, batch, key):
         mse = jnp.mean((model.apply(params, batch["inputs"]) - batch["targets"]) ** 2)
         return mse, {"mse": mse}
 
+    init = ensemble_init(lambda key: model.init(key, first), config.seeds)
     batches = windows.batches(config.train.batch_size, config.seed, starts)
     optimizer = per_member(make_optimizer(config.train))
     return run.fit(ensemble_loss(loss), init, batches, part=name, optimizer=optimizer).params
@@ -245,7 +244,7 @@ def measures(config: Config, calibration, test, anomalous, *, in_runs: bool) -> 
     return found
 
 
-def mean_of(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+def mean_measures(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     """Over recordings, of each measure those that have it."""
     names = dict.fromkeys(name for row in rows.values() for name in row)
     return {name: float(np.mean([row[name] for row in rows.values() if name in row])) for name in names}
@@ -264,7 +263,9 @@ def measure(run: Run[Config]) -> None:
     )
     scores: dict[str, list[dict[str, float]]] = {}
     for name in ("random", *anomaly_rules(recordings)):
-        row = mean_of(run.kept(name, lambda name=name: detected(config, recordings, ruled(config, name, recordings))))  # type: ignore[misc]
+        row = mean_measures(
+            run.kept(name, lambda name=name: detected(config, recordings, ruled(config, name, recordings)))
+        )  # type: ignore[misc]
         scores[name] = [row]
         show(name, row)
     params = {}
@@ -276,7 +277,7 @@ def measure(run: Run[Config]) -> None:
 
         # All seeds are scored at once, and kept at once.
         kept = run.kept(name, lambda scored=scored: {str(seed): row for seed, row in enumerate(scored())})  # type: ignore[misc]
-        scores[name] = [mean_of(row) for row in kept.values()]
+        scores[name] = [mean_measures(row) for row in kept.values()]
         for seed, row in enumerate(scores[name]):
             run.record(config.train.steps, f"test/{name}-{seed}", row | {"loss": 1 - row.get("AP", 0.0)})
             show(f"{name}-{seed}", row)
@@ -297,7 +298,7 @@ def show(name: str, row: dict[str, float]) -> None:
 
 
 def verdict(run: Run[Config], scores: dict[str, list[dict[str, float]]], params) -> None:
-    mean = {name: mean_of({str(n): row for n, row in enumerate(rows)}) for name, rows in scores.items()}
+    mean = {name: mean_measures({str(n): row for n, row in enumerate(rows)}) for name, rows in scores.items()}
     ap = {name: row["AP"] for name, row in mean.items() if "AP" in row}
     tried = [name for name in ("random", *ANOMALY_RULES) if name in mean]
     most = max((ap[name] for name in tried if name in ap), default=0.0)

@@ -61,8 +61,6 @@ class Config:
 
     def __post_init__(self):
         check_counts(self, "seeds", "width", "test", "periods")
-        if min((self.examples, PEAKS)) < self.train.batch_size:
-            raise ValueError(f"train.batch_size={self.train.batch_size} is more than the samples to train on.")
         if not self.noises or min(self.noises) < 0:
             raise ValueError(f"noises={self.noises}; give one or more, none of them negative.")
         self.names()
@@ -173,7 +171,7 @@ def trained(run: Run[Config], task: str, kind: str, drawn: Data):
     noisy = drawn.targets + np.reshape(config.noises, (-1, 1, 1, 1, 1)).astype(np.float32) * noise
     noisy = noisy.reshape(-1, *drawn.targets.shape)
     init = ensemble_init(lambda key: project(model.init(key, drawn.inputs[:1])), len(noisy))
-    rows = epoch_rows(len(drawn.inputs), config.train.batch_size, config.seed)
+    rows = epoch_rows(len(drawn.inputs), config.train.batch_size, config.seed, of=f"samples of {task}")
 
     def loss(params, batch, key, noisy):
         value = jnp.mean((forward(params, drawn.inputs[batch["rows"]]) - noisy[batch["rows"]]) ** 2)

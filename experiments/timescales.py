@@ -262,7 +262,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
     config = run.config
     parts, measured = {}, {}
     for task in config.names():
-        at = lambda name, N, key, task=task: mean_of(where(rows, task=task, curriculum=name, N=N), key)
+        at = lambda name, N, key, task=task: mean_of(where(rows, task=task, curriculum=name, N=N), key, known=True)
         for name, goal in REACHES.items():
             mine = where(rows, task=task, curriculum=name)
             reached = min(max([row["N"] for row in where(mine, seed=n)] + [1]) for n in range(config.seeds))

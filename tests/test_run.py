@@ -315,11 +315,12 @@ ROWS = [dict(zip(("kind", "seed", "x", "y"), values, strict=True)) for values in
 
 
 def test_rows_are_chosen_grouped_and_averaged():
-    """What JSON has no number for counts for nothing; groups stay in the order of the rows."""
+    """What JSON has no number for makes a mean none, or counts for nothing where told; groups stay in order."""
     assert where(ROWS, kind="b", seed=0) == [ROWS[0], ROWS[2]] and where(ROWS, kind="c") == []
     assert list(grouped(ROWS, "kind")) == ["b", "a"] and grouped(ROWS, "kind")["a"] == [ROWS[3]]
     assert list(grouped(ROWS, "kind", "x")) == [("b", 2), ("b", 1), ("a", 1)]
-    assert mean_of(ROWS, "y") == 3 and np.isnan(mean_of(where(ROWS, kind="a"), "y"))
+    assert mean_of(ROWS, "y", known=True) == 3 and np.isnan(mean_of(ROWS, "y"))
+    assert np.isnan(mean_of(where(ROWS, kind="a"), "y", known=True)) and np.isnan(mean_of([], "y"))
     with pytest.raises(KeyError, match="speed"):
         where(ROWS, speed=1)
 

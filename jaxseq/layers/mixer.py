@@ -96,9 +96,17 @@ class Mixer(nn.Module):
         return self.init_state(x.shape[0], max_length=max_length, dtype=accumulator(x.dtype))
 
     def resumed(self, x: Array, state: Any, *, max_length: int | None = None):
-        """What `prefill` continues from: `state`, or the start of the sequence x; raise unless x is one to take."""
+        """What `prefill` continues from: `state`, or what `start` says for the sequence x.
+
+        Raises:
+          ValueError: x is no sequence to take.
+          NotImplementedError: a state is given to what looks ahead.
+        """
         check_width(x, self.d_model, type(self).__name__)
-        return self.start(x, max_length=max_length) if state is None else state
+        if state is None:
+            return self.start(x, max_length=max_length)
+        self.check_causal()
+        return state
 
     @nn.nowrap
     def looks_ahead(self) -> str | None:

@@ -54,8 +54,6 @@ class BigBird(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         state = self.resumed(x, state)
         self._check()
-        if state is not None:
-            self.check_causal()
         check_whole("BigBird", "give every device whole sequences")
         first = np.zeros((), np.int32) if state is None else state.position
         attend = lambda q, k, v, **packed: self._listed(first, None, q, k, v, packed)

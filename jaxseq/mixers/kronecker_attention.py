@@ -65,8 +65,6 @@ class KroneckerAttention(Mixer):
         state = self.resumed(x, state)
         self._check()
         self.check_mask(mask)
-        if state is not None:
-            self.check_causal()
         width = self.d_model // self.num_heads
         heads = lambda name, use_bias=False: split_heads(projection(self.d_model, name, self, use_bias)(x), width)
         q, *keys = (self._entries(name, heads(f"{name}_proj")) for name in ("q", "k1", "k2"))

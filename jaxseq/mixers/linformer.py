@@ -47,8 +47,7 @@ class Linformer(Mixer):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        if self.resumed(x, state) is not None:
-            self.check_causal()
+        self.resumed(x, state)
         check_whole("Linformer", "give every device whole sequences")
         self._check(x.shape[1])
         if segment_ids is not None:

@@ -59,8 +59,6 @@ class Performer(Mixer):
         state = self.resumed(x, state)
         width, number = self._sizes()
         self.check_mask(mask)
-        if state is not None:
-            self.check_causal()
         key = self.make_rng("features") if self.has_rng("features") else jax.random.key(self.seed)
         rows = orthogonal_features(key, number, width, norms=self.norms)
         q, k, v = (split_heads(projection(self.d_model, f"{name}_proj", self)(x), width) for name in "qkv")

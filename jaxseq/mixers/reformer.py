@@ -50,8 +50,7 @@ class Reformer(Mixer):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        if self.resumed(x, state) is not None:
-            self.check_causal()
+        self.resumed(x, state)
         self.checked_heads(num_heads=self.num_heads)
         at_least(self, bucket_size=1, rounds=1)
         width = self.d_model // self.num_heads

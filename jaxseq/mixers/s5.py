@@ -13,7 +13,7 @@ from ..layers.hippo import eigenbasis, hippo
 from ..layers.initialisers import log_uniform
 from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, parameter, zeroed
 from ..ops.state_space import DISCRETISATIONS
-from ..shapes import Array, Bool, Complex, Float, Int, accumulator, check_width, promoted, typed
+from ..shapes import Array, Bool, Complex, Float, Int, accumulator, promoted, typed
 from ..sharded import check_whole
 
 
@@ -58,10 +58,8 @@ class S5(StateSpace):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        check_width(x, self.d_model, "S5")
         self._check()
-        if state is not None:
-            self.check_causal()
+        state = self.resumed(x, state)
         self.check_mask(mask)
         u = zeroed(x, mask).astype(accumulator(x.dtype))
         decay, B, C, D = self._discrete(u.dtype)

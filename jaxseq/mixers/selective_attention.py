@@ -64,8 +64,6 @@ class SelectiveAttention(Mixer):
         state = self.resumed(x, state)
         self._check()
         self.check_mask(mask)
-        if state is not None:
-            self.check_causal()
         chance = nn.sigmoid(projection(1, "select_proj", self, use_bias=True)(x)[..., 0].astype(accumulator(x.dtype)))
         self._sow(chance)
         q, k, v = query_key_value(self, x, 0 if state is None else state.position, self.num_heads)

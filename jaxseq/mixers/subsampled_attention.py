@@ -48,8 +48,6 @@ class SubsampledAttention(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         self._check()
         state = self.resumed(x, state, max_length=0 if self.subsample else None)
-        if state is not None:
-            self.check_causal()
         sets = partial(self._among_sets, 0 if state is None else state.position)
         attend = sets if self.subsample and not self.is_initializing() else self._dense
         return cached_attention(self, x, state, counted(segment_ids), self.num_heads, attend)

@@ -46,8 +46,7 @@ class Synthesizer(Mixer):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        if self.resumed(x, state) is not None:
-            self.check_causal()
+        self.resumed(x, state)
         check_whole("Synthesizer", "give every device whole sequences")
         self._check(x.shape[1])
         if segment_ids is not None:

@@ -30,11 +30,13 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[Any, list[Row]]:
     return groups
 
 
-def mean_of(rows: Iterable[Row], name: str) -> float:
-    """The mean of a field where it is not None, as JSON has what is not finite; NaN where no row has any.
+def mean_of(rows: Iterable[Row], name: str, *, known: bool = False) -> float:
+    """The mean of a field; NaN where one is None, as JSON has what is not finite, or with `known` without these.
+
+    NaN where there are no rows.
 
     Raises:
       KeyError: a row has no field of the name.
     """
-    known = [row[name] for row in rows if row[name] is not None]
-    return float(np.mean(known)) if known else float("nan")
+    values = [row[name] for row in rows if not (known and row[name] is None)]
+    return float(np.mean(np.array(values, float))) if values else float("nan")
