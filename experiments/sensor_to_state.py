@@ -146,8 +146,13 @@ def recorded(config: Config) -> Data:
     if (early & late).any():
         raise ValueError(f"data.test_seconds={of.test_seconds}: the recording's last overlap the first to train on.")
     shape, scale = motion.inputs.shape, motion.inputs[early].reshape(-1, motion.inputs.shape[-1])
-    inputs = (motion.inputs - scale.mean(axis=0)) / scale.std(axis=0)
-    targets = motion.targets / np.nanstd(motion.targets[early])
+    where = f"{of.path}: in data.train_seconds={of.train_seconds} from its start"
+    if (same := (scale == scale[:1]).all(axis=0)).any():
+        raise ValueError(f"{where} {motion.names[int(same.argmax())]!r} never changes.")
+    inputs, moved = (motion.inputs - scale.mean(axis=0)) / scale.std(axis=0), motion.targets[early]
+    if np.isnan(moved).all() or not np.nanstd(moved) > 0:
+        raise ValueError(f"{where} no motion is known.")
+    targets = motion.targets / np.nanstd(moved)
 
     def windows(part, stride):
         at = np.flatnonzero(part)

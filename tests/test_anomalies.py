@@ -51,6 +51,17 @@ def test_public_recordings():
     assert [parts.count(x) for x in [(False, False, False), (False, False, True)]] == [146, 104]
 
 
+def test_windows_and_rows_are_in_utc(nab):
+    """A window written with an offset is that of the rows it is in, and values too large are refused."""
+    (recording,) = nab_recordings(nab(windows=[["2020-01-02 07:00:00+01:00", "2020-01-02 06:00:00Z"]]))
+    assert np.flatnonzero(recording.anomalous).tolist() == [30]
+    folder = nab()
+    series = folder / "data/real/a.csv"
+    series.write_text(series.read_text().replace(",4\n", ",1e300\n"))
+    with pytest.raises(ValueError, match="real/a.csv: column 1 holds 1e\\+300; its deviation is not finite"):
+        nab_recordings(folder)
+
+
 def test_machines(tmp_path):
     rng = np.random.default_rng(0)
     train, test = rng.standard_normal((20, 3)) * 5 + 1, rng.standard_normal((8, 3))
@@ -74,7 +85,7 @@ def test_machines(tmp_path):
 BAD = {
     "no pair": (dict(windows=[["2020-01-02"]]), "of real/a.csv is no pair of times"),
     "no list": (dict(windows="2020-01-02"), "holds no windows: an object of lists"),
-    "end first": (dict(windows=[WINDOW[0][::-1]]), "begins at 2020-01-02T15:30:00 and ends at 2020-01-02T06:00:00"),
+    "end first": (dict(windows=[WINDOW[0][::-1]]), "begins at 2020-01-02 15:30:00 and ends at 2020-01-02 06:00:00"),
     "empty": (dict(windows=[["2021-01-01", "2021-01-02"]]), "has to hold rows after the first 6, and none of these"),
     "early": (dict(windows=[["2020-01-01 02:00:00", "2020-01-01 09:00:00"]]), "after the first 6, and none of these"),
     "no JSON": (dict(labels="{"), "is not valid JSON"),

@@ -1,12 +1,14 @@
 """Inertial recordings: chunks, what is moved in them, and one line for each bad table; the synthetic sensor."""
 
 import gzip
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from recorded import REFERENCE
 
+from experiments import sensor_to_state
 from jaxseq.data import inertial_motion
 from jaxseq.tasks import drifting_sensor
 
@@ -43,6 +45,7 @@ def test_what_is_moved_in_each_chunk(tmp_path):
     assert np.isnan(np.delete(motion.targets, inside, axis=0)).all()
     np.testing.assert_allclose(motion.inputs[3, 2, :6], 3.2 + np.arange(6), rtol=1e-6)
     np.testing.assert_allclose(motion.inputs[3, 2, 6:], 0.1, rtol=1e-4)
+    assert motion.names == ("w", "w", "w", "a", "a", "a", *["step of w"] * 3, *["step of a"] * 3)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,13 @@ def test_what_is_moved_in_each_chunk(tmp_path):
     [
         (samples(50)[:20] + samples(50)[25:], positions([0, 1]), "misses samples: 45 of them, 0.030 s apart"),
         (samples(50) + samples(1), positions([0, 1]), "has a time twice"),
+        ([(*row[:5], 9.8, row[6]) for row in samples(50)], positions([0, 1]), "imu0_data.csv: 'a' never changes"),
+        (
+            [*samples(50)[:7], (10**18 + 35_000_000, *"12", "nan", *"123")],
+            positions([0, 1]),
+            "line 9: 'w' is missing or",
+        ),
+        (samples(50), [*positions([0]), (10**18 + 1, 1, "inf", 1)], "leica0_data.csv.gz, line 3: 'y' is missing or"),
         ([(1, 2, 3)] * 5, positions([0, 1]), "has 0 rows of 7 numbers"),
         (samples(50), positions([0]), "has 1 rows of 4 numbers"),
     ],
@@ -64,9 +74,24 @@ def test_what_is_missing_or_too_small_is_named(tmp_path):
         inertial_motion(tmp_path)
     with pytest.raises(ValueError, match="chunk=0"):
         inertial_motion(tmp_path, chunk=0)
-    (tmp_path / "imu0_data.csv.gz").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="is no CSV table"):
-        inertial_motion(tmp_path)
+    body = gzip.compress(b"1,2,3,4,5,6,7\n" * 500)
+    for damaged in (b"no gzip", body[:20] + b"\xff" * 20 + body[40:], body[:-9]):
+        (tmp_path / "imu0_data.csv.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="imu0_data.csv.gz is no CSV table"):
+            inertial_motion(tmp_path)
+
+
+def test_a_channel_that_never_changes_in_training_is_named(tmp_path):
+    """It would be divided by zero; and so would a sensor that stands still."""
+    still = [(*row[:4], 0.0 if n < 300 else n, *row[5:]) for n, row in enumerate(samples(600))]
+    data = sensor_to_state.DataConfig(chunks=5, train_seconds=1.0, test_seconds=1.0)
+    config = lambda: sensor_to_state.Config(data=replace(data, path=tmp_path))
+    write(tmp_path, still, positions(np.arange(0, 3, 0.05)))
+    with pytest.raises(ValueError, match="in data.train_seconds=1.0 from its start 'a' never changes"):
+        sensor_to_state.recorded(config())
+    write(tmp_path, samples(600), positions(np.arange(1.5, 3, 0.05)))
+    with pytest.raises(ValueError, match="in data.train_seconds=1.0 from its start no motion is known"):
+        sensor_to_state.recorded(config())
 
 
 @needs_data

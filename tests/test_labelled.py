@@ -82,14 +82,41 @@ def test_recordings(tmp_path):
     train, test = spoken_digits(tmp_path, length=30)
     assert len(train.labels) == len(test.labels) == 10
     np.testing.assert_array_equal(test.lengths, np.minimum(sizes[index <= 4], 30))
+    spans = list(zip(offsets[:-1], offsets[1:], strict=True))
+    scale = np.concatenate([audio[a:b][:30] for (a, b), n in zip(spans, index, strict=True) if n > 4]).std()
     for row, i in enumerate(np.flatnonzero(index <= 4)):
         part = audio[offsets[i] : offsets[i + 1]][:30]
-        np.testing.assert_allclose(test.inputs[row, : len(part), 0], part / audio.astype(np.float32).std(), rtol=1e-5)
+        np.testing.assert_allclose(test.inputs[row, : len(part), 0], part / scale, rtol=1e-5)
         assert (test.inputs[row, len(part) :] == 0).all()
     half = spoken_digits(tmp_path, length=30, keep_every=2)[1]
-    np.testing.assert_array_equal(half.inputs[:, :15], test.inputs[:, ::2])
+    np.testing.assert_array_equal(half.lengths, -(-test.lengths // 2))
+    for row, (whole, length) in enumerate(zip(test.inputs[..., 0], test.lengths, strict=True)):
+        means = [whole[t : min(t + 2, length)].mean() for t in range(0, length, 2)]
+        np.testing.assert_allclose(half.inputs[row, : len(means), 0], means, rtol=1e-5, atol=1e-6)
     with pytest.raises(FileNotFoundError):
         spoken_digits(tmp_path / "nothing.npz")
+
+
+def test_recordings_that_are_none(tmp_path):
+    """Words, nothing, a zip cut off or damaged inside, one array alone, and silence."""
+    path = tmp_path / "fsdd_recordings.npz"
+    arrays = dict(offsets=np.array([0, 4, 8]), digit=np.zeros(2, int), index=np.array([0, 5]))
+    np.savez_compressed(path, audio=np.arange(8), **arrays)
+    whole = path.read_bytes()
+    np.save(tmp_path / "one.npy", np.arange(3))
+    at = whole.index(b"audio.npy") + 40
+    damaged = (b"no zip", b"", whole[:-30], whole[:at] + b"\xff" * 20 + whole[at + 20 :], b"\x80\x04]\x94.")
+    for content in (*damaged, (tmp_path / "one.npy").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="fsdd_recordings.npz is no npz file of arrays") as error:
+            spoken_digits(tmp_path)
+        assert "\n" not in str(error.value)
+    np.savez(path, audio=np.zeros(8), **arrays)
+    with pytest.raises(ValueError, match="has no sound to train on"):
+        spoken_digits(tmp_path)
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match="has no array audio"):
+        spoken_digits(tmp_path)
 
 
 def test_a_table_that_is_none(tmp_path):
@@ -97,6 +124,9 @@ def test_a_table_that_is_none(tmp_path):
         (tmp_path / "t.tsv").write_text(text)
         with pytest.raises(ValueError, match="is no table of ListOps"):
             listops_table(tmp_path / "t.tsv")
+    (tmp_path / "t.tsv").write_text("Source\tTarget\n" + "1 " * 70_000 + "\t1\n")
+    with pytest.raises(ValueError, match="is no table of ListOps .*field larger than field limit"):
+        listops_table(tmp_path / "t.tsv")
 
 
 def test_an_epoch_uses_each_sequence_once():

@@ -11,7 +11,7 @@ from jaxseq.data import labelled_series
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HEADERS = "# a remark, by Müller\n@problemName toy\n@timeStamps false\n@classLabel true up down\n@data\n"
 TRAIN = HEADERS + "1,2,3:0,0,1:up\n\n3,2,1:1,0,0:down\n5,6:7,8:up\n"
-TEST = HEADERS.upper().replace("UP DOWN", "up down").replace("TRUE", "true") + "2,2,2,2:1,1,1,1:down\n"
+TEST = HEADERS.upper().replace("UP DOWN", "up down") + "2,2,2,2:1,1,1,1:down\n"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_series_of_unequal_lengths(folder, ending):
 
 
 def test_missing_values_take_the_last_before_them(folder):
-    where = folder(toy_TRAIN__ts=HEADERS + "?,1,NaN,3:up\n4,4,4,4:down\n3,?,?,?:up\n1,2,3,4:down\n")
+    where = folder(toy_TRAIN__ts=HEADERS + "?,1,NaN,3:up\n4,4,4,4:down\n3,?,?,3:up\n1,2,3,4:down\n")
     with pytest.raises(ValueError, match="line 6: 2 values are missing; fill them, or choose missing='forward'"):
         labelled_series(where, "toy")
     found = labelled_series(where, "toy", missing="forward")
@@ -70,10 +70,39 @@ def test_missing_values_take_the_last_before_them(folder):
     assert sorted(np.count_nonzero(np.abs(flat) > 1e-6, axis=1).tolist()) == [0, 0, 1, 3]
 
 
+@pytest.mark.parametrize("between", [",", "\t"])
+def test_an_empty_cell_is_a_missing_value(folder, between):
+    rows = ["1,1,,3", "2,4,5,6", "1,7,8,9,", "2,1,2,NaN"]
+    where = folder(toy_TRAIN__tsv="\n".join(rows).replace(",", between), none_TRAIN__txt=",1,2\n")
+    with pytest.raises(ValueError, match="line 1: 1 values are missing"):
+        labelled_series(where, "toy")
+    found = labelled_series(where, "toy", missing="forward")
+    assert sorted([*found.train.lengths, *found.test.lengths]) == [2, 3, 3, 3]
+    with pytest.raises(ValueError, match="line 1: a series has its label first; the cell is empty"):
+        labelled_series(where, "none")
+
+
+def test_missing_values_at_the_end_of_all_channels_end_a_series(folder):
+    """One that ends a channel alone is missing."""
+    rows = "1,2,NaN,NaN:1,2,3,?:up\n1,2,3,4:1,2,3,4:down\n?,1,?,?:1,1,?,?:up\n"
+    where = folder(toy_TRAIN__ts=HEADERS + rows, toy_TEST__ts=HEADERS + "1,2,?:1,2,?:up\n")
+    with pytest.raises(ValueError, match="line 6: 1 values are missing"):
+        labelled_series(where, "toy")
+    found = labelled_series(where, "toy", missing="forward")
+    assert found.train.lengths.tolist() == [3, 4, 2] and found.test.lengths.tolist() == [2]
+
+
+def test_a_channel_that_never_changes_in_training_is_shifted_alone(folder):
+    where = folder(toy_TRAIN__ts=HEADERS + "1,2:5,5:up\n", toy_TEST__ts=HEADERS + "1,2:5,6:up\n")
+    found = labelled_series(where, "toy")
+    np.testing.assert_array_equal(found.train.inputs[0, :, 1], [0, 0])
+    np.testing.assert_array_equal(found.test.inputs[0, :, 1], [0, 1])
+
+
 def test_rows_of_a_label_and_values_are_split_by_class(folder):
     """Where there is no test file; another seed, another half; all in one of the two."""
     rows = [f"{1 + n % 2}.0000e+00 {n} {n + 1}  {n * n}" for n in range(20)]
-    where = folder(toy_TRAIN__txt="\n".join(rows), csv_TRAIN__tsv="\n".join(rows).replace(" ", ","))
+    where = folder(toy_TRAIN__txt="\n".join(rows), csv_TRAIN__tsv="\n".join(rows).replace("  ", " ").replace(" ", ","))
     found = labelled_series(where, "toy", test_share=0.3)
     assert found.classes == ("1", "2")
     assert np.bincount(found.train.labels).tolist() == [7, 7] and np.bincount(found.test.labels).tolist() == [3, 3]
@@ -84,6 +113,8 @@ def test_rows_of_a_label_and_values_are_split_by_class(folder):
     assert not np.array_equal(other.test.labels, found.test.labels) or not np.allclose(
         other.test.inputs, found.test.inputs
     )
+    commas = labelled_series(where, "csv", test_share=0.3)
+    np.testing.assert_array_equal(commas.train.inputs, found.train.inputs)
     with pytest.raises(ValueError, match="test_share=0.01 of the 20 series of .* leaves none"):
         labelled_series(where, "toy", test_share=0.01)
 
@@ -96,6 +127,8 @@ BAD = {
     "another class": (HEADERS + "1,2:left\n", "line 6: 'left' is none of the classes up, down"),
     "words": (HEADERS + "1,two:up\n", "line 6: 'two' is no number"),
     "infinite": (HEADERS + "1,inf:up\n", "line 6: a value is not finite"),
+    "too large": (HEADERS + "1,1e300:up\n" * 2, "column 1 holds 1e\\+300; its deviation is not finite"),
+    "python's own": (HEADERS + "1,1_000:up\n", "line 6: '1_000' is no number"),
     "ragged channels": (HEADERS + "1,2:1,2,3:up\n", "line 6: channels of 2 and of 3 values"),
     "other channels": (HEADERS + "1,2:1,2:up\n1,2:down\n", "line 7: 1 channels, and 2 in the first series"),
     "empty channel": (HEADERS + "1,2:?,?:up\n", "line 6: channel 2 has no values"),

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxseq.data import ETT_HOURLY, Borders, Table, forecasting_series, read_table
+from experiments import forecasting
+from jaxseq.data import ETT_HOURLY, ETT_MINUTES, Borders, Table, dates_ahead, forecasting_series, read_table
 from jaxseq.data.series import time_marks
 from jaxseq.data.table import filled_forward
 from jaxseq.tasks import lagged_copies
@@ -42,6 +43,8 @@ def test_public_tables():
     assert weather.values.shape[1] == 21 and weather.names[1] == "T (degC)"
     illness = read_table(DATA / "illness" / "national_illness.csv.gz")
     assert illness.values.shape == (966, 7) and illness.dates[0] == np.datetime64("2002-01-01")
+    steps = read_table(DATA / "daphnet" / "S06R02E0.csv.gz").dates  # 64 a second, in whole milliseconds
+    assert dates_ahead(steps, 64)[-1] - steps[-1] == np.timedelta64(1000, "ms")
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])
@@ -62,6 +65,27 @@ BAD = {
     "infinite": ("a\n1\ninf\n", "line 3: 'a' is 'inf', which is not finite"),
     "twice": ("date,a\n2020-01-01,1\n2020-01-01,2\n", "line 3: 2020-01-01 00:00:00 comes twice"),
     "back": ("date,a\n2020-01-02,1\n2020-01-01,2\n", "line 3: 2020-01-01 00:00:00 comes after 2020-01-02 00:00:00"),
+    "a jump": (
+        "date,a\n2020-01-01 00:00,1\n2020-01-01 01:00,2\n2020-01-05 01:00,3\n2020-01-05 02:00,4\n",
+        "line 4: 2020-01-05 01:00:00 is not 1:00:00 after 2020-01-01 01:00:00, which is .* choose uneven='keep'",
+    ),
+    "a month left out": (
+        "date,a\n2020-01,1\n2020-02,2\n2020-03,3\n2020-05,4\n",
+        "line 5: 2020-05-01 00:00:00 is not 1 month after 2020-03-01 00:00:00",
+    ),
+    "a holiday": (
+        "date,a\n" + "".join(f"2024-01-{day:02},1\n" for day in (2, 3, 4, 5, 8, 9, 10, 11, 12, 16, 17)),
+        "line 11: 2024-01-16 00:00:00 is not 1 business day after 2024-01-12 00:00:00",
+    ),
+    "an empty row": ("a,b\n1,2\n,\n3,4\n", "line 3: 'a' is missing, one of 2 values"),
+    "an empty line": ("a\n1\n\n3\n\n \n", "line 3: 'a' is missing, one of 1 values"),
+    "nothing but commas": (",\n,\n", "is empty"),
+    "a long cell": ("a\n" + "1" * 140_000, "line 2: field larger than field limit"),
+    "a long word": ("a\n" + "x" * 1000, "line 2: 'a' is 'x{40}', which is no number"),
+    "times in another column": ("when,a\n2020-01-01,1\n", "'2020-01-01', which is no number; .* choose date='when'"),
+    "an index": (",a\n0,1\n1,2\n", "column 1 has no name; call it 'date' if it is of times, and leave it out if"),
+    "two of one name": ("a,b,a\n1,2,3\n", "two columns are called 'a'"),
+    "python's own": ("a\n1_000\n", "line 2: 'a' is '1_000', which is no number"),
     "no times": ("date,a\n01.02.2020,1\n", "line 2: '01.02.2020' is no time as 2016-07-01 00:00:00"),
     "dates alone": ("date\n2020-01-01\n", "has no column beside 'date'"),
 }
@@ -73,6 +97,99 @@ def test_bad_tables_in_one_line(name, written):
     with pytest.raises(ValueError, match=message) as error:
         read_table(written(content))
     assert "\n" not in str(error.value)
+
+
+def stamps(dates) -> str:
+    return "date,a\n" + "".join(f"{date},{n}\n" for n, date in enumerate(dates))
+
+
+EVEN = {
+    "hours": (np.arange("2020-02-28T20", "2020-03-01T02", dtype="M8[h]"), ["2020-03-01T02", "2020-03-01T03"]),
+    "tenths of a second": (
+        np.datetime64("2020-01-01T00:00:00.0") + np.arange(7) * np.timedelta64(100, "ms"),
+        ["2020-01-01T00:00:00.7", "2020-01-01T00:00:00.8"],
+    ),
+    "thirds of a second, rounded": (
+        np.datetime64("2020-01-01T00:00:00.000") + np.array([0, 333, 667, 1000, 1333, 1667, 2000], "m8[ms]"),
+        ["2020-01-01T00:00:02.333", "2020-01-01T00:00:02.667"],
+    ),
+    "weeks": (np.arange("2020-01-01", "2020-03-01", 7, dtype="M8[D]"), ["2020-03-04", "2020-03-11"]),
+    "months": (np.arange("2020-01", "2021-02", dtype="M8[M]"), ["2021-02-01", "2021-03-01"]),
+    "months of 31 days": (np.arange("2020-07", "2020-10", dtype="M8[M]"), ["2020-10-01", "2020-11-01"]),
+    "ends of months": (
+        np.arange("2020-02", "2020-12", dtype="M8[M]").astype("M8[D]") - 1, ["2020-11-30", "2020-12-31"],
+    ),
+    "the 30th": (["2021-10-30", "2021-11-30", "2021-12-30", "2022-01-30"], ["2022-02-28", "2022-03-30"]),
+    "quarters at noon": (
+        [f"{year}-{month}-01 12:00" for year in (2019, 2020) for month in ("01", "04", "07", "10")],
+        ["2021-01-01T12", "2021-04-01T12"],
+    ),
+    "years": ([f"{year}-06-15" for year in range(1890, 1906)], ["1906-06-15", "1907-06-15"]),
+    "business days": (
+        [day for day in np.arange("2024-01-01", "2024-02-03", dtype="M8[D]") if np.is_busday(day)],
+        ["2024-02-05", "2024-02-06"],
+    ),
+    "two days": (["2020-01-31", "2020-02-01"], ["2020-02-02", "2020-02-03"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVEN)
+def test_even_times_go_on(written, name):
+    """What is read without complaint, and the two times that follow it."""
+    dates, after = EVEN[name]
+    read = read_table(written(stamps(dates))).dates
+    assert read.dtype == "datetime64[us]"
+    np.testing.assert_array_equal(dates_ahead(read, 2), np.array(after, "datetime64[us]"))
+    if len(dates) > 3:  # and a row that is left out is seen
+        with pytest.raises(ValueError, match="choose uneven='keep'"):
+            read_table(written(stamps(np.delete(dates, len(dates) // 2))))
+
+
+def test_uneven_times_may_stay(written):
+    """Ahead by the step of most rows; times that were set back are the other argument's."""
+    jump = stamps(["2020-01-01T00", "2020-01-01T01", "2020-01-03T00", "2020-01-03T01"])
+    read = read_table(written(jump), uneven="keep").dates
+    assert dates_ahead(read, 1)[0] == np.datetime64("2020-01-03T02")
+    back = stamps(["2020-01-01T00", "2020-01-01T01", "2020-01-01T01", "2020-01-01T00", "2020-01-01T01"])
+    assert len(read_table(written(back), unordered="keep").dates) == 5
+    with pytest.raises(ValueError, match="uneven='drop'; choose 'raise' or 'keep'"):
+        read_table(written(jump), uneven="drop")
+    with pytest.raises(ValueError, match="1 times, of which none is later"):
+        dates_ahead(read[:1], 1)
+    with pytest.raises(ValueError, match="count=-1 must be at least 0"):
+        dates_ahead(read, -1)
+
+
+def test_empty_rows_are_missing_values(written):
+    table = read_table(written("a,b\n1,2\n,\n3,4\n\n"), missing="forward")
+    np.testing.assert_array_equal(table.values, [[1, 2], [1, 2], [3, 4]])
+    table = read_table(written("1\n\n3\n\n\n"), missing="forward")
+    np.testing.assert_array_equal(table.values, [[1], [1], [3]])
+    table = read_table(written("\na,b\n1,N/A\n#N/A,4\nNULL,5\n"), missing="forward")
+    np.testing.assert_array_equal(table.values, [[1, 4], [1, 4], [1, 5]])
+
+
+def test_times_keep_fractions_and_are_in_utc(written):
+    rows = ["2020-01-01T00:00:00.25+01:00", "2019-12-31 23:00:00.5", "2019-12-31T23:00:00.750000Z"]
+    dates = read_table(written(stamps(rows))).dates
+    np.testing.assert_array_equal(np.diff(dates), [np.timedelta64(250, "ms")] * 2)
+    assert dates[0] == np.datetime64("2019-12-31T23:00:00.25")
+
+
+@pytest.mark.parametrize("name", ["Date", "TIME", "timestamp", "DateTime"])
+def test_the_column_of_times_is_found(written, name):
+    table = read_table(written(f"a,{name}\n1,2020-01-01\n2,2020-01-02\n"))
+    assert table.names == ("a",) and table.dates[1] == np.datetime64("2020-01-02")
+
+
+def test_the_column_of_times_may_be_named(written):
+    """One called `time` that counts seconds is a variate."""
+    table = read_table(written("time,when\n0.5,2020-01-01\n1.0,2020-01-02\n"), date="when")
+    assert table.names == ("time",) and table.dates is not None
+    table = read_table(written("time,a\n,1\n0.5,1\n1.0,2\n"), missing="forward")
+    assert table.names == ("time", "a") and table.dates is None
+    with pytest.raises(ValueError, match="has no column date='ds'; choose one of time, a"):
+        read_table(written("time,a\n0.5,1\n1.0,2\n"), date="ds")
 
 
 def test_wrong_arguments_are_named(written, tmp_path):
@@ -100,6 +217,27 @@ def test_wrong_arguments_are_named(written, tmp_path):
         forecasting_series(table, 4, 2).validation.batches(99, 0)
 
 
+@pytest.mark.parametrize("row", [3, 35])
+def test_values_without_a_finite_deviation_are_refused(row):
+    """In the rows for training, or in deviations of these."""
+    values = np.stack([np.arange(40.0), np.arange(40.0)], axis=1)
+    values[row, 1] = 1e300
+    with pytest.raises(ValueError, match="'b' holds 1e\\+300; in deviations of the rows for training it is not finite"):
+        forecasting_series(Table(values, ("a", "b"), None), 4, 2)
+
+
+def test_the_forecast_goes_on_in_calendar_months(written, tmp_path):
+    """From a table whose column of times is named on the command line."""
+    months = np.arange("2020-01", "2023-05", dtype="M8[M]")
+    path = written(stamps(months).replace("date,", "when,"))
+    table = forecasting.DataConfig(csv=path, date="when").table(0)
+    series = forecasting_series(table, 4, 2, forecasting.BORDERS["shares"])
+    last = lambda params, batch, key: batch["inputs"][:, -2:]
+    forecasting.write_forecast(tmp_path / "forecast.csv", table, series, last, ())
+    lines = (tmp_path / "forecast.csv").read_text().split()
+    assert lines == ["date,a", "2023-05-01", "00:00:00,38", "2023-06-01", "00:00:00,39"]
+
+
 def test_later_parts_forecast_nothing_seen_before():
     """Targets of the three parts are disjoint runs of rows, in order; scales are of the first alone."""
     table = Table(np.arange(100.0)[:, None] ** 2, ("a",), None)
@@ -125,6 +263,17 @@ def test_marks_of_time():
     dates = np.array(["2016-07-01T12:00:00", "2016-12-31T23:00:00"], "datetime64[s]")
     np.testing.assert_allclose(time_marks(dates)[0], np.array([12 / 23, 4 / 6, 0 / 30, 182 / 365]) - 0.5, atol=1e-6)
     np.testing.assert_allclose(time_marks(dates)[1], np.array([1, 5 / 6, 1, 1]) - 0.5, atol=1e-6)
+
+
+def test_minutes_have_a_mark_where_they_change():
+    """Hourly tables have the four marks of old, at half past too."""
+    quarters = np.arange("2016-07-01T12:00", "2016-07-01T14:00", 15, dtype="datetime64[m]").astype("datetime64[us]")
+    marks = time_marks(quarters)
+    assert marks.shape == (8, 5)
+    np.testing.assert_allclose(marks[:, 0], np.array([0, 15, 30, 45] * 2) / 59 - 0.5, atol=1e-6)
+    np.testing.assert_array_equal(marks[::4, 1:], time_marks(quarters[::4]))
+    np.testing.assert_array_equal(time_marks(quarters[2::4]), time_marks(quarters[::4]))
+    assert ETT_MINUTES == (34560, 11520, 11520)
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-9, 9)), min_size=1, max_size=20).filter(lambda x: any(x)))

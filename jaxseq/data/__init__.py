@@ -7,6 +7,7 @@ from .config import TextConfig as TextConfig
 from .corpus import Corpus as Corpus
 from .corpus import Document as Document
 from .corpus import joined as joined
+from .dates import dates_ahead as dates_ahead
 from .epochs import epoch_rows as epoch_rows
 from .inertial import Motion as Motion
 from .inertial import inertial_motion as inertial_motion
@@ -17,6 +18,7 @@ from .labelled import spoken_digits as spoken_digits
 from .labelled_series import SeriesSet as SeriesSet
 from .labelled_series import labelled_series as labelled_series
 from .series import ETT_HOURLY as ETT_HOURLY
+from .series import ETT_MINUTES as ETT_MINUTES
 from .series import Borders as Borders
 from .series import Series as Series
 from .series import Windows as Windows

@@ -2,14 +2,15 @@
 
 import json
 import os
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from .dates import time_of
 from .labelled import Labelled
 from .labelled_series import labelled_series
+from .scale import deviations
 from .table import Table, plain_text, read_table
 
 #: What the Numenta benchmark leaves unscored at the start of a series: a share of the rows, and so many at most.
@@ -28,7 +29,7 @@ class Recording(NamedTuple):
     anomalous: np.ndarray  # T bool
     fitted: int
     calibrated: int
-    dates: np.ndarray | None  # T datetime64[s]
+    dates: np.ndarray | None  # T datetime64[us]
 
 
 def nab_recordings(
@@ -53,8 +54,8 @@ def nab_recordings(
     for name in _chosen(list(windows_of), only):
         windows = windows_of[name]
         file = _existing(*(at / f"{name}{zipped}" for at in (folder / "data", folder) for zipped in ("", ".gz")))
-        # Clocks were set back in some of the series.
-        table = read_table(file, date="timestamp", unordered="keep")
+        # Clocks were set back in some of the series, and rows are missing in others.
+        table = read_table(file, date="timestamp", unordered="keep", uneven="keep")
         if table.dates is None or table.names != ("value",):
             raise ValueError(f"{file} has columns {', '.join(table.names)}; its header has to be timestamp,value.")
         probation = min(int(PROBATION[0] * table.length), PROBATION[1])
@@ -63,8 +64,8 @@ def nab_recordings(
             inside = (table.dates >= start) & (table.dates <= end)
             if not inside[probation:].any() or inside[:probation].any():
                 raise ValueError(
-                    f"{path}: the window {start} to {end} of {name} has to hold rows after the first {probation}, "
-                    "and none of these."
+                    f"{path}: the window {start.item()} to {end.item()} of {name} has to hold rows after "
+                    f"the first {probation}, and none of these."
                 )
             anomalous |= inside
         recordings.append(_scaled(name, table, anomalous, 2 * probation // 3, probation))
@@ -125,7 +126,7 @@ def one_class_recordings(
         raise ValueError(f"calibrate={calibrate} of the {len(rows)} series of class {normal} leaves a part empty.")
     series = lambda part: [inputs[:length] for inputs, length in zip(part.inputs, part.lengths, strict=True)]
     learned = np.concatenate([series(train)[row] for row in rows[cut:]])
-    mean, deviation = learned.mean(axis=0), _deviation(learned)
+    mean, deviation = learned.mean(axis=0), deviations(learned, name)
 
     def recording(part: Labelled, row: int, place: str) -> Recording:
         values = (series(part)[row] - mean) / deviation
@@ -144,14 +145,9 @@ def _scaled(name: str, table: Table, anomalous: np.ndarray, fitted: int, calibra
     if not 0 < fitted < calibrated:
         raise ValueError(f"{name} has {table.length} rows, too few to train on and to calibrate.")
     trained = table.values[:fitted]
-    values = ((table.values - trained.mean(axis=0)) / _deviation(trained)).astype(np.float32)
+    scale = deviations(trained, name)
+    values = ((table.values - trained.mean(axis=0)) / scale).astype(np.float32)
     return Recording(name, values, anomalous, fitted, calibrated, table.dates)
-
-
-def _deviation(values: np.ndarray) -> np.ndarray:
-    """One where a column never changes: it may, later on."""
-    deviation = values.std(axis=0)
-    return np.where(deviation <= 1e-7 * np.maximum(1e-30, np.abs(values).max(axis=0)), 1, deviation)
 
 
 def _chosen(names: list[str], only: str) -> list[str]:
@@ -180,9 +176,9 @@ def _windows(path: Path) -> dict[str, list[tuple[np.datetime64, np.datetime64]]]
 
 def _window(path: Path, name: str, window) -> tuple[np.datetime64, np.datetime64]:
     try:
-        start, end = (np.datetime64(datetime.fromisoformat(time).replace(tzinfo=None), "s") for time in window)
-    except (TypeError, ValueError):
+        start, end = (np.datetime64(time_of(time), "us") for time in window)
+    except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: {window!r} of {name} is no pair of times as 2016-07-01 00:00:00.") from None
     if start > end:
-        raise ValueError(f"{path}: a window of {name} begins at {start} and ends at {end}.")
+        raise ValueError(f"{path}: a window of {name} begins at {start.item()} and ends at {end.item()}.")
     return start, end

@@ -2,11 +2,14 @@
 
 import csv
 import gzip
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from .table import DAMAGED, number
 
 #: Where a release has its tables, and where a folder of two files has them.
 IMU = ("mav0/imu0/data.csv", "imu0/data.csv", "imu0_data.csv")
@@ -20,6 +23,7 @@ class Motion(NamedTuple):
     targets: np.ndarray  # n 3 float32: m moved from the chunk's first sample to the next chunk's; NaN where not known
     seconds: np.ndarray  # n float64: the time of the chunk's first sample
     skipped: int  # rows that hold no numbers
+    names: tuple[str, ...]  # of the F channels, as the table has them
 
 
 def inertial_motion(folder: str | os.PathLike[str], *, chunk: int = 10, largest_gap: float = 0.2) -> Motion:
@@ -30,17 +34,22 @@ def inertial_motion(folder: str | os.PathLike[str], *, chunk: int = 10, largest_
 
     Raises:
       FileNotFoundError: a table is missing.
-      ValueError: a table is damaged, has other columns or repeats a time, samples are missing, or `chunk` is below 1.
+      ValueError: a table is damaged, has other columns, repeats a time or holds a number that is not finite; samples
+        are missing, a channel never changes, or `chunk` is below 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; choose 1 or more samples.")
     folder = Path(folder).expanduser()
-    (imu, skipped), (position, more) = _table(folder, IMU, 7), _table(folder, POSITION, 4)
+    (imu, names, skipped), (position, _, more) = _table(folder, IMU, 7), _table(folder, POSITION, 4)
     position[:, 0], imu[:, 0] = position[:, 0] - imu[0, 0], imu[:, 0] - imu[0, 0]
     steps = np.diff(imu[:, 0])
     if len(imu) <= chunk or steps.max() > 1.5 * np.median(steps):
         raise ValueError(f"{folder} misses samples: {len(imu)} of them, {steps.max(initial=0):.3f} s apart at most.")
     sensors = imu[:, 1:]
+    if (same := (sensors == sensors[:1]).all(axis=0)).any():
+        raise ValueError(
+            f"{_found(folder, IMU)}: {names[1 + int(same.argmax())]!r} never changes; is the sensor broken?"
+        )
     sensors = np.concatenate([sensors, np.diff(sensors, axis=0, prepend=sensors[:1])], axis=1)
     borders = np.arange(0, len(imu), chunk)
     at = np.stack(
@@ -48,9 +57,9 @@ def inertial_motion(folder: str | os.PathLike[str], *, chunk: int = 10, largest_
     )
     number = len(borders) - 1
     inputs = sensors[: number * chunk].reshape(number, chunk, -1)
-    return Motion(
-        inputs.astype(np.float32), np.diff(at, axis=0).astype(np.float32), imu[borders[:-1], 0], skipped + more
-    )
+    targets, seconds = np.diff(at, axis=0).astype(np.float32), imu[borders[:-1], 0]
+    names = (*names[1:], *(f"step of {name}" for name in names[1:]))
+    return Motion(inputs.astype(np.float32), targets, seconds, skipped + more, names)
 
 
 def _known(times: np.ndarray, measured: np.ndarray, values: np.ndarray, largest_gap: float) -> np.ndarray:
@@ -61,30 +70,42 @@ def _known(times: np.ndarray, measured: np.ndarray, values: np.ndarray, largest_
     return np.where(inside & (gaps <= largest_gap), np.interp(times, measured, values), np.nan)
 
 
-def _table(folder: Path, names: tuple[str, ...], columns: int) -> tuple[np.ndarray, int]:
-    """Rows by time, in seconds; and how many rows held no numbers."""
+def _found(folder: Path, names: tuple[str, ...]) -> Path:
     paths = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    if (path := next((path for path in paths if path.is_file()), None)) is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}, nor one with .gz behind.")
+    return path
+
+
+def _table(folder: Path, files: tuple[str, ...], columns: int) -> tuple[np.ndarray, tuple[str, ...], int]:
+    """Rows by time, in seconds; the names of the columns; and how many rows held no numbers."""
+    path = _found(folder, files)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            _, *rows = csv.reader(file)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error, ValueError) as error:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error, *DAMAGED) as error:
         raise ValueError(f"{path} is no CSV table ({error}).") from None
-    numbers = [row for row in map(_numbers, rows) if row is not None and len(row) >= columns]
+    numbers = [(line, row[:columns]) for line, cells in rows if len(row := _numbers(cells)) >= columns]
     if len(numbers) < 2:
         raise ValueError(f"{path} has {len(numbers)} rows of {columns} numbers; a recording takes two.")
-    table = np.asarray([row[:columns] for row in numbers])
+    names = tuple(name.strip() for name in header[:columns])
+    names += tuple(f"column {n + 1}" for n in range(len(names), columns))
+    for line, row in numbers:
+        if wrong := [name for name, value in zip(names, row, strict=True) if not math.isfinite(value)]:
+            raise ValueError(f"{path}, line {line}: {wrong[0]!r} is missing or not finite.")
+    table = np.asarray([row for _, row in numbers])
     table = table[np.argsort(table[:, 0], kind="stable")]
     table[:, 0] *= 1e-9
     if (np.diff(table[:, 0]) <= 0).any():
         raise ValueError(f"{path} has a time twice.")
-    return table, len(rows) - len(numbers)
+    return table, names, len(rows) - len(numbers)
 
 
-def _numbers(row: list[str]) -> list[float] | None:
+def _numbers(row: list[str]) -> list[float]:
+    """A number for each cell; none where an empty cell or a word is among them."""
     try:
-        return [float(cell) for cell in row]
+        return [number(cell) for cell in row] if all(cell.strip() for cell in row) else []
     except ValueError:
-        return None
+        return []

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import os
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..tasks.listops import VOCABULARY, padded
 from .epochs import epoch_rows
+from .table import DAMAGED
 
 
 class Labelled(NamedTuple):
@@ -74,12 +76,12 @@ def spoken_digits(
     """Train and test recordings of the Free Spoken Digit Dataset, raw samples at 8 kHz: `N T 1`.
 
     The file holds all samples end to end: `audio`, `offsets`, `digit`, `index`. Recordings 0 to 4 of each speaker and
-    digit are the test set. The first `length` samples are taken, divided by the deviation of all, and every
-    `keep_every`-th of them kept: a lower sampling rate.
+    digit are the test set. The first `length` samples are taken, divided by the deviation of those to train on, and the
+    mean of each `keep_every` kept: a lower sampling rate, where what is too fast for it is weaker and not folded down.
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: the file lacks an array, or a number is below 1.
+      ValueError: the file is damaged, lacks an array or has silence alone to train on, or a number is below 1.
     """
     path = Path(path).expanduser()
     path = path / "fsdd_recordings.npz" if path.is_dir() else path
@@ -87,16 +89,25 @@ def spoken_digits(
         raise FileNotFoundError(f"{path} does not exist; name the recordings as one npz file.")
     if length < 1 or keep_every < 1:
         raise ValueError(f"length={length} and keep_every={keep_every} must be at least 1.")
-    with np.load(path) as file:
-        if missing := [name for name in ("audio", "offsets", "digit", "index") if name not in file.files]:
-            raise ValueError(f"{path} has no array {missing[0]}.")
-        audio, offsets, digits, index = (file[name] for name in ("audio", "offsets", "digit", "index"))
-    scale = audio.astype(np.float32).std()
-    kept = [audio[a : min(a + length, b) : keep_every] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    names = ("audio", "offsets", "digit", "index")
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in names if name in file.files}
+    except (zipfile.BadZipFile, TypeError, ValueError, *DAMAGED) as error:
+        raise ValueError(f"{path} is no npz file of arrays ({type(error).__name__}).") from None
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(f"{path} has no array {missing[0]}.")
+    audio, offsets, digits, index = (arrays[name] for name in names)
+    kept = [audio[a : min(a + length, b)].astype(np.float32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    train = np.concatenate([np.zeros(0), *(samples for samples, n in zip(kept, index, strict=True) if n > 4)])
+    if not train.size or not (scale := train.std()) > 0:
+        raise ValueError(f"{path} has no sound to train on, in recordings whose index is above 4.")
     inputs = np.zeros((len(kept), -(-length // keep_every), 1), np.float32)
-    for row, samples in zip(inputs, kept, strict=True):
-        row[: len(samples), 0] = samples / scale
-    lengths = np.array([len(samples) for samples in kept], np.int32)
+    lengths = np.array([-(-len(samples) // keep_every) for samples in kept], np.int32)
+    for row, count, samples in zip(inputs, lengths, kept, strict=True):
+        blocks = np.arange(count) * keep_every
+        sizes = np.minimum(blocks + keep_every, len(samples)) - blocks  # the last one may be shorter
+        row[:count, 0] = np.add.reduceat(samples, blocks) / sizes / scale
     everything = Labelled(inputs, digits.astype(np.int32), lengths)
     return everything.take(index > 4), everything.take(index <= 4)
 
@@ -116,7 +127,7 @@ def listops_table(path: str | os.PathLike[str], *, test_share: float = 0.2) -> t
         with _open(path, "rt") as file:
             rows = [(row["Source"], int(row["Target"])) for row in csv.DictReader(file, delimiter="\t")]
         trees = [[tokens[word] for word in source.replace("(", "").replace(")", "").split()] for source, _ in rows]
-    except (KeyError, ValueError, TypeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (KeyError, ValueError, TypeError, csv.Error, *DAMAGED) as error:
         raise ValueError(f"{path} is no table of ListOps ({error!r}).") from None
     labels, lengths = np.array([target for _, target in rows], np.int32), np.array([*map(len, trees)], np.int32)
     everything, cut = Labelled(padded(trees), labels, lengths), round(len(rows) * (1 - test_share))
@@ -139,7 +150,7 @@ def _idx(folder: Path, name: str, rank: int) -> np.ndarray:
     try:
         with _open(path, "rb") as file:
             content = file.read()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged ({error}).") from None
     header = 4 * (rank + 1)
     shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())

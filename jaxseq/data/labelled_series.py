@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .labelled import Labelled
-from .table import MISSING, filled_forward, plain_text
+from .scale import deviations
+from .table import filled_forward, number, plain_text
 
 ENDINGS = (".ts", ".txt", ".tsv")
 
@@ -32,14 +33,16 @@ def labelled_series(
     """The set of a name in a folder: `NAME_TRAIN` and `NAME_TEST`, ending in .ts, .txt or .tsv, which may be gzipped.
 
     A `.ts` file has headers that begin with @ and after `@data` a series a line, its channels between colons, the label
-    last; the others have a series of one channel a line, the label first, between blanks or commas. Series may differ
-    in length. Where there is no test file, `test_share` of each class, drawn by `seed`, are left out of training to be
-    one. Values that are `missing` raise, or take the last value before them ("forward").
+    last; the others have a series of one channel a line, the label first, between commas, tabs or blanks. Series may
+    differ in length: values that are missing in all channels up to the end are none, as the files of 2018 fill rows up
+    to one length. Any other that is `missing` raises, or takes the last value before it ("forward"). Where there is no
+    test file, `test_share` of each class, drawn by `seed`, are left out of training to be one. A channel that never
+    changes in training is shifted and not scaled.
 
     Raises:
       FileNotFoundError: no file to train on is there.
-      ValueError: a file is no such file, two series differ in channels, a value is missing or no number, a class is
-        not in what is trained on, or `test_share` leaves nothing to train or test on.
+      ValueError: a file is no such file, two series differ in channels, a value is missing, no number or too large, a
+        class is not in what is trained on, or `test_share` leaves nothing to train or test on.
     """
     folder = Path(folder).expanduser()
     if missing not in ("raise", "forward"):
@@ -61,7 +64,7 @@ def labelled_series(
         if series.label not in place:
             raise ValueError(f"{where}: no series to train on is of the class {series.label!r}.")
     steps = np.concatenate([series.values for series in train])
-    mean, deviation = steps.mean(axis=0), np.maximum(steps.std(axis=0), 1e-8)
+    mean, deviation = steps.mean(axis=0), deviations(steps, str(train_file))
     length = max(len(series.values) for series in (*train, *test))
 
     def padded(part: list[_Series]) -> Labelled:
@@ -93,7 +96,7 @@ def _read(path: Path, missing: str) -> list[_Series]:
     if not found:
         raise ValueError(f"{path} holds no series.")
     filled = []
-    for series in found:
+    for series in map(_ended, found):
         if series.values.shape[1] != (channels := found[0].values.shape[1]):
             raise ValueError(
                 f"{path}, line {series.line}: {series.values.shape[1]} channels, and {channels} in the first series."
@@ -107,6 +110,12 @@ def _read(path: Path, missing: str) -> list[_Series]:
             )
         filled.append(series._replace(values=filled_forward(series.values)))
     return filled
+
+
+def _ended(series: _Series) -> _Series:
+    """Without the steps at the end that hold nothing; with all of them where none holds anything."""
+    held = np.flatnonzero(~np.isnan(series.values).all(axis=1))
+    return series._replace(values=series.values[: held[-1] + 1 if len(held) else None])
 
 
 def _of_headers(path: Path, text: str) -> list[_Series]:
@@ -140,7 +149,7 @@ def _of_headers(path: Path, text: str) -> list[_Series]:
 
 
 def _check_headers(path: Path, headers: dict[str, list[str]]) -> None:
-    says = lambda key: headers.get(key, ["false"])[:1] == ["true"]
+    says = lambda key: [word.lower() for word in headers.get(key, [])[:1]] == ["true"]
     if says("timestamps"):
         raise ValueError(f"{path} has times beside its values; save them at equal steps, with @timeStamps false.")
     if not says("classlabel"):
@@ -148,22 +157,30 @@ def _check_headers(path: Path, headers: dict[str, list[str]]) -> None:
 
 
 def _of_rows(path: Path, text: str) -> list[_Series]:
-    rows = ((line, row.replace(",", " ").split()) for line, row in enumerate(text.splitlines(), 1) if row.strip())
     series = []
-    for line, (label, *cells) in rows:
+    for line, row in enumerate(text.splitlines(), 1):
+        if not row.strip():
+            continue
+        # An empty cell between two commas or tabs is a value that is missing; blanks may come several in a row.
+        between = next((sign for sign in (",", "\t") if sign in row), None)
+        label, *cells = (cell.strip() for cell in row.split(between))
         if not cells:
             raise ValueError(f"{path}, line {line}: a series has values after its label; there are none.")
-        number = _order(label)
-        named = f"{number[1]:g}" if number[0] == 0 else label  # 1.0000000e+00 is class 1
+        if not label:
+            raise ValueError(f"{path}, line {line}: a series has its label first; the cell is empty.")
+        order = _order(label)
+        named = f"{order[1]:g}" if order[0] == 0 else label  # 1.0000000e+00 is class 1
         series.append(_Series(line, _numbers(path, line, cells)[:, None], named))
     return series
 
 
 def _numbers(path: Path, line: int, cells: list[str]) -> np.ndarray:
-    try:
-        values = np.array([np.nan if cell.strip().lower() in MISSING else float(cell) for cell in cells])
-    except ValueError as error:
-        raise ValueError(f"{path}, line {line}: {str(error).rpartition(': ')[2]} is no number.") from None
+    values = np.empty(len(cells))
+    for n, cell in enumerate(cells):
+        try:
+            values[n] = number(cell)
+        except ValueError:
+            raise ValueError(f"{path}, line {line}: {cell.strip()[:40]!r} is no number.") from None
     if np.isinf(values).any():
         raise ValueError(f"{path}, line {line}: a value is not finite.")
     return values

@@ -2,16 +2,20 @@
 
 import csv
 import gzip
+import io
 import math
 import os
 import zlib
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-MISSING = ("", "nan", "na", "null", "none", "?")
+from .dates import NAMES, read_dates, time_of
+
+MISSING = ("", "nan", "na", "n/a", "#n/a", "null", "none", "?")
+#: What a damaged gzip raises when it is read.
+DAMAGED = (gzip.BadGzipFile, zlib.error, EOFError)
 
 
 class Table(NamedTuple):
@@ -19,7 +23,7 @@ class Table(NamedTuple):
 
     values: np.ndarray  # T V float64, NaN where a value is missing
     names: tuple[str, ...]
-    dates: np.ndarray | None  # T datetime64[s]
+    dates: np.ndarray | None  # T datetime64[us], in UTC where a time has an offset
 
     @property
     def length(self) -> int:
@@ -27,38 +31,45 @@ class Table(NamedTuple):
 
 
 def read_table(
-    path: str | os.PathLike[str], *, date: str | None = "date", missing: str = "raise", unordered: str = "raise"
+    path: str | os.PathLike[str],
+    *,
+    date: str | None = None,
+    missing: str = "raise",
+    unordered: str = "raise",
+    uneven: str = "raise",
 ) -> Table:
     """A table separated by commas, which may be gzipped: a row a time step, a column a variate.
 
-    A first row that is no row of numbers is a header. The column `date`, where there is one, holds times as ISO 8601
-    writes them; any other column is of numbers. Values that are `missing` raise, or take the last value before them
+    A first row that is no row of numbers is a header. The column `date` holds times as ISO 8601 writes them; where
+    None, the first that is called date, time, timestamp or datetime, in small letters or large, and is not of plain
+    numbers. Any other column is of numbers.
+
+    Values that are `missing`, all of an empty line but for those at the end, raise, or take the last value before them
     ("forward"; a column's first ones take the next). Times that come twice or go back raise, or stay as they are in
-    `unordered` ("keep"), as where clocks were set back.
+    `unordered` ("keep"), as where clocks were set back. Times whose steps are `uneven` raise, or stay ("keep"); months,
+    quarters, years and the days from Monday to Friday are even, and so is what differs in the last digit alone.
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: the file is no such table: no text, rows of unequal length, words among the numbers, times that are
-        none, come twice or go back, missing values, or a column without any.
+      ValueError: the file is no such table: no text, rows of unequal length, columns without a name or of the same one,
+        no column `date`, words among the numbers, times that are none, come twice, go back or step unevenly, missing
+        values, or a column without any.
     """
     path = Path(path).expanduser()
-    if missing not in ("raise", "forward"):
-        raise ValueError(f"missing={missing!r}; choose 'raise' or 'forward'.")
-    if unordered not in ("raise", "keep"):
-        raise ValueError(f"unordered={unordered!r}; choose 'raise' or 'keep'.")
+    choices = {"missing": (missing, "forward"), "unordered": (unordered, "keep"), "uneven": (uneven, "keep")}
+    for name, (value, other) in choices.items():
+        if value not in ("raise", other):
+            raise ValueError(f"{name}={value!r}; choose 'raise' or {other!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a table of numbers separated by commas.")
-    rows = _rows(path)
-    header = None if _is_numbers(rows[0][1]) else [name.strip() for name in rows[0][1]]
-    if (header and len(rows) == 1) or not rows:
-        raise ValueError(f"{path} has a header and no rows.")
-    body = rows[1:] if header else rows
-    names = header or [str(n) for n in range(len(rows[0][1]))]
-    at = names.index(date) if date in names else None
-    dates = None if at is None else _dates(path, [(line, row[at]) for line, row in body], unordered)
+    names, body = _parted(path, _rows(path))
+    at = _date_column(path, names, body, date)
+    dates = None
+    if at is not None:
+        dates = read_dates(path, [(line, row[at]) for line, row in body], unordered=unordered, uneven=uneven)
     kept = [n for n in range(len(names)) if n != at]
     if not kept:
-        raise ValueError(f"{path} has no column beside {date!r}.")
+        raise ValueError(f"{path} has no column beside {names[0]!r}.")
     values = np.array([[_number(path, line, names[n], row[n]) for n in kept] for line, row in body])
     names = [names[n] for n in kept]
     empty = np.isnan(values)
@@ -87,7 +98,7 @@ def plain_text(path: Path) -> str:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged ({error}).") from None
     if b"\0" in content:
         raise ValueError(f"{path} is no text; save it as text, in UTF-8.")
@@ -97,54 +108,94 @@ def plain_text(path: Path) -> str:
         return content.decode("latin-1")  # degrees, squares and names
 
 
+def number(cell: str) -> float:
+    """A number as files write it, NaN where it is missing.
+
+    Raises:
+      ValueError: it is none; 1_000, which Python reads, is none in a table.
+    """
+    if cell.strip().lower() in MISSING:
+        return math.nan
+    if "_" in cell:
+        raise ValueError(f"{cell[:40]!r} is no number.")
+    return float(cell)
+
+
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Rows with their line numbers, all of one length."""
-    text = plain_text(path)
-    reader = csv.reader(text.splitlines())
-    rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    """Rows with their line numbers, all of one length; empty lines at the end are none, others are of empty cells."""
+    reader = csv.reader(io.StringIO(plain_text(path), newline=""))
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; is it a table?") from None
+    blank = lambda row: len(row) < 2 and not "".join(row).strip()
+    while rows and blank(rows[-1][1]):
+        rows.pop()
     if not rows:
         raise ValueError(f"{path} is empty.")
-    width = len(rows[0][1])
+    width = len(next(row for _, row in rows if not blank(row)))
+    rows = [(line, [""] * width if blank(row) else row) for line, row in rows]
     for line, row in rows:
         if len(row) != width:
             raise ValueError(f"{path}, line {line}: {len(row)} cells, and {width} in the first row.")
     return rows
 
 
+def _parted(path: Path, rows: list[tuple[int, list[str]]]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The names of the columns, their numbers where there is no header, and the rows."""
+    first = next((n for n, (_, row) in enumerate(rows) if any(cell.strip() for cell in row)), None)
+    if first is None:
+        raise ValueError(f"{path} is empty.")
+    header = [name.strip() for name in rows[first][1]]
+    if _is_numbers(header):
+        return [str(n) for n in range(len(header))], rows
+    if "" in header:
+        raise ValueError(
+            f"{path}: column {header.index('') + 1} has no name; call it 'date' if it is of times, and leave it out if "
+            "it counts the rows."
+        )
+    if twice := [name for n, name in enumerate(header) if name in header[:n]]:
+        raise ValueError(f"{path}: two columns are called {twice[0]!r}.")
+    if len(rows) == first + 1:
+        raise ValueError(f"{path} has a header and no rows.")
+    return header, rows[first + 1 :]
+
+
+def _date_column(path: Path, names: list[str], body: list[tuple[int, list[str]]], date: str | None) -> int | None:
+    if date is not None:
+        if date not in names:
+            raise ValueError(f"{path} has no column date={date!r}; choose one of {', '.join(names)}.")
+        return names.index(date)
+    # A column `time` may count seconds; of the cells the first that is there tells.
+    first = lambda n: next((row[n] for _, row in body if row[n].strip().lower() not in MISSING), "0")
+    of_times = lambda cell: not _is_numbers([cell]) or _is_time(cell)
+    return next((n for n, name in enumerate(names) if name.lower() in NAMES and of_times(first(n))), None)
+
+
+def _is_time(cell: str) -> bool:
+    try:
+        time_of(cell)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_numbers(row: list[str]) -> bool:
     """Whether every cell is a number or missing, and one is a number."""
-    found = []
-    for cell in row:
-        try:
-            found.append(float(cell))
-        except ValueError:
-            if cell.strip().lower() not in MISSING:
-                return False
-    return bool(found)
+    try:
+        return not all(math.isnan(number(cell)) for cell in row)
+    except ValueError:
+        return False
 
 
 def _number(path: Path, line: int, name: str, cell: str) -> float:
-    if cell.strip().lower() in MISSING:
-        return math.nan
+    where = lambda: f"{path}, line {line}: {name!r} is {cell[:40]!r}, which is"
     try:
-        value = float(cell)
+        value = number(cell)
     except ValueError:
-        raise ValueError(f"{path}, line {line}: {name!r} is {cell!r}, which is no number.") from None
+        raise ValueError(
+            f"{where()} no number; leave the column out, or choose date={name!r} if it is of times."
+        ) from None
     if math.isinf(value):
-        raise ValueError(f"{path}, line {line}: {name!r} is {cell!r}, which is not finite.")
+        raise ValueError(f"{where()} not finite.")
     return value
-
-
-def _dates(path: Path, cells: list[tuple[int, str]], unordered: str) -> np.ndarray:
-    dates, before = [], None
-    for line, cell in cells:
-        try:
-            date = datetime.fromisoformat(cell.strip()).replace(tzinfo=None)
-        except ValueError:
-            raise ValueError(f"{path}, line {line}: {cell!r} is no time as 2016-07-01 00:00:00.") from None
-        if unordered == "raise" and before is not None and date <= before:
-            fault = "comes twice" if date == before else f"comes after {before}"
-            raise ValueError(f"{path}, line {line}: {date} {fault}; times must go on from row to row.")
-        dates.append(date)
-        before = date
-    return np.array(dates, "datetime64[s]")
