@@ -263,9 +263,8 @@ def measure(run: Run[Config]) -> None:
     )
     scores: dict[str, list[dict[str, float]]] = {}
     for name in ("random", *anomaly_rules(recordings)):
-        row = mean_measures(
-            run.kept(name, lambda name=name: detected(config, recordings, ruled(config, name, recordings)))
-        )  # type: ignore[misc]
+        ranked = partial(ruled, config, name, recordings)
+        row = mean_measures(run.kept(name, lambda ranked=ranked: detected(config, recordings, ranked())))  # type: ignore[misc]
         scores[name] = [row]
         show(name, row)
     params = {}

@@ -176,6 +176,10 @@ def test_the_forecaster_keeps_scale_and_level():
     y = forecast(params, x)
     assert y.shape == (2, 5, 3)
     np.testing.assert_allclose(forecast(params, 10 * x + 3), 10 * y + 3, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="x has 40 channels over all steps; the parameters .* are for 48"):
+        jax.eval_shape(model.apply, params, x[:, :10])
+    with pytest.raises(ValueError, match="x has 12 steps of 0 variates; ChimeraForecaster takes 1 or more"):
+        jax.eval_shape(model.apply, params, x[..., :0])
 
 
 def test_the_classifier_leaves_out_padding():

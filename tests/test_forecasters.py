@@ -64,6 +64,10 @@ def test_a_linear_map_in_closed_form_has_the_least_error(fields):
     start = jax.tree.map(jnp.zeros_like, params)
     largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
     assert largest(slope(params)) <= 1e-4 * largest(slope(start))
+    with pytest.raises(ValueError, match="batches is empty"):
+        model.solved([])
+    with pytest.raises(ValueError, match="targets has 2 steps; this forecaster has horizon=3"):
+        model.solved([{"inputs": inputs, "targets": targets[:, :2]}])
 
 
 @recorded
@@ -161,6 +165,29 @@ def test_naive_forecasts():
     np.testing.assert_allclose(window_mean(x, 2)[:, 1], x.mean(axis=1), atol=1e-6)
     with pytest.raises(ValueError, match="period=6 must be at least 1 and at most the 5 steps"):
         seasonal_naive(x, 3, 6)
+
+
+CHANGED = {
+    "itransformer": (windows(20), "x has 20 steps; the parameters of this ITransformer are for 24"),
+    "dlinear": (windows(20), "x has 20 steps; the parameters of this LinearForecaster are for 24"),
+    "rlinear": (windows(20), "x has 20 steps; the parameters of this LinearForecaster are for 24"),
+    "patch": (windows(40), "x has 10 patches; the parameters of this PatchForecaster are for 6"),
+    "sequence": (windows(24, 4), "x has 4 variates; the parameters of this SequenceForecaster are for 3"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_windows_are_named(name):
+    """No variates, no steps, nothing to forecast, and another shape than the parameters are for."""
+    model, (other, message) = MODELS[name], CHANGED[name]
+    init = lambda model, x: jax.eval_shape(model.init, jax.random.key(0), x)
+    for x, found in ((windows(24, 0), "24 steps of 0"), (windows(0), "0 steps of 3")):
+        with pytest.raises(ValueError, match=f"x has {found} variates; {type(model).__name__} takes 1 or more of each"):
+            init(model, x)
+    with pytest.raises(ValueError, match="horizon=0 must be at least 1"):
+        init(model.clone(horizon=0), windows())
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.apply, init(model, windows()), other)
 
 
 def test_wrong_fields_are_named():

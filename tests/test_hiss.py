@@ -211,6 +211,31 @@ def test_whole_in_parts_and_by_samples(low, high):
     assert_close(jnp.concatenate([first, jnp.stack(rest, axis=1)], axis=1), whole, "float32 strong")
 
 
+def test_a_part_that_starts_inside_a_chunk_is_refused():
+    """Where the position is known; a whole chunk later it goes on."""
+    module, params, x = built(LSTM, LSTM)
+    state, step = module.init_state(3), jax.jit(partial(module.apply, method="step"))
+    for t in range(5):
+        if t == 2:
+            with pytest.raises(ValueError, match="state.position=2; HiSS.prefill goes on from 0, at the border"):
+                module.apply(params, x[:, :5], state, method="prefill")
+        *_, state = step(params, x[:, t], state)
+    assert module.apply(params, x[:, 5:], state, method="prefill")[0].shape == (3, 6, 2)
+
+
+def test_other_channels_than_the_parameters_are_for_are_named():
+    module, params, x = built(LSTM, LSTM)
+    flat = FlatRegressor(2, 5, 8, LSTM)
+    for model, known, owner in (
+        (module, params, "HiSS"),
+        (flat, jax.eval_shape(flat.init, jax.random.key(0), x), "FlatRegressor"),
+    ):
+        with pytest.raises(ValueError, match=f"x has 4 channels; the parameters of this {owner} are for 6"):
+            jax.eval_shape(model.apply, known, x[..., :4])
+    with pytest.raises(ValueError, match="x has 4 channels; the parameters of this HiSS are for 6"):
+        module.apply(params, x[:, 0, :4], module.init_state(3), method="step")
+
+
 def test_an_output_sees_its_chunk_and_what_came_before():
     module, params, x = built(STACK, STACK)
     seen = jax.jit(jax.grad(lambda x: module.apply(params, x)[0, 3].sum()))(x)[0]

@@ -11,6 +11,7 @@ from ..layers.instance_norm import instance_normalised
 from ..layers.projection import fan_in_projection
 from ..mixers.chimera import Chimera
 from ..shapes import Array, Float, Int, accumulator, typed
+from ._checks import check_fitted, check_horizon, check_window
 
 #: Long memories of time, and short ones.
 TREND, SEASON = partial(Chimera, dt=(1e-3, 0.05)), partial(Chimera, dt=(0.1, 1.0))
@@ -71,7 +72,7 @@ class ChimeraForecaster(nn.Module):
     `grid` makes a `ChimeraGrid`, as `partial(ChimeraGrid, d_model=8)` does.
 
     Raises:
-      ValueError: `horizon` is below 1.
+      ValueError: `horizon` is below 1, x has no step or no variate, or another lookback than the parameters are for.
     """
 
     horizon: int
@@ -82,11 +83,12 @@ class ChimeraForecaster(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
-        if self.horizon < 1:
-            raise ValueError(f"horizon={self.horizon} must be at least 1.")
+        check_horizon(self)
+        check_window(x, "ChimeraForecaster")
         x, restored = instance_normalised(x)
         h = self.grid(dtype=self.dtype, param_dtype=self.param_dtype, name="grid")(x)
         h = h.swapaxes(1, 2).reshape(*x.shape[::2], -1)
+        check_fitted(self, "head", h.shape[2], "channels over all steps")
         return restored(fan_in_projection(self.horizon, "head", self, h.shape[-1])(h).swapaxes(1, 2))
 
 

@@ -14,6 +14,7 @@ from ..layers.projection import fan_in_projection
 from ..layers.self_attention import SelfAttention
 from ..mixers.mamba import Mamba
 from ..shapes import Array, Float, accumulator, typed
+from ._checks import check_fitted, check_horizon, check_window
 from .block import Slot, Stack
 
 
@@ -45,6 +46,10 @@ class LinearForecaster(nn.Module):
 
     With `window` w one for the trend, a mean over w steps whose ends are repeated, and one for the rest: DLinear. With
     `normalise` on windows of mean 0 and variance 1: RLinear (arXiv 2305.10721).
+
+    Raises:
+      ValueError: `horizon` is below 1, `window` is even, x has no step or no variate, or another lookback than the
+        parameters are for.
     """
 
     horizon: int
@@ -56,32 +61,46 @@ class LinearForecaster(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
+        check_horizon(self)
+        check_window(x, "LinearForecaster")
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
+        for name in self._parts(x):
+            check_fitted(self, name, x.shape[1], "steps")
         forecast = lambda name, x: fan_in_projection(self.horizon, name, self, x.shape[1])(x.swapaxes(1, 2))
         forecasts = [forecast(name, part) for name, part in self._parts(x).items()]
         return restored(jnp.sum(jnp.stack(forecasts), axis=0).swapaxes(1, 2))
 
     def solved(self, batches: Iterable[Mapping[str, Array]], *, ridge: float = 1e-4) -> Any:
-        """The parameters with the least squared error over all `inputs B L V` and `targets B S V`, in closed form.
+        """The parameters of least squared error over all `inputs B L V` and `targets B S V`, in closed form.
 
-        Weights are pulled to zero by `ridge` as a share of the features' mean square. Trained by gradient descent the
-        maps stop short of these.
+            W = (Σ z zᵀ + λ I)⁻¹ Σ z yᵀ
+
+        z are the parts of a window of one variate, and 1 for the bias, in the units of the targets y; λ is `ridge` of
+        the mean of z². Gradient descent stops short of these.
+
+        Raises:
+          ValueError: there are no batches, or targets are of another horizon.
         """
-        outer: Any = 0.0
-        crossed: Any = 0.0
+        outer, crossed, length = np.zeros((1, 1)), np.zeros((1, 1)), 0
+        names: tuple[str, ...] = ()
         for batch in batches:
             x, targets = jnp.asarray(batch["inputs"]), np.asarray(batch["targets"], np.float64)
+            if targets.shape[1] != self.horizon:
+                raise ValueError(f"targets has {targets.shape[1]} steps; this forecaster has horizon={self.horizon}.")
             x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
-            # Errors count in the units of the targets: what restores them is a shift and a scale of each window.
+            # A shift and a scale of each window restore the targets' units, in which errors count.
             shift, above = (np.asarray(restored(y + jnp.zeros_like(x[:, :1])), np.float64) for y in (0.0, 1.0))
-            rows = np.concatenate([*self._parts(x).values(), jnp.ones_like(x[:, :1])], axis=1, dtype=np.float64)
-            rows, targets = (above - shift) * rows, targets - shift
-            outer = outer + np.einsum("bfv,bgv->fg", rows, rows)
-            crossed = crossed + np.einsum("bfv,bsv->fs", rows, targets)
+            parts, length = self._parts(x), x.shape[1]
+            z = (above - shift) * np.concatenate([*parts.values(), jnp.ones_like(x[:, :1])], axis=1, dtype=np.float64)
+            z, y = (rows.swapaxes(1, 2).reshape(-1, rows.shape[1]) for rows in (z, targets - shift))
+            outer, crossed, names = outer + z.T @ z, crossed + z.T @ y, tuple(parts)
+        if not names:
+            raise ValueError("batches is empty; LinearForecaster.solved takes one or more.")
         share = ridge * np.trace(outer) / len(outer)
-        kernel = np.linalg.solve(outer + share * np.eye(len(outer)), crossed)
-        names, (*kernels, bias) = self._parts(x), np.split(kernel, np.arange(1, len(self._parts(x)) + 1) * x.shape[1])
-        biases = [bias[0]] + [0 * bias[0]] * (len(kernels) - 1)
+        *kernels, bias = np.split(
+            np.linalg.solve(outer + share * np.eye(len(outer)), crossed), np.arange(1, len(names) + 1) * length
+        )
+        biases = [bias[0]] + [0 * bias[0]] * (len(names) - 1)
         leaf = lambda a: jnp.asarray(a, self.param_dtype)
         maps = zip(names, kernels, biases, strict=True)
         return {"params": {name: {"kernel": leaf(W), "bias": leaf(b)} for name, W, b in maps}}
@@ -102,6 +121,10 @@ class PatchForecaster(nn.Module):
     """Patches of each variate by itself as tokens (PatchTST, arXiv 2211.14730), with LayerNorm where it has BatchNorm.
 
     The last value is repeated for `stride` steps, so that the last patch is whole. All patches make the forecast.
+
+    Raises:
+      ValueError: `horizon` is below 1, not 1 ≤ `stride` ≤ `patch` ≤ L, x has no variate, or another number of patches
+        than the parameters are for.
     """
 
     horizon: int
@@ -118,6 +141,8 @@ class PatchForecaster(nn.Module):
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
         batch, length, variates = x.shape
+        check_horizon(self)
+        check_window(x, "PatchForecaster")
         if not 1 <= self.stride <= self.patch <= length:
             raise ValueError(
                 f"patch={self.patch} and stride={self.stride}; PatchForecaster takes 1 ≤ stride ≤ patch ≤ {length}."
@@ -126,6 +151,7 @@ class PatchForecaster(nn.Module):
         padded = jnp.pad(x, ((0, 0), (0, self.stride), (0, 0)), mode="edge")
         starts = np.arange(0, length + self.stride - self.patch + 1, self.stride)[:, None]
         patches = padded.swapaxes(1, 2).reshape(batch * variates, -1)[:, starts + np.arange(self.patch)[None]]
+        check_fitted(self, "places", len(starts), "patches", leaf="")
         dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
         h = fan_in_projection(self.d_model, "encoder", self, self.patch)(patches)
         places = self.param("places", nn.initializers.uniform(0.02), (len(starts), self.d_model), self.param_dtype)
@@ -138,7 +164,11 @@ class PatchForecaster(nn.Module):
 
 
 class SequenceForecaster(nn.Module):
-    """Time steps as tokens, all variates in each, through causal mixers; the last one makes the forecast."""
+    """Time steps as tokens, all variates in each, through causal mixers; the last one makes the forecast.
+
+    Raises:
+      ValueError: `horizon` is below 1, x has no step or no variate, or other variates than the parameters are for.
+    """
 
     horizon: int
     d_model: int = 128
@@ -152,7 +182,10 @@ class SequenceForecaster(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
+        check_horizon(self)
+        check_window(x, "SequenceForecaster")
         variates = x.shape[2]
+        check_fitted(self, "encoder", variates, "variates")
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
         h = fan_in_projection(self.d_model, "encoder", self, variates)(x)
         h = h.astype(accumulator(h.dtype))  # what layers add to

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from ..layers.mixer import Mixer
 from ..mixers.mamba import Mamba
 from ..mixers.s4 import S4
-from ..shapes import Array, Bool, Float, Int, typed
+from ..shapes import Array, Bool, Float, Int, known, typed
 from ..sharded import check_whole
+from ._checks import check_fitted
 from .block import Stack
 
 READOUTS = ("last", "first")
@@ -34,7 +35,7 @@ class HiSS(nn.Module):
     defaults are the best for most of the authors' tasks.
 
     Raises:
-      ValueError: `chunk` is below 1, or x is no whole number of chunks.
+      ValueError: `chunk` is below 1, x is no whole number of chunks, or of other channels than the parameters are for.
       NotImplementedError: time is split over devices.
     """
 
@@ -65,13 +66,22 @@ class HiSS(nn.Module):
 
     @typed
     def prefill(self, x: Float[Array, "B L F"], state: HiSSState) -> tuple[Float[Array, "B n _"], HiSSState]:
-        """Whole chunks that go on from a state at the border of two."""
+        """Whole chunks that go on from a state at the border of two.
+
+        Raises:
+          ValueError: the state is inside a chunk, where that is known, as it is outside `jit`.
+        """
+        if (position := known(state.position)) is not None and position.any():
+            raise ValueError(
+                f"state.position={position}; HiSS.prefill goes on from 0, at the border of two chunks: step to it."
+            )
         y, high = self._read(x, state.high)
         return y, state._replace(high=high)
 
     @typed
     def step(self, x: Float[Array, "B F"], state: HiSSState) -> tuple[Float[Array, "B _"], Bool[Array, ""], HiSSState]:
         """`(y, done, state)` after one sample: y is an output where it is `done` with a chunk, else zeros."""
+        check_fitted(self, "embed", x.shape[1], "channels")
         fresh = self.init_state(x.shape[0], max_length=0).low
         low = jax.tree.map(
             lambda new, old: jnp.where(state.position == 0, new.astype(old.dtype), old), fresh, state.low
@@ -100,6 +110,7 @@ class HiSS(nn.Module):
         (_, width), _ = self._slots()
         if length % self.chunk:
             raise ValueError(f"x has {length} samples; HiSS(chunk={self.chunk}) takes whole chunks: pad or cut them.")
+        check_fitted(self, "embed", features, "channels")
         chunks = self.embed(x.reshape(-1, self.chunk, features))
         last = _run(self.low_model, chunks, None)[0][:, -1].reshape(batch, -1, width)
         y, high = _run(self.high_model, self.feature(last), high)
@@ -119,7 +130,8 @@ class FlatRegressor(nn.Module):
     At the "last" sample of each chunk it has seen what HiSS has; at the "first", the authors' readout, k − 1 less.
 
     Raises:
-      ValueError: `chunk` is below 1, x is no whole number of chunks, or the readout is unknown.
+      ValueError: `chunk` is below 1, x is no whole number of chunks, or of other channels than the parameters are for;
+        the readout is unknown.
     """
 
     outputs: int
@@ -141,6 +153,7 @@ class FlatRegressor(nn.Module):
         if self.chunk < 1 or x.shape[1] % self.chunk:
             raise ValueError(f"x has {x.shape[1]} samples; FlatRegressor(chunk={self.chunk}) takes whole chunks.")
         check_whole("FlatRegressor", "give every device whole sequences")
+        check_fitted(self, "embed", x.shape[2], "channels")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = nn.Dense(self.d_model, name="embed", **dtypes)(x)
         h, _ = _run(self.model(d_model=self.d_model, name="model", **dtypes), h, None)

@@ -10,6 +10,7 @@ from ..layers.mlp import MLP
 from ..layers.projection import fan_in_projection
 from ..layers.self_attention import SelfAttention
 from ..shapes import Array, Float, accumulator, typed
+from ._checks import check_fitted, check_horizon, check_window
 from .block import Slot, Stack
 
 
@@ -37,10 +38,15 @@ class ITransformer(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B L V"], marks: Float[Array, "B L C"] | None = None) -> Float[Array, "B S V"]:
-        """The lookback `B L V`, and marks of its times `B L C`, to the forecast `B horizon V`."""
-        if self.horizon < 1:
-            raise ValueError(f"horizon={self.horizon} must be at least 1.")
+        """The lookback `B L V`, and marks of its times `B L C`, to the forecast `B horizon V`.
+
+        Raises:
+          ValueError: `horizon` is below 1, or x has no variate, or another lookback than the parameters are for.
+        """
+        check_horizon(self)
+        check_window(x, "ITransformer")
         variates, length = x.shape[2], x.shape[1]
+        check_fitted(self, "encoder", length, "steps")
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
         x = x if marks is None else jnp.concatenate([x, marks.astype(x.dtype)], axis=2)
         dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
