@@ -239,7 +239,7 @@ def schooled(run: Run[Config], task: str, name: str) -> dict[str, Any]:
 def timescales(config: Config, params) -> dict[str, float]:
     """τ of the units, of their activity (the median) and of its mean, and the spectral radius of W.
 
-    Below a step τ of an activity is not resolved: then it says that lag 1 has nothing left.
+    From lag 1 on: lag 0 holds what the bit of each step adds at once, which hides what is slow.
     """
     W = np.asarray(params["params"]["recurrent_kernel"], np.float64)
     radius = np.abs(np.linalg.eigvals(W - np.diag(np.diag(W)))).max()
@@ -249,7 +249,7 @@ def timescales(config: Config, params) -> dict[str, float]:
 
     def remembered(rows):
         try:
-            return autocorrelation_timescale(rows, config.max_lag).tau
+            return autocorrelation_timescale(rows, config.max_lag, least_lag=1).tau
         except RuntimeError:  # no fit is found
             return float("nan")
 

@@ -237,6 +237,15 @@ def test_bfloat16(name, built):
     assert_close(y, jax.jit(module.apply)(params, x), "mixer bfloat16")
 
 
+@pytest.mark.parametrize("name", by_default(["LSTM", "ICLRNN", "RWKV7", "S5"], MIXERS))
+def test_parameters_may_be_bfloat16(name):
+    """They are drawn, though matrix factors are of wider numbers, and none is another float."""
+    module = MIXERS[name].build(param_dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # inputs are float32, and win
+        lowered = jax.jit(module.init).lower(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
+    assert {x.dtype for x in jax.tree.leaves(lowered.out_info)} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("name", FULL_MIXERS)
 def test_state(name, built):
     """Made without parameters, and of a recurrent mixer as large for a million tokens as for one."""

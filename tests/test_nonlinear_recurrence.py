@@ -92,6 +92,23 @@ def test_chaos_falls_back():
     assert all(np.isfinite(x).all() for x in slopes)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_gradients_behind_chaos_are_the_loops(split):
+    """Products of J over 900 tokens overflow, and a restart makes 0 · ∞ of them; also with time over devices."""
+    xs = 0.01 + 1e-3 * jax.random.uniform(jax.random.key(0), (1, 1024, 1))
+    ids = (jnp.arange(1024)[None] >= 900).astype(jnp.int32)
+    weight = jnp.zeros((1, 1024, 1)).at[:, 900:905].set(1.0)
+
+    cell, start = lambda h, x: 3.9 * h * (1 - h) + x, jnp.full((1, 1), 0.3)
+    states = lambda xs, ids, impl: nonlinear_recurrence(cell, xs, start, segment_ids=ids, impl=impl)[0]
+    solve = partial(states, impl="parallel")
+    if split:
+        mesh, time = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,)), P(None, "sequence")
+        solve = jax.shard_map(solve, mesh=mesh, in_specs=(time, time), out_specs=time)
+    slope = lambda f: jax.jit(jax.grad(lambda xs: jnp.sum(weight * f(xs, ids) ** 2)))(xs)
+    assert_close(slope(solve), slope(partial(states, impl="sequential")), 1e-4)
+
+
 @pytest.mark.parametrize("jacobian", ["full", "diagonal"])
 def test_chaos_over_few_tokens_falls_back(jacobian):
     """A step a token would end, in a trajectory that rounding has turned away from the loop's."""

@@ -256,7 +256,7 @@ def test_wrong_fields_are_named():
     for module, message in (
         (LeakyRNN(4, leak="both"), "leak='both'; LeakyRNN takes 'inside' or 'outside'"),
         (LeakyRNN(4, slope=-0.1), "slope=-0.1; LeakyRNN takes 0 to 1"),
-        (LeakyRNN(4, fixed_tau=0.5), "fixed_tau=0.5; LeakyRNN takes 1 or more, or None"),
+        (LeakyRNN(4, fixed_tau=0.5), "fixed_tau=0.5; LeakyRNN takes a number from 1 on, or None"),
         (LeakyRNN(4, recurrent_init=low_rank(normal(), 5)), r"rank=5; of a matrix of shape \(4, 4\) it is 1 to 4"),
         (ICLRNN(4, hidden_sizes=()), r"hidden_sizes=\(\); ICLRNN takes one or more layers"),
     ):

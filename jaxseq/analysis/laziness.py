@@ -43,8 +43,12 @@ def representation_alignment(before: Float[np.ndarray, "M N"], after: Float[np.n
     """Of the Gram matrices of M states, before and after training.
 
     Raises:
-      ValueError: as `gram_alignment`.
+      ValueError: as `gram_alignment`, or shapes differ.
     """
+    if np.shape(before) != np.shape(after):
+        raise ValueError(
+            f"before has shape {np.shape(before)}, after {np.shape(after)}; they are states of one network."
+        )
     gram = lambda states: np.asarray(states, np.float64) @ np.asarray(states, np.float64).T
     return gram_alignment(gram(before), gram(after))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..shapes import accumulator
 from .hippo import clipped, eigenbasis, hippo
 
 
@@ -75,6 +76,16 @@ def log_of_uniform(low: float, high: float):
     return initialise
 
 
+def drawn_wide(base: Callable):
+    """An initialiser: what `base` draws in at least float32, rounded: matrix factors are of no narrower numbers."""
+
+    def initialise(key, shape, dtype=jnp.float32):
+        drawn = base(key, shape, accumulator(dtype))
+        return drawn if dtype == accumulator(dtype) else drawn.astype(dtype)
+
+    return initialise
+
+
 def low_rank(base: Callable, rank: int):
     """An initialiser: what `base` draws, cut to its `rank` largest singular values, at its Frobenius norm.
 
@@ -91,4 +102,4 @@ def low_rank(base: Callable, rank: int):
         scale = jnp.linalg.norm(values) / jnp.linalg.norm(values[:rank])
         return (scale * U[:, :rank] * values[None, :rank]) @ V[:rank]
 
-    return initialise
+    return drawn_wide(initialise)

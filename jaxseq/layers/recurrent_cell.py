@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ..ops.nonlinear_recurrence import Cell, nonlinear_recurrence
 from ..shapes import accumulator
+from .initialisers import drawn_wide
 
 
 def recurrent(module: Any, cell: Cell, xs, state, segment_ids):
@@ -30,7 +31,9 @@ def recurrent_kernel(module: nn.Module, name: str, width: int, gates: int):
 
     def initialise(key, shape, dtype=jnp.float32):
         keys = jax.random.split(key, gates)
-        return jnp.concatenate([nn.initializers.orthogonal()(k, (width, width), dtype) for k in keys], axis=1)
+        return jnp.concatenate(
+            [drawn_wide(nn.initializers.orthogonal())(k, (width, width), dtype) for k in keys], axis=1
+        )
 
     kernel = module.param(name, initialise, (width, gates * width), module.param_dtype)  # type: ignore[attr-defined]
     return kernel.astype(accumulator(kernel.dtype))

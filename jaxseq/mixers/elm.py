@@ -145,7 +145,7 @@ class ELM(Mixer):
         if self.routing == "random":
             return np.random.default_rng(D).integers(D, size=branches * size), np.ones(branches * size, bool)
         k = np.arange(D)
-        halves = k // 2 + (k % 2) * (D // 2)
+        halves = k // 2 + (k % 2) * -(-D // 2)
         places = (-(-D // branches) * np.arange(branches)[:, None] + np.arange(size)).ravel()
         return halves[np.minimum(places, D - 1)], places < D
 
@@ -159,8 +159,8 @@ class ELM(Mixer):
         for name, value in (("num_memory", self.num_memory), ("num_branches", branches)):
             if value < 1:
                 raise ValueError(f"{name}={value}; ELM takes 1 or more.")
-        if not self.max_tau > 1:
-            raise ValueError(f"max_tau={self.max_tau}; ELM takes more than 1.")
+        if not 1 < self.max_tau < np.inf:
+            raise ValueError(f"max_tau={self.max_tau}; ELM takes a number above 1.")
         above_zero(self, "trace_tau", "step_size", "update_scale")
         if self.routing == "none":
             if self.d_model % branches or self.branch_size not in (None, self.d_model // branches):

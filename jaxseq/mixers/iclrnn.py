@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ..layers.initialisers import drawn_wide
 from ..layers.mixer import Mixer
 from ..layers.recurrent_cell import recurrent
 from ..shapes import Array, Float, Int, accumulator, known, typed
@@ -50,7 +52,7 @@ class ICLRNN(Mixer):
         h, after = jnp.concatenate([x, -x], axis=-1).astype(accumulator(x.dtype)), []
         for n, (width, before) in enumerate(zip(self._widths(), state.layers, strict=True)):
             W = wide(f"layer_{n}_in_kernel", small, h.shape[-1], width)
-            U = wide(f"layer_{n}_recurrent_kernel", nn.initializers.orthogonal(0.1), width, width)
+            U = wide(f"layer_{n}_recurrent_kernel", drawn_wide(nn.initializers.orthogonal(0.1)), width, width)
             b = wide(f"layer_{n}_bias", nn.initializers.zeros, width)
             cell = lambda h, x, U=U: jax.nn.relu(x + h @ U)
             h, last = recurrent(self, cell, h @ W + b[None, None], before, segment_ids)
@@ -82,7 +84,8 @@ class ICLRNN(Mixer):
         W⁺ = max(W, 0). Always, as the authors do: a kernel of smaller norm grows to it too.
 
         Raises:
-          ValueError: `margin` is not above 0, there is no such kernel, or one is known to have nothing above 0 left.
+          ValueError: `margin` is not above 0, there is no such kernel, or one is known to have nothing above 0 left or
+            weights that are not finite.
         """
         if not margin > 0:
             raise ValueError(f"margin={margin}; contracted takes a number above 0.")
@@ -90,10 +93,15 @@ class ICLRNN(Mixer):
         def one(name, W):
             if not name.endswith(KERNELS):
                 return W
-            if (values := known(W)) is not None and not (values > 0).any():
-                raise ValueError(f"{name} has no weight above 0: contracted would leave zeros, which no step moves.")
-            W = jnp.maximum(W, 0)
-            return W / (jnp.linalg.norm(W, 2, axis=(-2, -1), keepdims=True) + margin).astype(W.dtype)
+            if (values := known(W)) is not None:
+                if not np.isfinite(values).all():
+                    raise ValueError(f"{name} has weights that are no finite numbers.")
+                if not (values > 0).any():
+                    raise ValueError(
+                        f"{name} has no weight above 0: contracted would leave zeros, which no step moves."
+                    )
+            positive = jnp.maximum(W, 0).astype(accumulator(W.dtype))
+            return (positive / (jnp.linalg.norm(positive, 2, axis=(-2, -1), keepdims=True) + margin)).astype(W.dtype)
 
         return _by_name(one, params)
 

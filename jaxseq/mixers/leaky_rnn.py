@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..layers.initialisers import symmetric_uniform
 from ..layers.mixer import Mixer
@@ -76,8 +77,8 @@ class LeakyRNN(Mixer):
             raise ValueError(f"leak={self.leak!r}; LeakyRNN takes {' or '.join(map(repr, LEAKS))}.")
         if not 0 <= self.slope <= 1:
             raise ValueError(f"slope={self.slope}; LeakyRNN takes 0 to 1.")
-        if self.fixed_tau is not None and not self.fixed_tau >= 1:
-            raise ValueError(f"fixed_tau={self.fixed_tau}; LeakyRNN takes 1 or more, or None.")
+        if self.fixed_tau is not None and not 1 <= self.fixed_tau < np.inf:
+            raise ValueError(f"fixed_tau={self.fixed_tau}; LeakyRNN takes a number from 1 on, or None.")
         inputs = fan_in_projection(self.d_model, "in_proj", self, self.d_model)(x)
         one_to_two = lambda key, shape, dtype: 1 + jax.random.uniform(key, shape, dtype)
         learned = lambda: self.param("tau", one_to_two, (self.d_model,), self.param_dtype)

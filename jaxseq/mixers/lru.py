@@ -46,7 +46,9 @@ class LRU(Mixer):
         nu = param("nu_log", self._initial_nu, N)
         theta = param("theta_log", self._initial_theta, N)
         decay = jnp.exp(jax.lax.complex(-jnp.exp(nu), jnp.exp(theta)))
-        gamma = param("gamma_log", lambda *_: 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu))), N)
+        gamma = param(
+            "gamma_log", lambda _, shape, dtype: (0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu)))).astype(dtype), N
+        )
         B = param("B", nn.initializers.normal((2 * H) ** -0.5), N, H, 2) * jnp.exp(gamma)[:, None, None]
         C = param("C", nn.initializers.normal(N**-0.5), H, N, 2)
         D = param("D", nn.initializers.normal(1.0), H)

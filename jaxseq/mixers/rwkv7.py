@@ -11,7 +11,7 @@ from flax.linen.initializers import constant, orthogonal, zeros
 
 from .. import ops
 from ..layers.head_norm import head_norm
-from ..layers.initialisers import symmetric_uniform
+from ..layers.initialisers import drawn_wide, symmetric_uniform
 from ..layers.low_rank import low_rank
 from ..layers.mixer import Mixer, at_least
 from ..layers.normalised import unit
@@ -95,7 +95,7 @@ class RWKV7(Mixer):
             for name, bound, x in (("r", 0.5, x_r), ("k", 0.05, x_k), ("v", 0.5, x_v))
         )
         decay_rank, a_rank, value_rank, gate_rank = self._ranks()
-        lift = partial(low_rank, module=self, features=D, down_init=zeros, up_init=orthogonal(0.1))
+        lift = partial(low_rank, module=self, features=D, down_init=zeros, up_init=drawn_wide(orthogonal(0.1)))
         from_start: Callable[..., Any] = lambda bias: dict(use_bias=True, bias_init=constant(bias))
         a = nn.sigmoid(lift("a", rank=a_rank, **from_start(self._first_a()))(x_a))
         w = lift("decay", rank=decay_rank, activation=nn.tanh, **from_start(self._first_decays()))(x_w)

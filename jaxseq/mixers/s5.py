@@ -10,7 +10,7 @@ import numpy as np
 from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS, gated_output
 from ..layers.hippo import eigenbasis, hippo
-from ..layers.initialisers import log_uniform
+from ..layers.initialisers import drawn_wide, log_uniform
 from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, parameter, zeroed
 from ..ops.state_space import DISCRETISATIONS
 from ..shapes import Array, Bool, Complex, Float, Int, accumulator, promoted, typed
@@ -109,7 +109,7 @@ class S5(StateSpace):
         N = len(eigenvalues)
         re, im = param("Lambda_re", start(eigenvalues.real), N), param("Lambda_im", start(eigenvalues.imag), N)
         step = self.rate * jnp.exp(param("log_step", log_uniform(self.dt_min, self.dt_max), N, 1))
-        B, C = param("B", initial_B, N, H, 2), param("C", initial_C, H, directions * N, 2)
+        B, C = param("B", drawn_wide(initial_B), N, H, 2), param("C", drawn_wide(initial_C), H, directions * N, 2)
         D = param("D", nn.initializers.normal(1.0), H)
         Lambda = jax.lax.complex(jnp.minimum(re, -1e-4) if self.clip else re, im)[:, None]
         B, C = as_complex(B), as_complex(C)

@@ -154,7 +154,7 @@ def parallel(cell: Cell, xs, state, newton: Newton, guess, size: int):
             # What comes along is of floats: a derivative of integers is none that `custom_root` would take.
             return lax.cond(error <= 1, lambda: h, step_by_step), (count.astype(h.dtype), error)
 
-        h, done = lax.custom_root(residual, guess, solve, partial(_linear_solve, newton), has_aux=True)
+        h, done = lax.custom_root(residual, guess, solve, _linear_solve, has_aux=True)
         return own(on_last(h[:, -1])), (h, done)
 
     _, (h, (count, error)) = lax.scan(block, flat(state), scan.split_chunks((xs, guess), size))
@@ -199,28 +199,51 @@ def _iterate(newton: Newton, residual: Callable, guess):
     return lax.while_loop(going, step, start)[:3]
 
 
-def _bidiagonal(newton: Newton, matvec: Callable, b, *, reverse: bool = False):
-    """(I − J)⁻¹ b by a scan, where matvec is I − J, and its blocks J_t are found by what it does to unit vectors.
-
-    In reverse, for the transposed of such a map: what it does to the same vectors is J_{t+1}ᵀ.
-    """
+def _bidiagonal(newton: Newton, matvec: Callable, b):
+    """(I − J)⁻¹ b by a scan, where matvec is I − J, and its blocks J_t are found by what it does to unit vectors."""
     N, keep = b.shape[-1], 1 - newton.damping
-    like = lambda x: zeros_from(b, x.shape, x.dtype, plus=x)
-    if newton.jacobian == "diagonal":
-        unit = lambda n: like(jnp.broadcast_to(jax.nn.one_hot(n, N, dtype=b.dtype), b.shape))
-        diagonal = lax.map(lambda n: keep * (1 - matvec(unit(n))[..., n]), jnp.arange(N))
-        return linear_recurrence(jnp.moveaxis(diagonal, 0, -1), b, reverse=reverse)[0]
-    units = like(jnp.broadcast_to(jnp.eye(N, dtype=b.dtype)[:, None, None], (N, *b.shape)))
-    J = jnp.moveaxis(keep * (units - jax.vmap(matvec)(units)), 0, -1)
+    if newton.jacobian == "full":
+        return _scanned(MatrixAffine(keep * _blocks(matvec, b), b))
+    unit = lambda n: _as(b, jnp.broadcast_to(jax.nn.one_hot(n, N, dtype=b.dtype), b.shape))
+    diagonal = lax.map(lambda n: keep * (1 - matvec(unit(n))[..., n]), jnp.arange(N))
+    return linear_recurrence(jnp.moveaxis(diagonal, 0, -1), b)[0]
+
+
+def _blocks(matvec: Callable, b):
+    """J_t `B T N N`, of the transposed of such a map J_{t+1}ᵀ."""
+    N = b.shape[-1]
+    units = _as(b, jnp.broadcast_to(jnp.eye(N, dtype=b.dtype)[:, None, None], (N, *b.shape)))
+    return jnp.moveaxis(units - jax.vmap(matvec)(units), 0, -1)
+
+
+def _as(like, x):
+    """x, which differs from device to device where `like` does."""
+    return zeros_from(like, x.shape, x.dtype, plus=x)
+
+
+def _scanned(maps: MatrixAffine, *, reverse: bool = False):
     run = sharded if is_split() else scan.parallel
-    return run(matrix_affine, MatrixAffine(J, b), jnp.zeros_like(b[:, 0]), reverse=reverse)[0]
+    return run(matrix_affine, maps, jnp.zeros_like(maps.inputs[:, 0]), reverse=reverse)[0]
 
 
-def _linear_solve(newton: Newton, matvec: Callable, b):
-    """`_bidiagonal` for derivatives, exact whatever the Jacobian of the steps was."""
-    exact = newton._replace(jacobian="full", damping=0.0)
-    forward, backward = (lambda f, b, r=reverse: _bidiagonal(exact, f, b, reverse=r) for reverse in (False, True))
-    return lax.custom_linear_solve(matvec, b, forward, backward)
+def _in_turn(maps: MatrixAffine, *, reverse: bool):
+    """The same map after map, device after device: no products of J are made, which overflow where states do not."""
+    zero = jnp.zeros_like(maps.inputs[:, 0])
+    run = lambda state: scan.sequential(matrix_affine, maps, state, reverse=reverse)
+    after = lambda _, state: halo(run(state)[1][:, None], zero[:, None], reverse=reverse)[:, 0]
+    return run(lax.fori_loop(1, devices(), after, zero))[0]
+
+
+def _linear_solve(matvec: Callable, b):
+    """(I − J)⁻¹ b for derivatives, exact whatever the steps were; in turn where the scan overflows, as in chaos."""
+
+    def solved(matvec, b, *, reverse: bool):
+        maps = MatrixAffine(_blocks(matvec, b), b)
+        x = _scanned(maps, reverse=reverse)
+        overflown = largest_anywhere(jnp.where(jnp.isfinite(x), 0, 1)) > 0
+        return lax.cond(overflown, lambda: _in_turn(maps, reverse=reverse), lambda: x)
+
+    return lax.custom_linear_solve(matvec, b, partial(solved, reverse=False), partial(solved, reverse=True))
 
 
 def _length(xs) -> int:
@@ -283,7 +306,7 @@ def _checked(xs, jacobian, damping, tolerance, max_iterations, block_size) -> in
         raise ValueError(f"jacobian={jacobian!r}; choose {' or '.join(map(repr, JACOBIANS))}.")
     if not 0 <= damping <= 1:
         raise ValueError(f"damping={damping}; nonlinear_recurrence takes 0 to 1.")
-    if tolerance is not None and tolerance <= 0:
+    if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance={tolerance} must be above 0, or None.")
     for name, value in (("max_iterations", max_iterations), ("block_size", block_size)):
         if value is not None and value < 1:

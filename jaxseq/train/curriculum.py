@@ -12,8 +12,9 @@ class Curriculum:
     """Levels `first` to `last`, one after the other, with the `window` − 1 before it (arXiv 2309.12927, section 2).
 
     All before it where `window` is None (the paper's multi-head), none where it is 1 (single-head). A level is
-    mastered where its accuracy, and the mean of those trained with it, are above `threshold`; a level above `last`
-    stands for all being mastered. Methods are pure, of arrays or numbers.
+    mastered where its accuracy, and the mean of those trained with it, are above `threshold`; then the next one is
+    trained, and the lowest of the window no more. A level above `last` stands for all being mastered. Methods are pure,
+    of arrays or numbers.
     """
 
     first: int
