@@ -33,11 +33,17 @@ def test_dropping_keeps_the_mean():
     np.testing.assert_array_equal(none, whole)
 
 
-def test_segments_are_apart():
-    module, params, x = made(6)
-    ids = jnp.asarray([[0, 0, 0, 1, 1, 1]])
-    alone = [module.apply(params, part) for part in (x[:, :3], x[:, 3:])]
-    np.testing.assert_allclose(module.apply(params, x, ids), np.concatenate(alone, axis=1), atol=1e-6)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_segments_are_apart(dropout):
+    """Also where weights are dropped, which is another way to compute them."""
+    module, params, x = made(6, dropout=dropout)
+    ids, rngs = jnp.asarray([[0, 0, 0, 1, 1, 1]]), {"dropout": jax.random.key(3)}
+    later = lambda x: module.apply(params, x, ids, rngs=rngs)[:, 3:].sum()
+    slope = jax.grad(later)(x)
+    assert (slope[:, :3] == 0).all() and (slope[:, 3:] != 0).any()
+    if dropout == 0:
+        alone = [module.apply(params, part) for part in (x[:, :3], x[:, 3:])]
+        np.testing.assert_allclose(module.apply(params, x, ids), np.concatenate(alone, axis=1), atol=1e-6)
 
 
 def test_heads_that_do_not_divide_are_named():

@@ -1,5 +1,6 @@
 """Attention of all tokens to all, whatever their order."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -37,15 +38,13 @@ class SelfAttention(nn.Module):
         project = lambda name, x: fan_in_projection(self.d_model, name, self, self.d_model)(x)
         heads = lambda name: project(name, x).reshape(*x.shape[:2], self.num_heads, -1)
         q, k, v = (heads(f"{name}_proj") for name in "qkv")
-        if self.dropout and self.has_rng("dropout"):
-            o = self._dropping(q, k, v, segment_ids)
-        else:
-            o = softmax_attention(q, k, v, causal=False, segment_ids=segment_ids)
-        dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
-        return dropped(project("out_proj", o.reshape(x.shape)))
+        drops = self.dropout > 0 and self.has_rng("dropout")
+        attend = self._with_weights_dropped if drops else partial(softmax_attention, causal=False)
+        o = attend(q, k, v, segment_ids=segment_ids)
+        return nn.Dropout(self.dropout, deterministic=not drops)(project("out_proj", o.reshape(x.shape)))
 
-    def _dropping(self, q, k, v, segment_ids):
-        """With all weights at once, of which some are dropped."""
+    def _with_weights_dropped(self, q, k, v, *, segment_ids):
+        """All weights at once: they have to be there to be dropped."""
         check_whole("SelfAttention", "give every device whole sequences where it drops weights")
         logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator(q.dtype)) / q.shape[-1] ** 0.5
         if segment_ids is not None:
