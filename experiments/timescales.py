@@ -14,10 +14,12 @@ Expect  Of matches, three seeds: both master N = 5 and 6 after 4 and 5 epochs; o
 Run     python -m experiments.timescales [--preset cpu|gpu] [--tasks parity,match]
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -212,9 +214,9 @@ def schooled(run: Run[Config], task: str, name: str) -> dict[str, Any]:
     curriculum = Curriculum(2, config.last, CURRICULA[name])
     school = schooling(config, task, curriculum)
     key = jax.random.key(config.seed)
-    learners = jax.jit(ensemble_init(school.start, config.seeds))(key)
-    rows: list[dict[str, Any]] = []
-    for epoch in range(1, train.epochs + 1):
+    path = run.checkpoints / f"{task}-{name}.npz"
+    learners, rows, done = taken_up(path, jax.jit(ensemble_init(school.start, config.seeds))(key))
+    for epoch in range(done + 1, train.epochs + 1):
         before = np.asarray(learners.level)
         if before.min() > config.last:
             break
@@ -229,11 +231,20 @@ def schooled(run: Run[Config], task: str, name: str) -> dict[str, Any]:
             row |= {"first": right[0], "accuracies": right} | timescales(config, members(learners.params)[seed])
             rows.append(row)
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        write_arrays(path, named_leaves(learners) | {"epoch": epoch, "rows": json.dumps(rows)})
         metrics = {"loss": float(loss.mean()), "accuracy": float(accuracy[:, 0].mean())}
         metrics["level"] = float(np.mean(learners.level))
         run.record(epoch * train.steps, f"train/{task}-{name}", metrics)
-    write_arrays(run.checkpoints / f"{task}-{name}.npz", named_leaves(learners.params))
     return {"rows": rows}
+
+
+def taken_up(path: Path, start: Learner) -> tuple[Learner, list[dict[str, Any]], int]:
+    """Learners, rows and epochs as the last epoch left them; all of one file, as they belong together."""
+    if not path.exists():
+        return start, [], 0
+    kept = read_arrays(path)
+    leaves = [jnp.asarray(kept[name]) for name in named_leaves(start)]
+    return jax.tree.unflatten(jax.tree.structure(start), leaves), json.loads(str(kept["rows"])), int(kept["epoch"])
 
 
 def timescales(config: Config, params) -> dict[str, float]:
@@ -281,7 +292,10 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
                 f"{task}: multi-head activity slows down": at("multi", 20, "network")
                 > max(1, at("multi", 5, "network")),
             }
-    saved = {path.name: read_arrays(path) for path in sorted(run.checkpoints.glob("*.npz"))}
+    saved = {
+        path.name: {name: x for name, x in read_arrays(path).items() if name.startswith("params/")}
+        for path in sorted(run.checkpoints.glob("*.npz"))
+    }
     run.finish(
         claim="multi-head curricula master all N and keep them, single-head ones forget",
         measured=measured,

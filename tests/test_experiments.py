@@ -19,7 +19,8 @@ from test_labelled import write_digits
 
 from experiments import anomaly, efficient_transformers, long_range, rich_lazy, timescales
 from jaxseq.data import Recording, mnist
-from jaxseq.train import Curriculum
+from jaxseq.train import Curriculum, Run
+from jaxseq.train.files import read_arrays
 from jaxseq.train.optimizer import STATE_SPACE
 
 ROOT = Path(__file__).parents[1]
@@ -482,7 +483,7 @@ def test_networks_read_digits_row_after_row(tmp_path):
 
 @pytest.mark.slow
 def test_timescales_of_networks_at_school(run, tmp_path):
-    """Both curricula at toy size; one that is finished is not taught again."""
+    """Both curricula at toy size; what is finished is not taught again."""
     command = ("experiments.timescales", "--preset", "debug", "--tasks", "match", "--out", str(tmp_path / "r"))
     done = run(*command)
     assert done.returncode == 0, done.stderr
@@ -497,11 +498,31 @@ def test_timescales_of_networks_at_school(run, tmp_path):
     taught = [tmp_path / "r" / "checkpoints" / f"match-{name}.npz" for name in ("single", "multi")]
     single, multi = (path.stat().st_mtime_ns for path in taught)
     assert run(*command).returncode == 0
-    assert taught[0].stat().st_mtime_ns == single and taught[1].stat().st_mtime_ns > multi
+    assert [path.stat().st_mtime_ns for path in taught] == [single, multi]
     again = json.loads((tmp_path / "r" / "result.json").read_text())
     assert again["parameters_digest"] == result["parameters_digest"]
     refused = run(*command[:3], "--tasks", "sums", "--out", str(tmp_path / "s"))
     assert refused.returncode == 2 and "none is called 'sums'; choose parity, match" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_curriculum_goes_on_after_its_last_epoch(tmp_path, monkeypatch):
+    """Stopped in the second of three epochs it ends as if unbroken."""
+    config = replace(timescales.PRESETS["debug"], train=timescales.TrainConfig(epochs=3, steps=2, batch_size=4))
+    whole, broken = (Run(config, "timescales", tmp_path / name) for name in ("whole", "broken"))
+    rows, record = timescales.schooled(whole, "match", "multi"), Run.record
+
+    def stopping(self, step, split, metrics):
+        if step == 4:
+            raise KeyboardInterrupt
+        record(self, step, split, metrics)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "record", stopping)
+        timescales.schooled(broken, "match", "multi")
+    assert timescales.schooled(broken, "match", "multi") == rows
+    ends = [read_arrays(run.checkpoints / "match-multi.npz") for run in (whole, broken)]
+    assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
 
 
 def test_networks_at_school_advance_one_by_one():
