@@ -99,6 +99,8 @@ class Config:
     """Steps that a model sees."""
     horizon: int = 24
     """Steps that it forecasts."""
+    horizons: tuple[int, ...] = ()
+    """More numbers of steps, each with models of its own. The claim, the plot and the forecast are of the first."""
     period: int = 24
     """Steps of the season that the seasonal rule repeats."""
     width: int = 128
@@ -127,6 +129,8 @@ class Config:
 
     def __post_init__(self):
         check_counts(self, "seeds", "lookback", "horizon", "period", "width", "depth", "heads", "cell_width", "states")
+        if any(n < 1 for n in self.horizons) or len({self.horizon, *self.horizons}) <= len(self.horizons):
+            raise ValueError(f"horizons={self.horizons} beside horizon={self.horizon}; each is 1 or more, and once.")
         if self.period > self.lookback:
             raise ValueError(f"period={self.period} must be at most lookback={self.lookback}.")
         check_positive(self, "chimera_learning_rate")
@@ -185,8 +189,8 @@ PRESETS = {
         train=TrainConfig(steps=400, batch_size=32, learning_rate=5e-4, weight_decay=0.0),
     ),
     "gpu": Config(
-        horizon=96, width=256, cell_width=64, states=16, seeds=3, halve_every_epoch=True, paper_mse=0.386,
-        data=DataConfig(borders="ett", marks=True),
+        horizon=96, horizons=(192, 336, 720), width=256, cell_width=64, states=16, seeds=3, halve_every_epoch=True,
+        paper_mse=0.386, data=DataConfig(borders="ett", marks=True),
         train=TrainConfig(steps=2640, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
     # Seconds: to see that everything works.
@@ -231,59 +235,80 @@ def errors(forecast: Callable, params, windows: Windows) -> dict[str, float]:
     return mean_metrics(partial(squares, forecast), params, windows.at, windows.number, size=256)
 
 
-def fitted(run: Run[Config], name: str, seed: int, series: Series):
+def fitted(run: Run[Config], config: Config, name: str, series: Series):
     """The parameters of a model; of a rule none, and of a linear map those of least error."""
     if name in NAIVE:
         return ()
-    config, model = replace(run.config, seed=seed), MODELS[name](run.config)
+    model = MODELS[name](config)
     if name in LINEAR:
         return model.solved(map(series.train.at, np.array_split(np.arange(series.train.number), 16)))
     first = jax.tree.map(jnp.asarray, arguments(config, name, series.train.at(np.arange(1))))
-    batches = series.train.batches(config.train.batch_size, seed)
+    batches = series.train.batches(config.train.batch_size, config.seed)
     loss = partial(squares, forecaster(config, name))
     # In the folder of this run, where a part that is finished is found and not trained again.
     of_seed = Run(config, run.experiment, run.folder)
     steps = optimizer(config, name, series.train)
     init = lambda key: model.init(key, *first)
-    return of_seed.fit(loss, init, batches, optimizer=steps, part=f"{name}-{seed}").params
+    return of_seed.fit(loss, init, batches, optimizer=steps, part=f"{name}-{config.horizon}-{config.seed}").params
 
 
 def measure(run: Run[Config]) -> None:
     config = run.config
     table = config.data.table(config.seed)
-    series = forecasting_series(
-        table, config.lookback, config.horizon, BORDERS[config.data.borders], marks=config.data.marks
-    )
     run.require_same(table=digest(table.values), columns=list(table.names))
+    found = []
+    for horizon in (config.horizon, *config.horizons):
+        borders, marks = BORDERS[config.data.borders], config.data.marks
+        series = forecasting_series(table, config.lookback, horizon, borders, marks=marks)
+        found.append((*compared(run, replace(config, horizon=horizon), series), series))
+    run.plot()
+    scores, params, series = found[0]
+    verdict(run, table, scores, params, series, [each for each, _, _ in found])
+
+
+def compared(run: Run[Config], config: Config, series: Series):
+    """Errors of all models at one horizon by seed, and the parameters of each one's last seed."""
     scores: dict[str, list[dict[str, float]]] = {}
     params = {}
-    print(f"{'model':<16}{'validation MSE':>15}{'test MSE':>10}{'test MAE':>10}")
+    print(f"{config.horizon:<4}{'model':<16}{'validation MSE':>15}{'test MSE':>10}{'test MAE':>10}")
     for name in config.names():
         for seed in range(config.seed, config.seed + (1 if name in (*NAIVE, *LINEAR) else config.seeds)):
-            params[name] = fitted(run, name, seed, series)
+            params[name] = fitted(run, replace(config, seed=seed), name, series)
             test, validation = (
                 errors(forecaster(config, name), params[name], part) for part in (series.test, series.validation)
             )
             scores.setdefault(name, []).append(test | {"validation": validation["mse"]})
-            print(f"{name:<16}{validation['mse']:>15.4f}{test['mse']:>10.4f}{test['mae']:>10.4f}", flush=True)
-            run.record(config.train.steps, f"test/{name}-{seed}", test | {"loss": test["mse"]})
-    run.plot()
-    over_seeds = lambda key, f: {name: float(f([row[key] for row in rows])) for name, rows in scores.items()}
-    mean = lambda key: over_seeds(key, np.mean)
-    best = min(mean("validation"), key=mean("validation").__getitem__)
+            print(f"{'':<4}{name:<16}{validation['mse']:>15.4f}{test['mse']:>10.4f}{test['mae']:>10.4f}", flush=True)
+            run.record(config.train.steps, f"test/{name}-{config.horizon}-{seed}", test | {"loss": test["mse"]})
+    return scores, params
+
+
+def verdict(run: Run[Config], table: Table, scores, params, series: Series, every: list[dict]) -> None:
+    """Of the first horizon, and errors of all."""
+    config = run.config
+    over = lambda rows, key, f=np.mean: {
+        name: float(f([row[key] for row in of_model])) for name, of_model in rows.items()
+    }
+    mse, validation = over(scores, "mse"), over(scores, "validation")
+    best = min(validation, key=validation.__getitem__)
     write_forecast(run.folder / "forecast.csv", table, series, forecaster(config, best), params[best])
     shown = [name for name in dict.fromkeys((best, "itransformer", "last value")) if name in scores]
-    plot(run, series, {n: (forecaster(config, n), params[n]) for n in shown}, mean("mse"))
-    limits = asked(config, mean("mse"))
-    parts = {what: mean("mse")[model] <= most for what, (model, most) in limits.items()}
+    plot(run, series, {n: (forecaster(config, n), params[n]) for n in shown}, mse)
+    limits = asked(config, mse)
+    parts = {what: mse[model] <= most for what, (model, most) in limits.items()}
+    horizons = map(str, (config.horizon, *config.horizons))
     run.finish(
         claim=f"at most: {', '.join(limits) or 'nothing to compare'}",
-        measured={"mse": mean("mse"), "mae": mean("mae")},
-        baseline={name: value for name, value in mean("mse").items() if name not in CLAIMED},
+        measured={"mse": mse, "mae": over(scores, "mae")},
+        baseline={name: value for name, value in mse.items() if name not in CLAIMED},
         threshold={what: most for what, (_, most) in limits.items()},
         holds=bool(parts) and all(parts.values()),
         parts=parts,
-        spread={"mse": over_seeds("mse", np.std), "mae": over_seeds("mae", np.std)},
+        spread={key: over(scores, key, np.std) for key in ("mse", "mae")},
+        by_horizon={
+            n: {key: over(rows, key) for key in ("mse", "mae")} for n, rows in zip(horizons, every, strict=True)
+        },
+        mean_mse={name: float(np.mean([over(rows, "mse")[name] for rows in every])) for name in scores},
         parameters_digest=digest({name: params[name] for name in CLAIMED if name in params}),
         seeds=scores,
         best_on_validation=best,

@@ -319,11 +319,12 @@ def test_forecasting_of_ones_own_table(run, tmp_path):
     rows = [f"{str(hour).replace('T', ' ')},{100 + n % 24},{np.sin(n):.3f}" for n, hour in enumerate(hours)]
     table.write_text("\n".join(["date,load,oil", *rows]))
     command = ("experiments.forecasting", "--preset", "debug", "--data.csv", str(table), "--horizon", "6")
-    command = (*command, "--models", "season,rlinear,itransformer", "--data.marks")
+    command = (*command, "--models", "season,rlinear,itransformer", "--data.marks", "--horizons", "3")
     done = run(*command, "--out", str(out))
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "result.json").read_text())
     assert set(result["measured"]["mse"]) == {"season", "rlinear", "itransformer"}
+    assert result["by_horizon"]["6"]["mse"] == result["measured"]["mse"] and set(result["by_horizon"]) == {"6", "3"}
     with open(out / "forecast.csv") as file:
         forecast = list(csv.DictReader(file))
     assert [row["date"] for row in forecast][:2] == ["2020-01-13 12:00:00", "2020-01-13 13:00:00"]
