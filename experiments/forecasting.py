@@ -260,7 +260,7 @@ def measure(run: Run[Config]) -> None:
     for horizon in (config.horizon, *config.horizons):
         borders, marks = BORDERS[config.data.borders], config.data.marks
         series = forecasting_series(table, config.lookback, horizon, borders, marks=marks)
-        found.append((*compared(run, replace(config, horizon=horizon), series), series))
+        found.append((*compared(run, replace(config, horizon=horizon, horizons=()), series), series))
     run.plot()
     scores, params, series = found[0]
     verdict(run, table, scores, params, series, [each for each, _, _ in found])
