@@ -1,8 +1,8 @@
 """Which faster attention for which length: time, memory and quality of efficient attention and of recurrent mixers.
 
 Claim   Time and temporary memory of the linear ones grow with the length at most as T^1.15, forward and in training,
-        dense attention's time as T^1.5 or faster; it recalls 0.95. As in the survey's conclusion, sparse attention predicts better than
-        attention by kernels, kernels are the fastest, and a low rank is the lightest.
+        dense attention's time as T^1.5 or faster; it recalls 0.95. As in the survey's conclusion, sparse attention
+        predicts better than attention by kernels, kernels are the fastest, and a low rank is the lightest.
         All are given sinusoids, so that none is blind to order. Subsampled attention is timed as it trains, on random
         subsets of `budget` tokens, and read densely.
 Source  A practical survey on faster and lighter transformers (arXiv 2103.14636), and its closing comparison from the
