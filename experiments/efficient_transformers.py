@@ -7,9 +7,10 @@ Claim   Time and temporary memory of the linear ones grow with the length at mos
         subsets of `budget` tokens, and read densely.
 Source  A practical survey on faster and lighter transformers (arXiv 2103.14636), and its closing comparison from the
         Long Range Arena. All mixers see the whole sequence: recurrent ones read it both ways.
-Expect  Of the cpu preset: exponents of the linear ones 0.86 to 1.18 forward (BigBird), 0.95 to 1.17 in training
-        (RG-LRU), attention's 2.1 to 2.2. Bits of a hidden byte: windows 3.576, Performer 3.626, attention 3.614, Mamba2
-        2.760. Low rank is the fastest, sparse the lightest: the claim holds in part. 42 minutes on 2 busy CPU cores.
+Expect  Of the cpu preset: exponents of the linear ones 0.78 to 1.05 forward, 0.83 to 1.10 in training, attention's 2.0
+        (nothing beside). Bits of a hidden byte: windows 3.576, Performer 3.626, attention 3.614, Mamba2 2.760; recall
+        1.0 of attention, BigBird and Reformer, 0.53 of windows. Low rank is the fastest, sparse the lightest: the claim
+        holds in part. An hour on 2 CPU cores.
 Run     python -m experiments.efficient_transformers [--preset cpu|gpu|debug] [--mixers attention,bigbird,performer]
         The text is the Python standard library unless --data.path is given.
 """
