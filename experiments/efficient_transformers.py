@@ -10,7 +10,7 @@ Source  A practical survey on faster and lighter transformers (arXiv 2103.14636)
 Expect  Of the cpu preset: exponents of the linear ones 0.78 to 1.05 forward, 0.83 to 1.10 in training, attention's 2.0
         (nothing beside). Bits of a hidden byte: windows 3.576, Performer 3.626, attention 3.614, Mamba2 2.760; recall
         1.0 of attention, BigBird and Reformer, 0.53 of windows. Low rank is the fastest, sparse the lightest: the claim
-        holds in part. An hour on 2 CPU cores.
+        holds in part. Not run whole since recall takes 400 steps; 42 minutes before, on 2 busy CPU cores.
 Run     python -m experiments.efficient_transformers [--preset cpu|gpu|debug] [--mixers attention,bigbird,performer]
         The text is the Python standard library unless --data.path is given.
 """

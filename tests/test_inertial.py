@@ -77,7 +77,7 @@ def test_what_is_missing_or_too_small_is_named(tmp_path):
     body = gzip.compress(b"1,2,3,4,5,6,7\n" * 500)
     for damaged in (b"no gzip", body[:20] + b"\xff" * 20 + body[40:], body[:-9]):
         (tmp_path / "imu0_data.csv.gz").write_bytes(damaged)
-        with pytest.raises(ValueError, match="imu0_data.csv.gz is no CSV table"):
+        with pytest.raises(ValueError, match="imu0_data.csv.gz is damaged"):
             inertial_motion(tmp_path)
 
 

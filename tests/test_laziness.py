@@ -65,6 +65,8 @@ def test_alignment_is_one_of_itself_whatever_the_order():
     assert representation_alignment(H, 3 * H) == pytest.approx(1)
     assert representation_alignment(H[order], other[order]) == pytest.approx(representation_alignment(H, other))
     assert 0 < representation_alignment(H, other) < 1
+    with pytest.raises(ValueError, match="they are states of one network"):
+        representation_alignment(H, other[:, 1:])
 
 
 def test_the_tangent_kernel_of_a_linear_map_is_the_gram_matrix_of_its_probes():

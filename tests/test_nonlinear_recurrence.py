@@ -279,6 +279,7 @@ def test_wrong_arguments_are_named():
         ("jacobian", "block"): "jacobian='block'; choose 'full' or 'diagonal'",
         ("damping", 2.0): "damping=2.0",
         ("tolerance", 0.0): "tolerance=0.0 must be above 0",
+        ("tolerance", float("nan")): "tolerance=nan must be above 0",
         ("max_iterations", 0): "max_iterations=0 must be at least 1",
         ("block_size", 0): "block_size=0 must be at least 1",
     }.items():

@@ -255,6 +255,7 @@ def test_wrong_fields_are_named():
     x = jnp.zeros((1, 3, 4))
     for module, message in (
         (LeakyRNN(4, leak="both"), "leak='both'; LeakyRNN takes 'inside' or 'outside'"),
+        (LeakyRNN(4, fixed_tau=np.inf), "fixed_tau=inf; LeakyRNN takes a number from 1 on, or None"),
         (LeakyRNN(4, slope=-0.1), "slope=-0.1; LeakyRNN takes 0 to 1"),
         (LeakyRNN(4, fixed_tau=0.5), "fixed_tau=0.5; LeakyRNN takes a number from 1 on, or None"),
         (LeakyRNN(4, recurrent_init=low_rank(normal(), 5)), r"rank=5; of a matrix of shape \(4, 4\) it is 1 to 4"),
@@ -269,6 +270,13 @@ def test_wrong_fields_are_named():
         ICLRNN.contracted({"kernel": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match="out_kernel has no weight above 0"):
         ICLRNN.contracted({"out_kernel": -jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match="out_kernel has weights that are no finite numbers"):
+        ICLRNN.contracted({"out_kernel": jnp.asarray([[1.0, np.nan]])})
+
+
+def test_interleaved_branches_of_an_odd_width_read_every_channel():
+    channels, there = ELM(5, num_branches=2, branch_size=3, routing="interleaved")._routes()
+    assert sorted(channels[there]) == list(range(5))
 
 
 @recorded
@@ -326,6 +334,7 @@ def test_time_constants_start_spread_and_are_learned_if_told():
         ({"num_branches": 3}, "num_branches=3 of branch_size=None"),
         ({"num_branches": 2, "routing": "random"}, "branch_size=None; ELM with routing"),
         ({"max_tau": 1.0}, "max_tau=1.0"),
+        ({"max_tau": np.inf}, "max_tau=inf; ELM takes a number above 1"),
         ({"step_size": 0.0}, "step_size=0.0; ELM takes a number above 0"),
         (
             {"num_branches": 2, "branch_size": 1, "routing": "interleaved"},

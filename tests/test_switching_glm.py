@@ -238,7 +238,7 @@ BAD = {
     "time": (lambda f: spike_counts(table(f, "neuron,trial,time_s\n1,1,-2\n"), bin_seconds=0.1), "line 2: time_s='-2'"),
     "no spikes": (lambda f: spike_counts(table(f, "neuron,trial,time_s\n"), bin_seconds=0.1), "holds no spikes"),
     "bin": (lambda f: spike_counts(table(f, "neuron,trial,time_s\n1,1,2\n"), bin_seconds=0.0), "bin_seconds=0.0"),
-    "damaged": (lambda f: spike_counts(_cut(table(f, "neuron,trial,time_s\n", "a.gz")), bin_seconds=1.0), "is no CSV"),
+    "damaged": (lambda f: spike_counts(_cut(table(f, "neuron,trial,time_s\n", "a.gz")), bin_seconds=1.0), "is damaged"),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Inertial recordings beside a tracked position: CSV tables of the EuRoC MAV format."""
 
 import csv
-import gzip
+import io
 import math
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .table import DAMAGED, number
+from .table import number, plain_text
 
 #: Where a release has its tables, and where a folder of two files has them.
 IMU = ("mav0/imu0/data.csv", "imu0/data.csv", "imu0_data.csv")
@@ -81,11 +81,10 @@ def _table(folder: Path, files: tuple[str, ...], columns: int) -> tuple[np.ndarr
     """Rows by time, in seconds; the names of the columns; and how many rows held no numbers."""
     path = _found(folder, files)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error, *DAMAGED) as error:
+        reader = csv.reader(io.StringIO(plain_text(path), newline=""))
+        header = next(reader, [])
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
         raise ValueError(f"{path} is no CSV table ({error}).") from None
     numbers = [(line, row[:columns]) for line, cells in rows if len(row := _numbers(cells)) >= columns]
     if len(numbers) < 2:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..tasks.listops import VOCABULARY, padded
 from .epochs import epoch_rows
-from .table import DAMAGED
+from .table import DAMAGED, plain_text
 
 
 class Labelled(NamedTuple):
@@ -124,10 +125,10 @@ def listops_table(path: str | os.PathLike[str], *, test_share: float = 0.2) -> t
         raise FileNotFoundError(f"{path} does not exist; name a table Source<TAB>Target.")
     tokens = {word: i for i, word in enumerate(VOCABULARY)}
     try:
-        with _open(path, "rt") as file:
-            rows = [(row["Source"], int(row["Target"])) for row in csv.DictReader(file, delimiter="\t")]
+        table = csv.DictReader(io.StringIO(plain_text(path), newline=""), delimiter="\t")
+        rows = [(row["Source"], int(row["Target"])) for row in table]
         trees = [[tokens[word] for word in source.replace("(", "").replace(")", "").split()] for source, _ in rows]
-    except (KeyError, ValueError, TypeError, csv.Error, *DAMAGED) as error:
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is no table of ListOps ({error!r}).") from None
     labels, lengths = np.array([target for _, target in rows], np.int32), np.array([*map(len, trees)], np.int32)
     everything, cut = Labelled(padded(trees), labels, lengths), round(len(rows) * (1 - test_share))
@@ -138,18 +139,13 @@ def _whole(inputs: np.ndarray, labels: np.ndarray) -> Labelled:
     return Labelled(inputs, labels, np.full(len(labels), inputs.shape[1], np.int32))
 
 
-def _open(path: Path, mode: str):
-    return gzip.open(path, mode) if path.suffix == ".gz" else open(path, mode)
-
-
 def _idx(folder: Path, name: str, rank: int) -> np.ndarray:
     """An idx file of bytes: two zeros, 8, the rank, a size an axis, big-endian, and the bytes."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder / name} does not exist, gzipped or not.")
     try:
-        with _open(path, "rb") as file:
-            content = file.read()
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged ({error}).") from None
     header = 4 * (rank + 1)

@@ -1,12 +1,14 @@
 """Sorted spike trains: a table of spike times as counts in bins."""
 
 import csv
-import gzip
+import io
 import math
 import os
 from pathlib import Path
 
 import numpy as np
+
+from .table import plain_text
 
 COLUMNS = ("neuron", "trial", "time_s")
 
@@ -46,14 +48,12 @@ def spike_counts(
 
 
 def _rows(path: Path) -> list[tuple[str, str, float]]:
-    opener = gzip.open if path.suffix == ".gz" else open
+    reader = csv.DictReader(io.StringIO(plain_text(path), newline=""))
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-                raise ValueError(f"{path} has no column {missing[0]}; the columns are {', '.join(COLUMNS)}.")
-            rows = [(row["neuron"], row["trial"], _time(row["time_s"], path, reader.line_num)) for row in reader]
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"{path} has no column {missing[0]}; the columns are {', '.join(COLUMNS)}.")
+        rows = [(row["neuron"], row["trial"], _time(row["time_s"], path, reader.line_num)) for row in reader]
+    except csv.Error as error:
         raise ValueError(f"{path} is no CSV table ({error}).") from None
     if not rows:
         raise ValueError(f"{path} holds no spikes.")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .. import ops
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection, split_heads
-from ..ops.kronecker_attention import monomials
+from ..ops.kronecker_attention import num_monomials
 from ..segments import segment_counts
 from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from ..sharded import check_whole, on_last
@@ -121,7 +121,7 @@ class KroneckerAttention(Mixer):
         self.check_causal()
         width = self.d_model // self.num_heads
         if self.degree is not None:
-            number = len(monomials(width, self.degree))
+            number = num_monomials(width, self.degree)
             return jnp.zeros((batch_size, 2, self.num_heads, number, width + 1), accumulator(dtype))
         if max_length is None or max_length < 0:
             raise ValueError(

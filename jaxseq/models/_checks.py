@@ -7,16 +7,14 @@ import flax.linen as nn
 from ..shapes import Array
 
 
-def check_horizon(module: nn.Module) -> None:
-    """Raise unless there is a step to forecast."""
-    if module.horizon < 1:  # type: ignore[attr-defined]
-        raise ValueError(f"horizon={module.horizon} must be at least 1.")  # type: ignore[attr-defined]
-
-
-def check_window(x: Array, owner: str) -> None:
-    """Raise unless `x B L V` has a step and a variate."""
+def check_forecaster(module: Any, x: Array) -> None:
+    """Raise unless there is a step to forecast, and x `B L V` has a step and a variate."""
+    if module.horizon < 1:
+        raise ValueError(f"horizon={module.horizon} must be at least 1.")
     if 0 in x.shape[1:]:
-        raise ValueError(f"x has {x.shape[1]} steps of {x.shape[2]} variates; {owner} takes 1 or more of each.")
+        raise ValueError(
+            f"x has {x.shape[1]} steps of {x.shape[2]} variates; {type(module).__name__} takes 1 or more of each."
+        )
 
 
 def check_fitted(module: nn.Module, name: str, size: int, of: str, leaf: str = "kernel") -> None:

@@ -11,7 +11,7 @@ from ..layers.instance_norm import instance_normalised
 from ..layers.projection import fan_in_projection
 from ..mixers.chimera import Chimera
 from ..shapes import Array, Float, Int, accumulator, typed
-from ._checks import check_fitted, check_horizon, check_window
+from ._checks import check_fitted, check_forecaster
 
 #: Long memories of time, and short ones.
 TREND, SEASON = partial(Chimera, dt=(1e-3, 0.05)), partial(Chimera, dt=(0.1, 1.0))
@@ -83,8 +83,7 @@ class ChimeraForecaster(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
-        check_horizon(self)
-        check_window(x, "ChimeraForecaster")
+        check_forecaster(self, x)
         x, restored = instance_normalised(x)
         h = self.grid(dtype=self.dtype, param_dtype=self.param_dtype, name="grid")(x)
         h = h.swapaxes(1, 2).reshape(*x.shape[::2], -1)

@@ -14,7 +14,7 @@ from ..layers.projection import fan_in_projection
 from ..layers.self_attention import SelfAttention
 from ..mixers.mamba import Mamba
 from ..shapes import Array, Float, accumulator, typed
-from ._checks import check_fitted, check_horizon, check_window
+from ._checks import check_fitted, check_forecaster
 from .block import Slot, Stack
 
 
@@ -61,8 +61,7 @@ class LinearForecaster(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
-        check_horizon(self)
-        check_window(x, "LinearForecaster")
+        check_forecaster(self, x)
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
         for name in self._parts(x):
             check_fitted(self, name, x.shape[1], "steps")
@@ -141,8 +140,7 @@ class PatchForecaster(nn.Module):
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
         batch, length, variates = x.shape
-        check_horizon(self)
-        check_window(x, "PatchForecaster")
+        check_forecaster(self, x)
         if not 1 <= self.stride <= self.patch <= length:
             raise ValueError(
                 f"patch={self.patch} and stride={self.stride}; PatchForecaster takes 1 ≤ stride ≤ patch ≤ {length}."
@@ -182,8 +180,7 @@ class SequenceForecaster(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "B L V"]) -> Float[Array, "B S V"]:
-        check_horizon(self)
-        check_window(x, "SequenceForecaster")
+        check_forecaster(self, x)
         variates = x.shape[2]
         check_fitted(self, "encoder", variates, "variates")
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)

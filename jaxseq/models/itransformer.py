@@ -10,7 +10,7 @@ from ..layers.mlp import MLP
 from ..layers.projection import fan_in_projection
 from ..layers.self_attention import SelfAttention
 from ..shapes import Array, Float, accumulator, typed
-from ._checks import check_fitted, check_horizon, check_window
+from ._checks import check_fitted, check_forecaster
 from .block import Slot, Stack
 
 
@@ -43,8 +43,7 @@ class ITransformer(nn.Module):
         Raises:
           ValueError: `horizon` is below 1, or x has no variate, or another lookback than the parameters are for.
         """
-        check_horizon(self)
-        check_window(x, "ITransformer")
+        check_forecaster(self, x)
         variates, length = x.shape[2], x.shape[1]
         check_fitted(self, "encoder", length, "steps")
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)

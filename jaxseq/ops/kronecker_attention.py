@@ -118,8 +118,8 @@ def _read(first, second, causal: bool, ordered: bool, queries):
     return sums[..., :-1] / jnp.where(sums[..., -1:] == 0, 1, sums[..., -1:])
 
 
-def monomials(width: int, degree: int) -> np.ndarray:
-    """The exponents `R width` of all monomials of a degree or less: R is width + degree over degree.
+def num_monomials(width: int, degree: int) -> int:
+    """Of a degree or less: width + degree over degree.
 
     Raises:
       ValueError: there are more than `MOST_MONOMIALS`.
@@ -129,6 +129,16 @@ def monomials(width: int, degree: int) -> np.ndarray:
             f"degree={degree} of heads of {width} channels has {number:,} monomials; at most {MOST_MONOMIALS:,} are "
             "taken: choose a lower degree, or more and so narrower heads."
         )
+    return number
+
+
+def monomials(width: int, degree: int) -> np.ndarray:
+    """Their exponents `R width`.
+
+    Raises:
+      ValueError: as `num_monomials`.
+    """
+    num_monomials(width, degree)
     chosen = [c for g in range(degree + 1) for c in combinations_with_replacement(range(width), g)]
     return np.stack([np.bincount(np.asarray(c, int), minlength=width) for c in chosen])
 
