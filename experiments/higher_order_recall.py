@@ -306,6 +306,9 @@ def plot(run: Run, errors, breaks: dict[str, float], times: dict[str, dict[str, 
         for name, by_length in times.items():
             right.plot([int(n) for n in by_length], list(by_length.values()), "o-", label=name)
         right.set(xscale="log", yscale="log", xlabel="T", ylabel="ms")
+        lengths = sorted({int(n) for by_length in times.values() for n in by_length})
+        right.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        right.set_xticks([], minor=True)
         for axes in (left, right):
             axes.legend(frameon=False, fontsize="small")
 
