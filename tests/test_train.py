@@ -112,6 +112,35 @@ def test_learns_and_reports_evaluations_in_order():
     assert result.evaluation == {"validation": {"loss": 1.0}} and result.step == 12 and result.skipped == 0
 
 
+def evaluations(*values):
+    """An evaluation with these values, one after the other, and the parameters it was given."""
+    given, rest = [], iter(values)
+    return lambda params: given.append(digest(params)) or {"validation": {"loss": next(rest)}}, given
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), CUBE])
+def test_the_parameters_that_did_best_come_back_after_a_restart_too(tmp_path, mesh):
+    options = {"mesh": device_mesh(mesh), "best": "validation/loss"}
+    evaluate, given = evaluations(np.nan, 1.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(Interrupted):
+            train(batches=interrupt_at(9), evaluate=evaluate, checkpoints=checkpoints, **options)
+        result, _ = train(evaluate=evaluations(2.0)[0], checkpoints=checkpoints, **options)
+    assert (result.params_step, result.step) == (8, 12) and digest(result.params) == given[1]
+
+
+def test_the_last_parameters_come_back_where_none_are_better(unbroken):
+    result, _ = train(evaluate=evaluations(np.nan, np.nan, np.nan)[0], best="validation/loss")
+    assert result.params_step == 12 and digest(result.params) == digest(unbroken[0].params)
+
+
+def test_best_names_what_is_evaluated():
+    with pytest.raises(ValueError, match="best='test/loss' is not evaluated; there is validation/loss"):
+        train(evaluate=evaluations(1.0)[0], best="test/loss")
+    with pytest.raises(ValueError, match="best='test/loss' takes evaluate=, which gives it"):
+        train(best="test/loss")
+
+
 def interrupt_at(step):
     """Batches that send this process SIGTERM while it makes the one of this step."""
 

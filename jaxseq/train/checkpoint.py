@@ -21,7 +21,8 @@ class Checkpoints:
     """The checkpoints of one run, `folder/STEP` each; a context manager, since leaving waits for the last save.
 
     A state is any named tuple with a field `params`. The parameters are stored apart from the rest, so that they can
-    be read without knowing the optimizer, together with a table of every array's shape and dtype.
+    be read without knowing the optimizer, together with a table of every array's shape and dtype. `best`, another tree
+    of arrays, is kept beside the state where there is one.
     """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig | None = None):
@@ -41,23 +42,20 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, best: PyTree = None) -> None:
         """Start writing; the arrays may be donated as soon as this returns. A step already there is left alone."""
         if step == self.latest_step:
             return
-        items = ocp.args.Composite(
-            parameters=ocp.args.StandardSave(state.params),
-            training=ocp.args.StandardSave(state._replace(params=None)),
-            arrays=ocp.args.JsonSave(_table(state)),
-        )
-        self._manager.save(step, args=items)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state, best).items()}
+        arrays = ocp.args.JsonSave(_table(state, best))
+        self._manager.save(step, args=ocp.args.Composite(**items, arrays=arrays))
 
     def wait(self) -> None:
         """Return when everything saved is on disk."""
         self._manager.wait_until_finished()
 
-    def restore_latest(self, abstract_state: Any) -> Any | None:
-        """The state of the latest step, None when there is none, laid out as the shardings of `abstract_state` say.
+    def restore_latest(self, abstract_state: Any, abstract_best: PyTree = None) -> tuple[Any, PyTree] | None:
+        """State and best of the latest step, None when there is none, laid out as the shardings of both say.
 
         Raises:
           ValueError: the checkpoint is of another config (names the first array that differs), or cannot be read
@@ -68,28 +66,27 @@ class Checkpoints:
             return None
         try:
             table = _read(self._manager, step, arrays=ocp.args.JsonRestore()).arrays
-            difference = _difference(table, _table(abstract_state))
+            difference = _difference(table, _table(abstract_state, abstract_best))
             if not difference:
-                return self._restore(step, abstract_state)
+                return self._restore(step, abstract_state, abstract_best)
         except _UnreadableError as reason:
-            way_out = self._way_out(step, abstract_state)
+            way_out = self._way_out(step, abstract_state, abstract_best)
             raise ValueError(
                 f"{self.folder / str(step)} is corrupt ({reason}); remove that folder to {way_out}."
             ) from None
         raise ValueError(f"{self.folder / str(step)} is a checkpoint of another config: {difference}.")
 
-    def _restore(self, step: int, abstract_state):
-        parameters = ocp.args.StandardRestore(abstract_state.params)
-        training = ocp.args.StandardRestore(abstract_state._replace(params=None))
-        items = _read(self._manager, step, parameters=parameters, training=training)
-        return items.training._replace(params=items.parameters)
+    def _restore(self, step: int, *abstract) -> tuple[Any, PyTree]:
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(*abstract).items()}
+        read = _read(self._manager, step, **items)
+        return read.training._replace(params=read.parameters), read.best if "best" in items else None
 
-    def _way_out(self, step: int, abstract_state) -> str:
+    def _way_out(self, step: int, *abstract) -> str:
         """What removing a corrupt step leads to; an earlier step is offered only when it can be read."""
         for earlier in sorted(self._manager.all_steps(), reverse=True):
             if earlier < step:
                 with contextlib.suppress(_UnreadableError):
-                    self._restore(earlier, abstract_state)
+                    self._restore(earlier, *abstract)
                     return f"resume from step {earlier}"
         return "start from the beginning (no earlier one can be read)"
 
@@ -166,8 +163,15 @@ def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _table(state) -> dict[str, list]:
-    return {path: [list(x.shape), str(x.dtype)] for path, x in named_leaves(state).items()}
+def _items(state, best) -> dict[str, PyTree]:
+    """What is stored apart."""
+    items = {"parameters": state.params, "training": state._replace(params=None)}
+    return items if best is None else items | {"best": best}
+
+
+def _table(state, best) -> dict[str, list]:
+    leaves = named_leaves(state) | named_leaves({} if best is None else {"best": best})
+    return {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()}
 
 
 def _difference(stored: dict[str, list], wanted: dict[str, list]) -> str | None:

@@ -21,6 +21,15 @@ Metrics = dict[str, float]
 Loss = Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
+class Best(NamedTuple):
+    """What did best of all that was evaluated."""
+
+    params: PyTree
+    step: jax.Array
+    """0: nothing yet."""
+    value: jax.Array
+
+
 class TrainState(NamedTuple):
     """All that training goes on from."""
 
@@ -39,11 +48,13 @@ class TrainState(NamedTuple):
 class FitResult(NamedTuple):
     """What `fit` returns: seconds and `first_step` are of this call, `evaluation` is the last one.
 
+    `params` are those after `params_step` steps: all of them, or as many as did best.
     `seconds` are all, `compile_seconds` those of tracing and compiling the step, `training_seconds` those of all steps
     and evaluations, without that and without checkpoints.
     """
 
     params: PyTree
+    params_step: int
     step: int
     first_step: int
     skipped: int
@@ -65,6 +76,7 @@ def fit(
     seed: int = 0,
     checkpoints: Checkpoints | None = None,
     evaluate: Callable[[PyTree], dict[str, Metrics]] | None = None,
+    best: str | None = None,
     report: Callable[[int, str, Metrics], None] | None = None,
     progress: Callable[[int, Metrics], None] | None = None,
 ) -> FitResult:
@@ -80,7 +92,8 @@ def fit(
     every step, both on process 0 alone and while the next step already runs.
 
     Raises:
-      ValueError: batch, mesh and config disagree; the checkpoint is corrupt or of another config.
+      ValueError: batch, mesh and config disagree; the checkpoint is corrupt or of another config; `best` names
+        nothing that is evaluated.
       FloatingPointError: `max_bad_steps` steps in a row were not finite.
       Interrupted: a signal came and the state is saved. Left uncaught, the process ends with exit code 0.
     """
@@ -88,12 +101,14 @@ def fit(
     mesh = device_mesh() if mesh is None else mesh
     optimizer = make_optimizer(config) if optimizer is None else optimizer
     _check(config, mesh)
+    if best is not None and evaluate is None:
+        raise ValueError(f"best={best!r} takes evaluate=, which gives it.")
     with jax.set_mesh(mesh), StopSignal(every=config.log_every) as stop:
-        create = lambda key: _initial(init, optimizer, key)
-        state, layout = _restored_or_new(create, seed, mesh, rules, checkpoints)
+        create = lambda key: (state := _initial(init, optimizer, key), _nothing_yet(state.params) if best else None)
+        (state, kept), layout = _restored_or_new(create, seed, mesh, rules, checkpoints)
         replicated = NamedSharding(mesh, PartitionSpec())
         step_fn = _step(over_time(loss, mesh), optimizer, config.accumulate)
-        train_step = jax.jit(step_fn, out_shardings=(layout, replicated), donate_argnums=0)
+        train_step = jax.jit(step_fn, out_shardings=(layout[0], replicated), donate_argnums=0)
         metrics = _LateMetrics(config, report, progress)
         first_step = step = int(state.step)
         evaluation: dict[str, Metrics] = {}
@@ -104,6 +119,8 @@ def fit(
                 metrics.flush()
                 evaluation = evaluate(state.params)
                 metrics.evaluated(step, evaluation)
+                if best is not None:
+                    kept = _better(kept, state.params, step, _metric(evaluation, best))
             stopped = stop.requested(step)
             if stopped or step >= config.steps:
                 break
@@ -116,17 +133,36 @@ def fit(
             if checkpoints is not None and (_due(step, checkpoints.config.every) or step == config.steps):
                 metrics.flush()  # the rows of a step are written before its checkpoint is
                 saving = time.monotonic()
-                checkpoints.save(step, state)
+                checkpoints.save(step, state, kept)
                 began += time.monotonic() - saving
         metrics.flush()
         training = time.monotonic() - began - compiled
         if checkpoints is not None:
-            checkpoints.save(step, state)
+            checkpoints.save(step, state, kept)
             checkpoints.wait()
     if stopped:
         raise Interrupted(step)
     seconds = (time.monotonic() - started, compiled, training)
-    return FitResult(state.params, step, first_step, int(state.skipped), *seconds, evaluation)
+    params, of_step = state.params, step
+    if kept is not None and int(kept.step) > 0:
+        params, of_step = kept.params, int(kept.step)
+    return FitResult(params, of_step, step, first_step, int(state.skipped), *seconds, evaluation)
+
+
+def _metric(evaluation: dict[str, Metrics], name: str) -> float:
+    split, _, metric = name.rpartition("/")
+    if metric not in evaluation.get(split, {}):
+        there = ", ".join(f"{split}/{metric}" for split, metrics in evaluation.items() for metric in metrics)
+        raise ValueError(f"best={name!r} is not evaluated; there is {there or 'nothing'}.")
+    return float(evaluation[split][metric])
+
+
+def _better(best: Best, params: PyTree, step: int, value: float) -> Best:
+    """The best so far, apart from what steps donate; what is not a number is never better."""
+    if not value < float(best.value):
+        return best
+    put = lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding)
+    return Best(jax.tree.map(jnp.copy, params), put(step, best.step), put(value, best.value))
 
 
 def _due(step: int, every: int) -> bool:
@@ -158,16 +194,20 @@ def _initial(init, optimizer: optax.GradientTransformation, key: jax.Array) -> T
     return TrainState(zero, params, optimizer.init(params), key, zero, zero)
 
 
+def _nothing_yet(params: PyTree) -> Best:
+    return Best(jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32), jnp.full((), jnp.inf))
+
+
 def _restored_or_new(create, seed: int, mesh: Mesh, rules: Rules, checkpoints: Checkpoints | None):
-    """The state to go on from and its shardings; nothing is initialised when a checkpoint is there."""
+    """State and best to go on from, and their shardings; nothing is initialised when a checkpoint is there."""
     key = jax.random.key(seed)
     abstract = jax.eval_shape(create, key)
     layout = shardings(abstract, mesh, rules)
     if checkpoints is not None:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-        state = checkpoints.restore_latest(target)
-        if state is not None:
-            return state, layout
+        there = checkpoints.restore_latest(*target)
+        if there is not None:
+            return there, layout
     return jax.jit(create, out_shardings=layout)(key), layout
 
 
