@@ -44,11 +44,11 @@ class DataConfig:
     chunks: int = 40
     """Chunks of a sequence."""
     examples: int = 512
-    """Synthetic sequences to train on; a quarter as many to test on."""
+    """Synthetic sequences to train on; a quarter as many to validate on, and to test on."""
     train_seconds: float = 120.0
     """The part of a recording to train on, from its start."""
     test_seconds: float = 34.0
-    """The part to test on, at its end."""
+    """The part to test on, at its end. What is between them chooses the step that is tested."""
 
     def __post_init__(self):
         check_counts(self, "chunk", "chunks", "examples", section="data.")
@@ -71,7 +71,13 @@ class Config:
     """Layers of each level; a flat model has twice as many."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(
-        steps=200, batch_size=16, learning_rate=2e-3, warmup_steps=0, final_learning_rate_ratio=0.0, weight_decay=0.0
+        steps=200,
+        batch_size=16,
+        learning_rate=2e-3,
+        warmup_steps=0,
+        final_learning_rate_ratio=0.0,
+        weight_decay=0.0,
+        evaluate_every=20,
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -106,7 +112,8 @@ PRESETS = {
     # With --data.path; the authors' widths and depths.
     "gpu": Config(
         models="hiss,flat,flat-first,hiss-lstm,flat-lstm,hiss-mamba,flat-mamba", width=128, layers=4, seeds=5,
-        data=DataConfig(examples=4096), train=TrainConfig(steps=5000, batch_size=16, learning_rate=1e-3, log_every=100),
+        data=DataConfig(examples=4096),
+        train=TrainConfig(steps=5000, batch_size=16, learning_rate=1e-3, log_every=100, evaluate_every=100),
     ),
     # Seconds: to see that everything works.
     "debug": Config(
@@ -123,6 +130,7 @@ class Data(NamedTuple):
     """Sequences `N L F` and `N n D`; what is not known of a target is NaN."""
 
     train: tuple[np.ndarray, np.ndarray]
+    validation: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
 
 
@@ -131,14 +139,14 @@ def synthetic(config: Config) -> Data:
     draw = jax.jit(
         partial(drifting_sensor, length=of.chunk * of.chunks, chunk=of.chunk), static_argnames="num_examples"
     )
-    keys = jax.random.split(jax.random.key(config.seed))
-    sizes = of.examples, max(1, of.examples // 4)
-    train, test = (jax.device_get(draw(key, num_examples=n)) for key, n in zip(keys, sizes, strict=True))
-    return Data(train, test)
+    key, few = jax.random.key(config.seed), max(1, of.examples // 4)
+    train, test = jax.random.split(key)
+    parts = (train, of.examples), (jax.random.fold_in(key, 2), few), (test, few)
+    return Data(*(jax.device_get(draw(key, num_examples=number)) for key, number in parts))
 
 
 def recorded(config: Config) -> Data:
-    """Windows that overlap by three quarters to train on, windows end to end to test on; scales are of the first."""
+    """Windows that overlap by three quarters to train on, windows end to end for the rest; scales are of the first."""
     assert config.data.path is not None
     of, motion = config.data, inertial_motion(config.data.path, chunk=config.data.chunk)
     early = motion.seconds < of.train_seconds
@@ -156,13 +164,16 @@ def recorded(config: Config) -> Data:
 
     def windows(part, stride):
         at = np.flatnonzero(part)
+        if len(at) < of.chunks:
+            raise ValueError(
+                f"data.chunks={of.chunks} of {of.chunk} samples are longer than a part of the recording: to train on, "
+                f"to test on, what data.train_seconds={of.train_seconds} and data.test_seconds={of.test_seconds} leave."
+            )
         starts = np.arange(at[0], at[-1] - of.chunks + 2, stride)
-        if len(starts) < 1:
-            raise ValueError(f"data.chunks={of.chunks} of {of.chunk} samples are longer than a part of the recording.")
         rows = starts[:, None] + np.arange(of.chunks)
         return inputs[rows].reshape(len(starts), -1, shape[-1]), targets[rows]
 
-    return Data(windows(early, max(1, of.chunks // 4)), windows(late, of.chunks))
+    return Data(windows(early, max(1, of.chunks // 4)), windows(~(early | late), of.chunks), windows(late, of.chunks))
 
 
 def build(config: Config, name: str, outputs: int) -> nn.Module:
@@ -183,10 +194,10 @@ def squared_error(prediction, targets):
 def measure(run: Run[Config]) -> None:
     config = run.config
     data = synthetic(config) if config.data.path is None else recorded(config)
-    (inputs, targets), test = data.train, data.test
+    (inputs, targets), validation, test = data
     size = config.train.batch_size
     print(f"{len(inputs)} sequences of {inputs.shape[1]} samples to train on, {len(test[0])} to test on", flush=True)
-    run.require_same(data=digest([*data.train, *data.test]))
+    run.require_same(data=digest(data))
     table, params = {}, {}
     for name in config.names():
         model = build(config, name, targets.shape[-1])
@@ -195,19 +206,23 @@ def measure(run: Run[Config]) -> None:
             value = squared_error(model.apply(params, batch["inputs"]), batch["targets"])
             return value, {"loss": value}
 
+        error = jax.jit(lambda params, x, y, model=model: squared_error(model.apply(params, x), y))
+        evaluate = lambda params, error=error: {"validation": {"loss": float(error(params, *validation))}}
         for seed in range(config.seed, config.seed + config.seeds):
             part, rows = f"{name}-{seed}", epoch_rows(len(inputs), size, seed, of="sequences")
             batches = lambda step, rows=rows: {"inputs": inputs[rows(step)], "targets": targets[rows(step)]}
             init = lambda key, model=model, seed=seed: model.init(jax.random.fold_in(key, seed), inputs[:1])
-            params[part] = run.fit(loss, init, batches, part=part).params
+            fitted = run.fit(loss, init, batches, part=part, evaluate=evaluate, best="validation/loss")
+            params[part] = fitted.params
 
-            def tested(model=model, part=part):
-                error = float(jax.jit(squared_error)(jax.jit(model.apply)(params[part], test[0]), test[1]))
-                run.record(config.train.steps, f"test/{part}", {"loss": error})
-                return {"error": error, "parameters": optax.tree.size(params[part])}
+            def tested(error=error, part=part, fitted=fitted):
+                found = float(error(fitted.params, *test))
+                run.record(fitted.params_step, f"test/{part}", {"loss": found})
+                return {"error": found, "step": fitted.params_step, "parameters": optax.tree.size(fitted.params)}
 
             table[part] = run.kept(part, tested)
-            print(f"{part:<16}{table[part]['error']:.4f}   {table[part]['parameters']:,} parameters", flush=True)
+            row = "{:<16}{error:.4f}   of step {step}, {parameters:,} parameters"
+            print(row.format(part, **table[part]), flush=True)
     forms = {
         name: partial(build(config, name, targets.shape[-1]).apply, params[f"{name}-{config.seed}"])
         for name in config.names()
