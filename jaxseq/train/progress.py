@@ -35,7 +35,8 @@ class Progress:
         )
 
     def evaluated(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        self.note("  ".join([f"step {step}/{self._steps}", split, *_words(metrics)]))
+        words = _words(metrics) or [f"{name} {value:.4f}" for name, value in metrics.items()]
+        self.note("  ".join([f"step {step}/{self._steps}", split, *words]))
 
     def note(self, text: str) -> None:
         """A line that stays."""
