@@ -95,8 +95,13 @@ def pad_time(monoid: Monoid, elements, count: int):
 
 
 def split_chunks(tree, chunk_size: int):
-    """`B T …` → `T/C B C …`, ready for a scan over chunks."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]).swapaxes(0, 1), tree)
+    """`B T …` → `T/C B C …`, ready for a scan over chunks, the last of which is filled up with zeros."""
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk_size)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
 
 
 def join_chunks(tree):

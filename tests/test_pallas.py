@@ -124,7 +124,8 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+# A window leaves out blocks on both sides; without one "softmax_attention" is in tests/test_ops.py.
+@pytest.mark.parametrize("name", by_default(["attention window", "attention both ways"], ATTENTION))
 def test_attention_in_many_blocks(name):
     """Blocks that nothing is seen in are left out; segments; more keys than queries."""
     ids = jnp.asarray(segments(np.random.default_rng(0), 1, 300))
@@ -147,13 +148,14 @@ def test_a_tpu_fetches_only_blocks_that_are_met(monkeypatch):
             assert of["grid"][2:] == (4, 4) and sum(a != b for a, b in itertools.pairwise(places)) < 9
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", by_default(["attention", "attention both ways"], ATTENTION))
 def test_attention_on_a_gpu(name, on_a_gpu):
     ids = jnp.asarray(segments(np.random.default_rng(0), 2, 100))
     check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(100), ids)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+# The others are filled up below, each head with its own keys.
+@pytest.mark.parametrize("name", by_default(["gla per head", "delta_rule per channel", "dplr_recurrence"], DISTINCT))
 def test_matrix_states_on_a_gpu(name, on_a_gpu):
     """Of keys that heads share; those of each head are below."""
     op, decay = MATRIX[name]
@@ -165,7 +167,9 @@ FILLED_UP = [(name, 12, 20) for name in ("gla per channel", "gla per head", "gla
 FILLED_UP += [("gla per value", 1, 8), ("delta_rule per head", 8, 1)]
 
 
-@pytest.mark.parametrize("name, K, V", FILLED_UP)
+@pytest.mark.parametrize(
+    "name, K, V", by_default([case for case in FILLED_UP if case not in (FILLED_UP[1], FILLED_UP[4])], FILLED_UP)
+)
 def test_widths_that_are_no_power_of_two_on_a_gpu(name, K, V, on_a_gpu):
     op, decay = MATRIX[name]
     check(op, *matrix_inputs(op, 33, decay, B=1, K=K, V=V))
@@ -190,7 +194,11 @@ def test_keys_that_heads_share_are_not_repeated(impl):
     assert repeated not in str(jax.make_jaxpr(run)(shared(inputs)))
 
 
-@pytest.mark.parametrize("name, K, V", WIDTHS)
+# Each kernel at one width.
+@pytest.mark.parametrize(
+    "name, K, V",
+    by_default([(n, K, V) for n, K, V in WIDTHS if V == 3 or n not in ("gla per value", "delta_rule per head")], WIDTHS),
+)
 def test_single_tokens(name, K, V, monkeypatch):
     """On both kinds of accelerator, the state in several parts, with gradients; one of the sequences restarts."""
     op, decay = MATRIX[name]
@@ -203,7 +211,10 @@ def test_single_tokens(name, K, V, monkeypatch):
         check(op, inputs, ids)
 
 
-@pytest.mark.parametrize("name, K, V", [("gla per head", 1, 8), ("delta_rule per channel", 8, 1)])
+ONE = [("gla per head", 1, 8), ("delta_rule per channel", 8, 1)]
+
+
+@pytest.mark.parametrize("name, K, V", by_default(ONE[:1], ONE))
 def test_widths_of_one(name, K, V):
     """And in bfloat16 a TPU takes no product over one channel."""
     op, decay = MATRIX[name]
@@ -214,26 +225,31 @@ def test_widths_of_one(name, K, V):
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("name", by_default(["linear_recurrence complex", "selective_scan"], CHANNELS))
 def test_channels_on_a_gpu(name, on_a_gpu):
     op, complex_ = CHANNELS[name]
     check(op, *channel_inputs(op, 37, complex_=complex_, N=3))
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["gla per channel", "delta_rule per channel"])
+BLOCKS = [(name, length) for name in ("gla per channel", "delta_rule per channel") for length in (1, 63, 64, 65, 1000)]
+
+
+@pytest.mark.parametrize(
+    "name, length",
+    by_default([(name, n) for name, n in BLOCKS if n in (1, *((64, 65) if name[0] == "g" else (63,)))], BLOCKS),
+)
 def test_lengths_of_chunks_in_use(name, length):
     op, decay = MATRIX[name]
     with tried("over_time", "tpu", block=64):
         check(op, *matrix_inputs(op, length, decay, H=1, K=16, V=24))
 
 
-@pytest.mark.parametrize("length", [15, 33, 150])
+@pytest.mark.parametrize("length", by_default([15, 150], [15, 33, 150]))
 def test_lengths_of_strides(length):
     check(ops.linear_recurrence, *channel_inputs(ops.linear_recurrence, length))
 
 
-@pytest.mark.parametrize("name", ["gla per head", "delta_rule per channel"])
+@pytest.mark.parametrize("name", by_default(["gla per head"], ["gla per head", "delta_rule per channel"]))
 def test_bfloat16_of_chunks_in_use(name):
     op, decay = MATRIX[name]
     inputs, ids = matrix_inputs(op, 150, decay, H=1, strength="mild")
@@ -241,7 +257,10 @@ def test_bfloat16_of_chunks_in_use(name):
     check(op, inputs, ids, "bfloat16 gradient")
 
 
-@pytest.mark.parametrize("name", KERNELS)
+# That the others are there is seen where they are lowered.
+@pytest.mark.parametrize(
+    "name", by_default(["linear_recurrence", "gla per channel", "selective_scan", "softmax_attention"], KERNELS)
+)
 def test_the_kernel_ran(name):
     """In both directions; and the forms that are no kernel have none."""
     member = OPS[name]
@@ -254,7 +273,11 @@ def test_the_kernel_ran(name):
         assert (both.count("pallas_call") > forward.count("pallas_call")) == (impl == "pallas")
 
 
-@pytest.mark.parametrize("name", ["gla per head", "delta_rule per channel", "linear_recurrence", "selective_scan"])
+WALKS = ("gla per head", "delta_rule per channel", "linear_recurrence", "selective_scan")
+
+
+# Of each way through time one.
+@pytest.mark.parametrize("name", by_default(["gla per head", "selective_scan"], WALKS))
 def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
     """Under the interpreter that keeps the memories of a TPU apart."""
     careful = pltpu.InterpretParams(detect_races=True)
@@ -299,8 +322,14 @@ def test_kernels_under_transformations(name, transformation):
 SHAPES = {"odd": (2, 131, 2, 24, 48), "wide": (1, 64, 1, 256, 256)}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", [*DISTINCT, *CHANNELS, *ATTENTION])
+LOWERED = list(itertools.product((*DISTINCT, *CHANNELS, *ATTENTION), SHAPES))
+WIDE = ("delta_rule per head", "dplr_recurrence", "linear_recurrence complex", "selective_scan", "attention both ways")
+
+
+# Each kernel in one shape.
+@pytest.mark.parametrize(
+    "name, shape", by_default([(n, s) for n, s in LOWERED if (s == "wide") == (n in WIDE)], LOWERED)
+)
 def test_lowers_for_tpu_and_gpu(name, shape):
     (B, T, H, K, V), dtype = SHAPES[shape], jnp.bfloat16
     if name in MATRIX:

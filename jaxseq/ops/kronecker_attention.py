@@ -65,20 +65,15 @@ def kronecker_attention(
     key_ids = jnp.zeros((query.shape[0], span), jnp.int32) if segment_ids is None else key_segment_ids
     key_ids = ids if key_ids is None else key_ids
     size = min(block_size, span)
-    blocks = lambda tree, step: split_chunks(jax.tree.map(lambda x: _padded(x, step), tree), step)
     there = jnp.arange(span, dtype=jnp.int32)[None]
     first, second = (
-        blocks((k.astype(dtype), v, there, key_ids, jnp.ones_like(there, bool)), size)
+        split_chunks((k.astype(dtype), v, there, key_ids, jnp.ones_like(there, bool)), size)
         for k, v in ((key_1, value_1), (key_2, value_2))
     )
     rows = min(block_size, length)
-    queries = blocks((q, there[:, span - length :], ids), rows)
+    queries = split_chunks((q, there[:, span - length :], ids), rows)
     o = join_chunks(lax.map(partial(_read, first, second, causal, ordered), queries))
     return o[:, :length].astype(value_1.dtype)
-
-
-def _padded(x, size: int):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _read(first, second, causal: bool, ordered: bool, queries):

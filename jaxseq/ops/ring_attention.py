@@ -128,9 +128,8 @@ def _block(rules, chunk_size, at, queries, q_ids, keys, k_ids, maximum=None) -> 
         read = jnp.einsum("btgrs,bsgv->btgrv", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
         return Softmax(maximum, weights.sum(-1), read)
 
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, -length % chunk_size)) + ((0, 0),) * (x.ndim - 2))
-    some = jax.tree.map(pad, (queries, at[0][None], q_ids, maximum))
-    read = join_chunks(lax.map(chunk, split_chunks(some, chunk_size)))
+    some = split_chunks((queries, at[0][None], q_ids, maximum), chunk_size)
+    read = join_chunks(lax.map(chunk, some))
     return jax.tree.map(lambda x: x[:, :length], read)
 
 

@@ -81,12 +81,8 @@ def chunked(x, dt, keep, A, B, C, h, chunk_size):
         y, h = inside(*(terms[name] for name in ("x", "dt", "keep", "A", "B", "C")), h)
         return h, y
 
-    def pad(a, value=0):  # dt = 0 and keep = 1 change no state
-        widths = [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (a.ndim - 2)
-        return jnp.pad(a, widths, constant_values=value)
-
-    chunks = {"x": pad(x), "dt": pad(dt), "keep": pad(keep, 1)} | jax.tree.map(pad, moving)
-    h, y = lax.scan(step, h, scan.split_chunks(chunks, chunk_size))
+    keep = jnp.pad(keep, ((0, 0), (0, -length % chunk_size)), constant_values=1)  # keep = 1, dt = 0 change no state
+    h, y = lax.scan(step, h, scan.split_chunks({"x": x, "dt": dt, "keep": keep} | moving, chunk_size))
     return scan.join_chunks(y)[:, :length], h
 
 
