@@ -622,6 +622,7 @@ MIXERS = {
         ),
         extreme={"A_log": 20.0},
         gradient="mixer strong",
+        slow=True,
     ),
     "GatedDeltaNet householders": MixerMember(
         partial(

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseq import GLA, Attention, LanguageModel, Mamba
+from jaxseq import Attention, LanguageModel, Mamba
 from jaxseq.decode import Sampling, generate, sample, stream
 
 
 @pytest.fixture(scope="module")
 def hybrid():
-    model = LanguageModel(
-        37, 16, mixers=(partial(GLA, num_heads=2, conv_window=3), Mamba, partial(Attention, num_heads=2)), ngrams=(2, 3)
-    )
+    model = LanguageModel(37, 16, mixers=(Mamba, partial(Attention, num_heads=2)), ngrams=(2, 3))
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
 
 

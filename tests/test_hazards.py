@@ -25,6 +25,8 @@ def lowered_gradient(function, *args):
 
 
 SOLVERS = ("delta_rule per channel", "dplr_recurrence", "delta_product", "mesa", "path_attention")
+#: The delta rule is in its product; `mesa` takes conjugate gradients of linear attention.
+ONE_OF_EACH = ("dplr_recurrence", "delta_product", "path_attention")
 
 
 def test_the_pattern_sees_lapack():
@@ -32,7 +34,7 @@ def test_the_pattern_sees_lapack():
     assert LAPACK.search(text) or "triangular-solve" in text
 
 
-@pytest.mark.parametrize("name", by_default(SOLVERS, [n for n, m in OPS.items() if m.sweep or n in SOLVERS]))
+@pytest.mark.parametrize("name", by_default(ONE_OF_EACH, [n for n, m in OPS.items() if m.sweep or n in SOLVERS]))
 def test_no_lapack_in_ops(name):
     inputs = cast(OPS[name].inputs(np.random.default_rng(0), 9, "mild"), jnp.float32)
     for impl in (None, *OPS[name].forms):
@@ -43,7 +45,7 @@ def test_no_lapack_in_ops(name):
 CHUNKED = [n for n in OPS if n.startswith(("gla", "delta_rule", "dplr_rec", "log_linear"))]
 
 
-@pytest.mark.parametrize("name", by_default([n for n in CHUNKED if OPS[n].sweep], CHUNKED))
+@pytest.mark.parametrize("name", by_default(["gla per channel", "dplr_recurrence", "log_linear_attention"], CHUNKED))
 def test_the_gradient_of_a_chunked_form_is_no_longer_for_longer_sequences(name):
     """A substitution or a scan that Python unrolls takes a minute to compile."""
     if "chunked" not in OPS[name].forms:
@@ -56,10 +58,11 @@ def test_the_gradient_of_a_chunked_form_is_no_longer_for_longer_sequences(name):
     assert size(256) == size(64) < 4000
 
 
-STATES = ("gla", "delta", "dplr_rec", "log_linear", "slot_attention", "mesa")
+STATES = [n for n in OPS if n.startswith(("gla", "delta", "dplr_rec", "log_linear", "slot_attention", "mesa"))]
+ROUNDED = [n for n in STATES if OPS[n].sweep or n in ("gla bonus", "slot_attention", "mesa", "delta_product")]
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n.startswith(STATES)])
+@pytest.mark.parametrize("name", by_default(ROUNDED, STATES))
 def test_no_accelerator_rounds_float32(name):
     """By default a TPU multiplies float32 as bfloat16, and a GPU as TF32: decoding would not be what prefill is."""
     for T in (1, 9):

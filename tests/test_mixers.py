@@ -127,7 +127,13 @@ def form(x):
     return x.shape, x.dtype
 
 
-@pytest.mark.parametrize("name", FULL_MIXERS + [p for name, p in SETTINGS.items() if MIXERS[name].gradient])
+#: By default also through a solution of a triangle.
+SLOPES = by_default(
+    ["GatedDeltaNet", *(p.values[0] for p in FULL_MIXERS if not p.marks)], [*(p.values[0] for p in FULL_MIXERS)]
+)
+
+
+@pytest.mark.parametrize("name", SLOPES + [p for name, p in SETTINGS.items() if MIXERS[name].gradient])
 def test_gradients_flow_through_the_state(name, built):
     """Of all parameters and of the input: the whole sequence and two parts have the same."""
     module, params = built(name)
@@ -150,7 +156,7 @@ def test_every_setting_steps_as_it_calls(name, built):
 
 
 # By default of ops of different kinds: their forms are in tests/test_ops.py.
-@pytest.mark.parametrize("name", by_default(["GLA", "S4D", "LSTM", "Attention"], [p.values[0] for p in FULL_MIXERS]))
+@pytest.mark.parametrize("name", by_default(["S4D", "LSTM", "Attention"], [p.values[0] for p in FULL_MIXERS]))
 def test_every_form_is_the_same(name, built):
     """Values and gradients under each `impl` that the mixer's op has."""
     module, params = built(name)

@@ -98,11 +98,11 @@ def test_forms_are_sequential_in_float64(name, impl, truth):
 
 
 def single():
-    """Matrix states meet float32 in chunks of the size in use, below; most kernels in tests/test_pallas.py."""
+    """Delta rules meet float32 in chunks of the size in use, below; most kernels in tests/test_pallas.py."""
     for p in fast(SWEPT):
         name, impl = p.values
-        kernel = impl == "pallas" and name not in ("dplr_recurrence", "selective_scan", "softmax_attention")
-        matrix = impl != "pallas" and name.startswith(("gla per head", "gla per value", "delta", "dplr_recurrence"))
+        kernel = impl == "pallas" and name not in ("dplr_recurrence", "softmax_attention")
+        matrix = impl != "pallas" and name.startswith(("delta", "dplr_recurrence"))
         yield pytest.param(name, impl, marks=[*p.marks] or [pytest.mark.slow] * (kernel or matrix))
 
 

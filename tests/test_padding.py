@@ -91,7 +91,11 @@ def test_a_padded_row_is_the_row_alone(name):
 
 @pytest.mark.parametrize(
     "model",
-    [Classifier(3, WIDTH, vocab_size=11), Classifier(3, WIDTH, vocab_size=11, reversible=True), Tagger(11, 3, WIDTH)],
+    [
+        pytest.param(Classifier(3, WIDTH, vocab_size=11), marks=pytest.mark.slow),
+        Classifier(3, WIDTH, vocab_size=11, reversible=True),
+        Tagger(11, 3, WIDTH),
+    ],
     ids=["classes", "reversible", "tags"],
 )
 def test_models_hand_lengths_to_their_layers(model):

@@ -197,7 +197,9 @@ def test_keys_that_heads_share_are_not_repeated(impl):
 # Each kernel at one width.
 @pytest.mark.parametrize(
     "name, K, V",
-    by_default([(n, K, V) for n, K, V in WIDTHS if V == 3 or n not in ("gla per value", "delta_rule per head")], WIDTHS),
+    by_default(
+        [(n, K, V) for n, K, V in WIDTHS if V == 3 or n not in ("gla per value", "delta_rule per head")], WIDTHS
+    ),
 )
 def test_single_tokens(name, K, V, monkeypatch):
     """On both kinds of accelerator, the state in several parts, with gradients; one of the sequences restarts."""

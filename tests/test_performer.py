@@ -161,7 +161,7 @@ def test_features_are_drawn_again_with_a_key():
 
 def linformer(x, **fields):
     module = Linformer(8, num_heads=2, **fields)
-    return module, module.init(jax.random.key(0), x)
+    return module, jax.jit(module.init)(jax.random.key(0), x)
 
 
 def test_as_many_mixtures_as_tokens_are_attention():
@@ -196,8 +196,9 @@ def test_sharing_padding_and_shorter_inputs(sharing, count):
     mixes = [v for name, v in params["params"].items() if name.endswith("mix")]
     assert sum(mix.size for mix in mixes) == count
     mask = jnp.broadcast_to(jnp.arange(12) < 9, (2, 12))
-    alone = module.apply(params, x[:, :9])
-    np.testing.assert_allclose(module.apply(params, x.at[:, 9:].set(5.0), mask=mask)[:, :9], alone, atol=1e-5)
+    apply = jax.jit(module.apply)
+    alone = apply(params, x[:, :9])
+    np.testing.assert_allclose(apply(params, x.at[:, 9:].set(5.0), mask=mask)[:, :9], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "random", "factorised"])

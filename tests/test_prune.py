@@ -83,7 +83,7 @@ def test_scopes():
     rng = np.random.default_rng(0)
     scores = {"layers": jnp.asarray(rng.random((2, 5, 4))), "head": jnp.asarray(3 + rng.random((3, 10))), "bias": None}
     scores["layers"] = scores["layers"].at[1].add(1).astype(jnp.float32)
-    kept = {scope: keep(scores, 0.5, scope=scope) for scope in ("matrix", "array", "all")}
+    kept = jax.jit(lambda s: {scope: keep(s, 0.5, scope=scope) for scope in ("matrix", "array", "all")})(scores)
     counts = {scope: [int(m.sum()) for m in (*masks["layers"], masks["head"])] for scope, masks in kept.items()}
     assert counts == {"matrix": [10, 10, 15], "array": [0, 20, 15], "all": [0, 5, 30]}
     layer = np.asarray(scores["layers"][0])

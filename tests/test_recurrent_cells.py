@@ -124,10 +124,10 @@ def test_a_network_of_low_rank_is_the_recorded_one(rank):
         module = LeakyRNN(
             10, slope=0.0, fixed_tau=1.0, self_connected=True, recurrent_init=start, param_dtype=jnp.float64
         )
-        params = module.init(jax.random.key(0), x)["params"]
+        params = jax.jit(module.init)(jax.random.key(0), x)["params"]
         assert params.keys() == {"in_proj", "recurrent_kernel"}
         given = {"kernel": jnp.pad(jnp.asarray(z["Win"]), ((0, 7), (0, 0))), "bias": jnp.zeros(10)}
-        y = module.apply({"params": params | {"in_proj": given}}, x)
+        y = jax.jit(module.apply)({"params": params | {"in_proj": given}}, x)
         np.testing.assert_allclose(y[:, -1], z[f"h_last_before_rank{rank}"], atol=1e-9)
 
 
@@ -225,14 +225,15 @@ def test_the_opened_network_bounds_how_far_outputs_move():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((40, 6, 3)), jnp.float32)
     module = ICLRNN(3, hidden_sizes=(8, 8))
-    raw = jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape), w.dtype), module.init(jax.random.key(0), x))
-    steepest = lambda params: local_lipschitz(lambda x: module.apply(params, x[None])[0], x)
+    shapes, apply = jax.eval_shape(module.init, jax.random.key(0), x), jax.jit(module.apply)
+    raw = jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape), w.dtype), shapes)
+    steepest = jax.jit(lambda params: local_lipschitz(lambda x: module.apply(params, x[None])[0], x))
     params = ICLRNN.contracted(raw)
     bounds = steepest(ICLRNN.opened(params))
     np.testing.assert_allclose(bounds, bounds[0], rtol=1e-5)
     assert 0.1 * bounds[0] < steepest(params).max() <= bounds[0]
     nearby = x + 1e-3 * jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
-    moved = np.linalg.norm(module.apply(params, nearby) - module.apply(params, x), axis=(1, 2))
+    moved = np.linalg.norm(apply(params, nearby) - apply(params, x), axis=(1, 2))
     assert (moved <= (1 + 1e-2) * bounds[0] * np.linalg.norm(nearby - x, axis=(1, 2))).all()
 
 
@@ -263,7 +264,7 @@ def test_wrong_fields_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             module.init(jax.random.key(0), x)
-    params = ICLRNN(4).init(jax.random.key(0), x)
+    params = jax.jit(ICLRNN(4).init)(jax.random.key(0), x)
     with pytest.raises(ValueError, match="margin=0.0; contracted takes a number above 0"):
         ICLRNN.contracted(params, margin=0.0)
     with pytest.raises(ValueError, match=r"params=\['kernel'\] hold no kernel of an ICLRNN"):

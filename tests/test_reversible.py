@@ -88,7 +88,7 @@ def test_shared_layers_sum_their_gradients():
     both = jax.jit(lambda params, repeated: (gradient(shared, params), gradient(free, repeated)))
     (value, summed), (expected, apart) = both(params, repeated)
     assert_close((value, summed), (expected, of_layers(apart, lambda x: x.sum(0))), 1e-4)
-    alone = shared.apply(params, x[:1, :4])[0][0]
+    alone = jax.jit(shared.apply)(params, x[:1, :4])[0][0]
     assert_close(value[1], alone, "mixer")
 
 

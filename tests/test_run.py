@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampled import by_default
 
 from jaxseq.train import (
     CheckpointConfig,
@@ -37,6 +38,7 @@ from jaxseq.train.rows import grouped, mean_of, where
 TRAIN = TrainConfig(steps=40, batch_size=4, warmup_steps=5, evaluate_every=15, log_every=2)
 CHECKPOINT, MESH = CheckpointConfig(every=7), MeshConfig()
 PATIENCE = 300  # seconds: a busy machine can keep a new process waiting for minutes
+SIGNALS = [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]]
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
@@ -148,8 +150,9 @@ def running(*arguments, pause):
     return process
 
 
-def test_killed_at_three_random_moments_ends_as_if_unbroken(finished, tmp_path):
-    for _ in range(3):
+@pytest.mark.parametrize("times", by_default([1], [1, 3]))
+def test_killed_at_random_moments_ends_as_if_unbroken(finished, times, tmp_path):
+    for _ in range(times):
         process = running("--out", tmp_path, pause=0.15)
         time.sleep(random.uniform(0, 1.2))
         process.kill()
@@ -162,9 +165,10 @@ def test_killed_at_three_random_moments_ends_as_if_unbroken(finished, tmp_path):
     assert result["parameters_digest"] == whole["parameters_digest"]
 
 
-def test_signals_save_and_leave_with_code_0(finished, tmp_path):
+@pytest.mark.parametrize("numbers", by_default(SIGNALS[:1], SIGNALS), ids=["ended", "interrupted after that"])
+def test_signals_save_and_leave_with_code_0(finished, numbers, tmp_path):
     step = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         process = running("--out", tmp_path, pause=0.5)
         process.send_signal(number)
         _, err = process.communicate(timeout=PATIENCE)
@@ -237,10 +241,13 @@ def test_a_corrupt_checkpoint_is_one_line(tmp_path, capsys):
     for damaged in ("parameters/**/d/*", "**/*"):
         for file in filter(Path.is_file, (tmp_path / "checkpoints" / "10").glob(damaged)):
             file.write_bytes(file.read_bytes()[:-9])
-        process = start("--out", tmp_path, "--train.steps", "12")
-        _, err = process.communicate(timeout=PATIENCE)
+        if damaged == "**/*":
+            code, _, err = run_here(capsys, "--out", tmp_path, "--train.steps", 12)
+        else:  # also nothing from beneath Python
+            process = start("--out", tmp_path, "--train.steps", "12")
+            err, code = process.communicate(timeout=PATIENCE)[1], process.returncode
         lines = [line for line in err.splitlines() if "goes on from" not in line]
-        assert process.returncode == 2 and len(lines) == 1, err
+        assert code == 2 and len(lines) == 1, err
         assert "checkpoints/10 is corrupt" in err and "remove that folder to resume from step 7." in err
 
 

@@ -118,16 +118,17 @@ def test_unselected_tokens_take_no_room(drawn):
 def test_the_loss_is_what_selection_costs(drawn):
     """λ relu(mean p − K/N): zero within the budget, else with a gradient that lowers p."""
     params, x = drawn
-    chance = build().apply(params, x, mutable=["intermediates"])[1]["intermediates"]["chance"][0]
+    chance = jax.jit(partial(build().apply, mutable=["intermediates"]))(params, x)[1]["intermediates"]["chance"][0]
 
+    @partial(jax.jit, static_argnames="budget")
     def cost(params, **fields):
         return build(selection_loss=0.5, **fields).apply(params, x, mutable=["losses"])[1]["losses"]["selection"][0]
 
     np.testing.assert_allclose(cost(params), 0.5 * (chance.mean() - 13**-0.5), rtol=1e-5)
     np.testing.assert_allclose(cost(params, budget=1), 0.5 * (chance.mean() - 1 / 13), rtol=1e-5)
     assert cost(params, budget=13) == 0
-    assert jax.grad(cost)(params)["params"]["select_proj"]["bias"][0] > 0
-    assert build().apply(params, x).shape == x.shape  # nobody has to ask for it
+    assert jax.jit(jax.grad(cost))(params)["params"]["select_proj"]["bias"][0] > 0
+    assert jax.eval_shape(build().apply, params, x).shape == x.shape  # nobody has to ask for it
 
 
 def test_losses_leave_a_language_model_and_train_it():

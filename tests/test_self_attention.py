@@ -11,7 +11,7 @@ from jaxseq.layers.self_attention import SelfAttention
 def made(length: int, **fields):
     module = SelfAttention(8, num_heads=2, **fields)
     x = jax.random.normal(jax.random.key(0), (1, length, 8))
-    return module, module.init(jax.random.key(1), x), x
+    return module, jax.jit(module.init)(jax.random.key(1), x), x
 
 
 def test_no_square_is_kept_where_nothing_is_dropped():
@@ -39,11 +39,12 @@ def test_segments_are_apart(dropout):
     module, params, x = made(6, dropout=dropout)
     ids, rngs = jnp.asarray([[0, 0, 0, 1, 1, 1]]), {"dropout": jax.random.key(3)}
     later = lambda x: module.apply(params, x, ids, rngs=rngs)[:, 3:].sum()
-    slope = jax.grad(later)(x)
+    slope = jax.jit(jax.grad(later))(x)
     assert (slope[:, :3] == 0).all() and (slope[:, 3:] != 0).any()
     if dropout == 0:
-        alone = [module.apply(params, part) for part in (x[:, :3], x[:, 3:])]
-        np.testing.assert_allclose(module.apply(params, x, ids), np.concatenate(alone, axis=1), atol=1e-6)
+        apply = jax.jit(module.apply)
+        alone = [apply(params, part) for part in (x[:, :3], x[:, 3:])]
+        np.testing.assert_allclose(apply(params, x, ids), np.concatenate(alone, axis=1), atol=1e-6)
 
 
 def test_heads_that_do_not_divide_are_named():

@@ -192,7 +192,7 @@ def draw(length, seed=0):
 
 def built(**fields):
     module = SubsampledAttention(WIDTH, num_heads=2, **fields)
-    return module, jax.tree.map(lambda x: 20 * x, module.init(jax.random.key(0), draw(16)))
+    return module, jax.tree.map(lambda x: 20 * x, jax.jit(module.init)(jax.random.key(0), draw(16)))
 
 
 def test_evaluation_is_dense_attention():
@@ -207,7 +207,7 @@ def test_evaluation_is_dense_attention():
     )
 
 
-@pytest.mark.parametrize("mode", by_default(("truncate", "local"), SUBSETS))
+@pytest.mark.parametrize("mode", by_default(("local",), SUBSETS))
 def test_training(mode):
     """Another draw, another output; the same key, the same; causal by original positions; packed documents apart."""
     module, params = built(subsample=True, mode=mode, sigma=2.0)
@@ -301,7 +301,7 @@ def test_decoding_by_subsets(mode):
         return jnp.concatenate(parts, axis=1)
 
     expected = by_masks(params, x, mask)
-    for cuts, room in (((), 13), ((5,), 20), ((1, 2, 9, 12), 13)):
+    for cuts, room in (((), 13), ((5,), 20), ((1, 9, 10), 13)):
         assert_close(run(module, cuts, x, module.init_state(2, max_length=room)), expected, "mixer")
     step = lambda state, x: module.apply(params, x, state, method="step", rngs=rngs)[::-1]
     steps = jax.jit(lambda x: jax.lax.scan(step, module.init_state(2, max_length=T), x)[1])(x.swapaxes(0, 1))
@@ -309,8 +309,9 @@ def test_decoding_by_subsets(mode):
     whole = run(module.clone(ratio=1), (5,), x, module.init_state(2, max_length=T))
     assert_close(whole, by_masks(params, x, np.tri(T, dtype=bool)), "mixer")
     # Packed: of the subset, what is of its own document.
-    ids = jnp.asarray(np.arange(T) >= 6, jnp.int32)[None].repeat(2, axis=0)
-    packed = module.apply(params, x, module.init_state(2, max_length=T), ids, method="prefill", rngs=rngs)[0]
+    ids, start = jnp.asarray(np.arange(T) >= 6, jnp.int32)[None].repeat(2, axis=0), module.init_state(2, max_length=T)
+    prefill = jax.jit(lambda x, ids: module.apply(params, x, start, ids, method="prefill", rngs=rngs)[0])
+    packed = prefill(x, ids)
     same = np.asarray(ids[0])[:, None] == np.asarray(ids[0])
     assert_close(packed, by_masks(params, x, mask & same), "mixer")
 
