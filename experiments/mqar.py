@@ -31,7 +31,17 @@ from jaxseq.fields import check_counts
 from jaxseq.mixers import BaseConv
 from jaxseq.models import ModelConfig
 from jaxseq.tasks import mqar
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
+from jaxseq.train import (
+    CheckpointConfig,
+    MeshConfig,
+    Run,
+    TrainConfig,
+    cross_entropy,
+    digest,
+    main,
+    make_optimizer,
+    mean_metrics,
+)
 
 #: What the claim asks of attention, and of mixers that no input moves or that do not see far enough.
 LEAST, MOST = 0.95, 0.35
@@ -186,12 +196,15 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
         drawn = sequences(key, num_examples=number, length=length, num_pairs=pairs)
         return dict(zip(("inputs", "labels"), map(np.asarray, drawn), strict=True))
 
-    def each(params, batch):
-        return jax.vmap(lambda params: cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])[1])(params)
+    def of_each(params, batch, key):
+        """Losses of all models, whose sum has the gradient of each, and their metrics."""
+        of_one = lambda params: cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])
+        losses, metrics = jax.vmap(of_one)(params)
+        return losses.sum(), metrics
 
     def loss(params, batch, key):
-        metrics = each(params, batch)  # of every model; their sum has the gradient of each
-        return metrics["loss"].sum(), {"loss": metrics["loss"].min(), "accuracy": metrics["accuracy"].max()}
+        total, metrics = of_each(params, batch, key)
+        return total, {"loss": metrics["loss"].min(), "accuracy": metrics["accuracy"].max()}
 
     def init(key):
         keys = jnp.tile(jax.random.split(key, config.seeds), len(config.learning_rates))
@@ -203,15 +216,11 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
     def mean(key, length=length, pairs=pairs):
         """Loss and accuracy of every learning rate, in batches of at most 2¹⁶ tokens."""
         number, size = config.test_examples, max(1, 2**16 // length)
-        rows = sequences(key, num_examples=number, length=length, num_pairs=pairs)
-        starts = range(0, number, size)
-        parts = [dict(zip(("inputs", "labels"), (x[s : s + size] for x in rows), strict=True)) for s in starts]
-        weights = [len(part["labels"]) for part in parts]
-        metrics = [jax.device_get(scored(trained.params, part)) for part in parts]
-        over = {name: np.average([m[name] for m in metrics], axis=0, weights=weights) for name in metrics[0]}
-        return {name: x.reshape(-1, config.seeds).mean(axis=1) for name, x in over.items()}
+        inputs, labels = map(np.asarray, sequences(key, num_examples=number, length=length, num_pairs=pairs))
+        read = lambda rows: {"inputs": inputs[rows], "labels": labels[rows]}
+        metrics: dict[str, Any] = mean_metrics(of_each, trained.params, read, number, size=size)
+        return {name: x.reshape(-1, config.seeds).mean(axis=1) for name, x in metrics.items()}
 
-    scored = jax.jit(each)
     best, tested = int(mean(validation)["accuracy"].argmax()), mean(test)
     run.record(config.train.steps, f"test/{part}", {metric: float(x[best]) for metric, x in tested.items()})
     return {

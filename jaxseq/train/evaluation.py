@@ -13,6 +13,7 @@ def mean_metrics(
     """Means over all of `count` rows, `size` of them at a time: `read(rows)` is a batch.
 
     `loss(params, batch, key) -> (scalar, metrics)` is as for `fit`, its metrics means over the batch; the key is None.
+    The mean of an array, such as a metric of several models, is one.
 
     Raises:
       ValueError: `count` or `size` is below 1.
@@ -23,4 +24,5 @@ def mean_metrics(
     parts = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
     found = [score(params, read(rows), None)[1] for rows in parts]
     weights = [len(rows) for rows in parts]  # the last may be shorter
-    return {name: float(np.average([metrics[name] for metrics in found], weights=weights)) for name in found[0]}
+    average: Callable[[Any], Any] = lambda values: np.average(jax.device_get(values), axis=0, weights=weights)
+    return {name: average([metrics[name] for metrics in found]) for name in found[0]}
