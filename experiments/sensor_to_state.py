@@ -139,9 +139,9 @@ def synthetic(config: Config) -> Data:
     draw = jax.jit(
         partial(drifting_sensor, length=of.chunk * of.chunks, chunk=of.chunk), static_argnames="num_examples"
     )
-    key, few = jax.random.key(config.seed), max(1, of.examples // 4)
-    train, test = jax.random.split(key)
-    parts = (train, of.examples), (jax.random.fold_in(key, 2), few), (test, few)
+    train, test, validation = jax.random.split(jax.random.key(config.seed), 3)
+    few = max(1, of.examples // 4)
+    parts = (train, of.examples), (validation, few), (test, few)
     return Data(*(jax.device_get(draw(key, num_examples=number)) for key, number in parts))
 
 
@@ -217,7 +217,7 @@ def measure(run: Run[Config]) -> None:
 
             def tested(error=error, part=part, fitted=fitted):
                 found = float(error(fitted.params, *test))
-                run.record(fitted.params_step, f"test/{part}", {"loss": found})
+                run.record(fitted.step, f"test/{part}", {"loss": found})
                 return {"error": found, "step": fitted.params_step, "parameters": optax.tree.size(fitted.params)}
 
             table[part] = run.kept(part, tested)
@@ -246,12 +246,17 @@ def verdict(run: Run[Config], data: Data, table, times: dict[str, float], parame
         "no motion": float(squared_error(np.zeros_like(guess), data.test[1])),
         "mean velocity": float(squared_error(guess, data.test[1])),
     }
-    parts = {}
+    parts, ratios = {}, {}
     if {"hiss", "flat"} <= mean.keys():
         parts["error beside the flat model"] = mean["hiss"] <= MOST["error"] * mean["flat"]
         parts["time beside the flat model"] = times["hiss"] <= MOST["time"] * times["flat"]
     if {"hiss", "flat-first"} <= mean.keys():
         parts["error beside the flat model read first"] = mean["hiss"] <= MOST["error, first"] * mean["flat-first"]
+    if config.data.path is not None:
+        for pair in (("hiss", "flat"), ("hiss-lstm", "flat-lstm"), ("hiss-mamba", "flat-mamba")):
+            if set(pair) <= mean.keys():
+                ratios[" / ".join(pair)] = mean[pair[0]] / mean[pair[1]]
+        parts |= {f"{pair} below 1": ratio < 1 for pair, ratio in ratios.items()}
     if config.data.path is not None and "hiss" in mean:
         least = min([*baseline.values(), *(mean[name] for name in ("flat", "flat-first") if name in mean)])
         parts["ahead of all"] = mean["hiss"] < least
@@ -264,6 +269,7 @@ def verdict(run: Run[Config], data: Data, table, times: dict[str, float], parame
         threshold=MOST,
         holds=bool(parts) and all(parts.values()),
         parts=parts,
+        ratios=ratios,
         errors=errors,
         parameters={name: table[f"{name}-{config.seed}"]["parameters"] for name in config.names()},
         parameters_digest=parameters_digest,

@@ -455,6 +455,7 @@ def _normal(rng, *shape):
 
 
 _recurrent = dict(moving=("decay", "inputs"), forms=("sequential", "parallel", "chunked", "in_place", "pallas"))
+_scans = ("sequential", "in_rows", "parallel", "chunked")
 _kernel = ("sequential", "parallel", "chunked", "pallas")
 _composed = ("sequential", "chunked")  # of ops whose other forms are tested by themselves
 _tokens = ("query", "key", "value", "log_decay", "beta", "a", "b")
@@ -497,13 +498,17 @@ OPS = {
     "delta_product": OpMember(_product_inputs, partial(_matrix_state, ops.delta_product), _composed, moving=_tokens),
     "slot_attention": OpMember(_slot_inputs, _slots, _composed, moving=(*_tokens, "write")),
     "mesa": OpMember(_mesa_inputs, _mesa, _composed, moving=_tokens),
-    "selective_scan": OpMember(_selective_inputs, _selective, _kernel, sweep=True, moving=("x", "dt", "B", "C")),
-    "selective_scan groups": OpMember(
-        partial(_selective_inputs, shape=("B", "T", "G", "N")), _selective, moving=("x", "dt", "B", "C")
+    "selective_scan": OpMember(
+        _selective_inputs, _selective, (*_scans, "pallas"), sweep=True, moving=("x", "dt", "B", "C")
     ),
-    "selective_scan constant": OpMember(partial(_selective_inputs, shape=("D", "N")), _selective, moving=("x", "dt")),
+    "selective_scan groups": OpMember(
+        partial(_selective_inputs, shape=("B", "T", "G", "N")), _selective, _scans, moving=("x", "dt", "B", "C")
+    ),
+    "selective_scan constant": OpMember(
+        partial(_selective_inputs, shape=("D", "N")), _selective, _scans, moving=("x", "dt")
+    ),
     "selective_scan complex": OpMember(
-        partial(_selective_inputs, complex_=True), _selective, moving=("x", "dt", "B", "C")
+        partial(_selective_inputs, complex_=True), _selective, _scans, moving=("x", "dt", "B", "C")
     ),
     "diagonal_state_space": OpMember(_state_space_inputs, _state_space, moving=("u",)),
     "diagonal_state_space convolution": OpMember(

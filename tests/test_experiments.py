@@ -340,6 +340,7 @@ def test_forecasting_of_ones_own_table(run, run_here, tmp_path):
     command = (*command, "--models", "season,rlinear,itransformer", "--data.marks", "--horizons", "3")
     done = run(*command, "--out", str(out))
     assert done.returncode == 0, done.stderr
+    assert "300 rows of 2 variates" in done.stdout and f"{out / 'forecast.csv'} is by " in done.stdout
     result = json.loads((out / "result.json").read_text())
     assert set(result["measured"]["mse"]) == {"season", "rlinear", "itransformer"}
     assert result["by_horizon"]["6"]["mse"] == result["measured"]["mse"] and set(result["by_horizon"]) == {"6", "3"}

@@ -1,5 +1,6 @@
 """Every form of every op against `sequential`: values, final states, all gradients; and what is refused, by name."""
 
+import importlib
 from functools import partial
 from itertools import product
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import CHUNK, OPS, assert_close, cast, log_decays, normals, segments
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sampled import by_default
 
@@ -436,3 +437,27 @@ def test_weights_of_zero_have_logs(semiring):
         np.testing.assert_allclose(h[0, :, 0], expected, rtol=1e-6)
         assert np.isfinite(gradient).all()
         np.testing.assert_allclose(gradient.sum(), 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", by_default(["selective_scan groups"], [n for n in OPS if n.startswith("selective")]))
+def test_chunks_of_the_selective_scan_as_accelerators_take_them(name, monkeypatch):
+    """All states of a chunk at once, where a CPU loops."""
+    module = importlib.import_module("jaxseq.ops.selective_scan")
+    monkeypatch.setattr(module, "in_rows", partial(module.parallel, None))
+    with jax.enable_x64(True):
+        inputs = case(name)
+        assert_close(run(name, "chunked")(*inputs), run(name, "sequential")(*inputs), "float64")
+
+
+def test_a_batch_over_devices_stays_there():
+    """The loop of a CPU reads no other device's sequences, forwards and backwards."""
+    inputs, cotangents, _ = case("selective_scan groups", dtype=jnp.float32)
+    double = lambda x: jnp.concatenate([x, x])
+    batched = {name: double(x) if name not in ("A", "D") else x for name, x in inputs.items()}
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, P("data"))
+    whole = NamedSharding(mesh, P())
+    laid = {name: jax.device_put(x, whole if name in ("A", "D") else rows) for name, x in batched.items()}
+    given = jax.tree.map(lambda x: jax.device_put(double(x).astype(jnp.float32), rows), cotangents)
+    text = run("selective_scan groups", "in_rows").lower(laid, given, None).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text

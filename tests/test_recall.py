@@ -242,7 +242,7 @@ def test_tokens_are_int32_where_numbers_are_64_bits(setting):
         ("mqar", dict(num_pairs=17), "num_pairs=17: 1 times the pairs, .* need 68 tokens of length=64"),
         ("mqar", dict(num_pairs=8, num_passes=4), "4 times the pairs, .* need 80 tokens of length=64"),
         ("mqar", dict(length=4, vocab_size=5, num_pairs=0), "num_pairs=0; mqar takes 1 or more"),
-        ("mqar", dict(power=0.0), "power=0.0; mqar takes a number above 0"),
+        ("mqar", dict(power=0.0), "power=0.0; mqar takes a finite number above 0"),
         ("mqar", dict(power=float("nan")), "power=nan"),
         ("mqar", dict(num_passes=0), "num_passes=0; mqar takes 1 or more"),
         ("associative_recall", dict(length=7), "length=7; associative_recall takes an even one"),
@@ -305,3 +305,27 @@ def test_every_recall_task_has_a_builder_whose_settings_it_takes(builders):
         for config in kind.BUILDER_CONFIGS:
             drawn = jax.eval_shape(partial(kind.task, num_examples=2, **config.settings), jax.random.key(0))
             assert drawn[0].shape == (2, config.settings["length"])
+
+
+def test_a_steep_law_asks_late():
+    """Powers whose weights no float holds: the mean slot of four pairs comes near the last, 251, and never falls."""
+    means = []
+    for power in (10.0, 40.0, 1e4):
+        _, labels = tasks.mqar(
+            jax.random.key(0), num_examples=256, length=512, num_pairs=4, vocab_size=1024, power=power
+        )
+        means.append(float(np.where(labels >= 0, (np.arange(512) - 8) / 2, 0).sum() / (4 * 256)))
+    assert means == sorted(means) and means[0] > 220 and means[-1] > 245
+    with pytest.raises(ValueError, match="power=inf; mqar takes a finite number above 0"):
+        tasks.mqar(jax.random.key(0), num_examples=1, power=float("inf"))
+
+
+@pytest.mark.parametrize("size", [64.0, "64", True, 0])
+def test_sizes_are_whole_numbers(size):
+    with pytest.raises(ValueError, match=f"length={size!r}; mqar takes 1 or more, whole numbers"):
+        tasks.mqar(jax.random.key(0), num_examples=1, length=size)
+
+
+def test_sizes_of_words_are_two():
+    with pytest.raises(ValueError, match="key_sizes=3; fuzzy_recall takes the least and the largest size"):
+        tasks.fuzzy_recall(jax.random.key(0), num_examples=1, key_sizes=3)

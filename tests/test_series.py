@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import forecasting
-from jaxseq.data import ETT_HOURLY, ETT_MINUTES, Borders, Table, dates_ahead, forecasting_series, read_table
+from jaxseq.data import (
+    ETT_HOURLY,
+    ETT_MINUTES,
+    Borders,
+    Table,
+    dates_ahead,
+    forecasting_series,
+    read_table,
+    season_length,
+)
 from jaxseq.data.series import time_marks
 from jaxseq.data.table import filled_forward
 from jaxseq.tasks import lagged_copies
@@ -297,3 +306,29 @@ def test_copies_follow_their_parents():
         assert min(r.std() for r in rest.values()) == pytest.approx(0.3, rel=0.05)
     with pytest.raises(ValueError, match="num_roots=9 must be at most num_series=6"):
         lagged_copies(0, 10, num_series=6, num_roots=9)
+
+
+@pytest.mark.parametrize(
+    "first, step, most, season",
+    [
+        ("2020-01-01T00", "1 h", 96, 24), ("2020-01-01T00:00", "15 m", 96, 96), ("2020-01-01T00:00", "1 m", 96, 60),
+        ("2020-01-01", "1 D", 96, 7), ("2020-01-07", "7 D", 96, 52), ("2020-01-07", "7 D", 20, None),
+        ("2020-01", "1 M", 96, 12), ("2020-01", "3 M", 96, 4), ("2020-01-01T00:00:00", "1 s", 96, None),
+    ],
+)  # fmt: skip
+def test_the_season_of_a_step(first, step, most, season):
+    size, unit = step.split()
+    assert season_length(np.datetime64(first, unit) + int(size) * np.arange(60), most) == season
+
+
+def test_a_working_week_is_a_season():
+    days = np.busday_offset(np.datetime64("2020-01-01"), np.arange(60), roll="forward")
+    assert season_length(days, 96) == 5
+
+
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_other_separators_are_named(tmp_path, sign):
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(sign.join(row) for row in (("date", "a"), ("2020-01-01", "0,5"))))
+    with pytest.raises(ValueError, match=f"has {sign!r} between its columns; save it with commas".replace("\\", r"\\")):
+        read_table(path)

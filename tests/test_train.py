@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -132,6 +133,19 @@ def test_the_parameters_that_did_best_come_back_after_a_restart_too(tmp_path, me
 def test_the_last_parameters_come_back_where_none_are_better(unbroken):
     result, _ = train(evaluate=evaluations(np.nan, np.nan, np.nan)[0], best="validation/loss")
     assert result.params_step == 12 and digest(result.params) == digest(unbroken[0].params)
+
+
+def test_best_is_of_one_metric_in_all_of_a_run(tmp_path):
+    evaluate = lambda params: {"validation": {"loss": 1.0, "error": 2.0}}
+    for name, said in (("validation/loss", ""), ("validation/error", "another config: best validation/")):
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=said) if said else nullcontext():
+            train(evaluate=evaluate, checkpoints=checkpoints, best=name)
+
+
+def test_rules_speak_of_whole_paths():
+    rules = ((r"^params/", P("fsdp")),)
+    result, _ = train(mesh=device_mesh(MeshConfig(fsdp=4)), rules=rules)
+    assert result.params["params"]["norm"]["scale"].sharding.spec == P("fsdp")
 
 
 def test_best_names_what_is_evaluated():

@@ -8,6 +8,7 @@ from .corpus import Corpus as Corpus
 from .corpus import Document as Document
 from .corpus import joined as joined
 from .dates import dates_ahead as dates_ahead
+from .dates import season_length as season_length
 from .epochs import epoch_rows as epoch_rows
 from .inertial import Motion as Motion
 from .inertial import inertial_motion as inertial_motion

@@ -91,6 +91,17 @@ def regular_step(dates: np.ndarray) -> Step:
     return min(found, key=lambda step: step.odd(dates).sum())
 
 
+def season_length(dates: np.ndarray, most: int) -> int | None:
+    """How many of the regular steps of `T` datetime64 are a day, week, year or hour: the first that is 2 to `most`."""
+    step = regular_step(dates)
+    if step.unit != "us":
+        found: list[float] = [12 / step.size] if step.unit == "month" else [5, 261]
+    else:
+        wholes = (timedelta(days=1), timedelta(weeks=1), timedelta(days=365.25), timedelta(hours=1))
+        found = [whole / timedelta(microseconds=1) / step.size for whole in wholes]
+    return next((round(n) for n in found if 2 <= round(n) <= most), None)
+
+
 def dates_ahead(dates: np.ndarray, count: int) -> np.ndarray:
     """The `count` times after the last of `T` datetime64, in microseconds, by the step that most rows take.
 

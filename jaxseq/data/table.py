@@ -133,7 +133,10 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
         rows.pop()
     if not rows:
         raise ValueError(f"{path} is empty.")
-    width = len(next(row for _, row in rows if not blank(row)))
+    first = next(row for _, row in rows if not blank(row))
+    width = len(first)
+    if width == 1 and (other := next((sign for sign in ";\t|" if sign in first[0]), None)):
+        raise ValueError(f"{path} has {other!r} between its columns; save it with commas, and points in numbers.")
     rows = [(line, [""] * width if blank(row) else row) for line, row in rows]
     for line, row in rows:
         if len(row) != width:

@@ -28,28 +28,57 @@ def _element(x, dt, keep, A, B) -> Affine:
 
 
 def sequential(x, dt, keep, A, B, C, h):
-    """One token after the other; the gradient keeps one state a token.
+    def step(h, token):
+        x, dt, keep, B, C = token
+        h = affine.act(_elements(x, dt, keep, A, B), h)
+        return h, _read(h, C)
 
-    States are `N B D`: what the channels of all sequences do is one row of numbers, as a processor likes it. And XLA
-    computes a sum that it fused with what makes its terms up to seven times slower on one than a product with ones.
-    The read-out is such a sum, and so is the gradient of whatever is broadcast: here all are products.
+    B, C = (jnp.broadcast_to(M, (*x.shape[:2], *M.shape[2:])) for M in (B, C))
+    return scan.loop(step, h, (x, dt, keep, B, C))
+
+
+def parallel(impl, x, dt, keep, A, B, C, h):
+    """Every state at once: T·D·N numbers."""
+    decay, inputs = _elements(x, dt, keep, A, B)
+    states, h = recurrence(impl)(jnp.broadcast_to(decay, inputs.shape), inputs, h)
+    return _read(states, C), h
+
+
+def _elements(x, dt, keep, A, B) -> Affine:
+    """Of states `… D N`."""
+    A = A.reshape((1,) * (x.ndim - 1) + A.shape)
+    B = jnp.repeat(B, x.shape[-1] // B.shape[-2], axis=-2)
+    return _element(x[..., None], dt[..., None], keep[..., None, None], A, B)
+
+
+def _read(h, C):
+    groups = h.reshape(*h.shape[:-2], C.shape[-2], -1, h.shape[-1])
+    return einsum("...gdn,...gn->...gd", groups, C).reshape(h.shape[:-1])
+
+
+def in_rows(x, dt, keep, A, B, C, h):
+    """One token after the other, of states `N B D`: one vector loop runs over all B·D. The gradient keeps them all.
+
+    XLA computes a sum that it fused with what makes its terms up to seven times slower on a CPU than a product with
+    ones. The read-out is such a sum, and so is the gradient of whatever is broadcast: here all are products.
     """
     (channels, N), length = A.shape, x.shape[1]
     ones = lambda *shape: jnp.ones(shape, A.dtype)
     spread = lambda a: matmul(ones(N, 1), a.astype(A.dtype).reshape(1, -1)).reshape(N, *a.shape)
-    grouped = lambda M: matmul(M.reshape(-1, 1), ones(1, channels // M.shape[-1])).reshape(*M.shape[:-1], channels)
+    # Of `… B G`, whose axes stay apart: a batch that is split over devices is no part of a row.
+    grouped = lambda M: matmul(M[..., None], ones(1, channels // M.shape[-1])).reshape(*M.shape[:-1], channels)
     total = lambda a: matmul(ones(1, N), a.reshape(N, -1)).reshape(a.shape[1:])
-    tokens = {"x": x.swapaxes(0, 1), "dt": dt.swapaxes(0, 1), "keep": keep.T[:, None, :, None]}
-    terms = {name: M.transpose(1, 3, 0, 2) for name, M in (("B", B), ("C", C))}  # `T N B G`
-    tokens |= {name: M for name, M in terms.items() if len(M) == length}
-    standing = {name: M[0] for name, M in terms.items() if len(M) != length}
     h = h.transpose(2, 0, 1)
-    A = jnp.broadcast_to(A.T[:, None], h.shape)  # its gradient adds up over time as it is, and over sequences once
+    moving, standing = _by_motion(length, B=B, C=C)
+    tokens = {name: M.transpose(1, 3, 0, 2) for name, M in moving.items()}  # `T N B G`
+    tokens |= {"x": x.swapaxes(0, 1), "dt": dt.swapaxes(0, 1), "keep": keep.T[:, None, :, None]}
+    # What stands still adds its gradient up over time as it is, and over sequences once.
+    standing = {name: jnp.broadcast_to(grouped(M.transpose(1, 3, 0, 2)[0]), h.shape) for name, M in standing.items()}
+    A = jnp.broadcast_to(A.T[:, None], h.shape)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(h, token):
-        token = token | standing
-        B, C = grouped(token["B"]), grouped(token["C"])
+        B, C = (standing[name] if name in standing else grouped(token[name]) for name in ("B", "C"))
         h = affine.act(_element(spread(token["x"]), spread(token["dt"]), token["keep"], A, B), h)
         return h, total(h * C)
 
@@ -57,28 +86,17 @@ def sequential(x, dt, keep, A, B, C, h):
     return y.swapaxes(0, 1), h.transpose(1, 2, 0)
 
 
-def parallel(impl, x, dt, keep, A, B, C, h):
-    """Every state at once: T·D·N numbers."""
-    over_states = lambda a: a[..., None]
-    every = jnp.repeat(B, x.shape[-1] // B.shape[-2], axis=-2)
-    decay, inputs = _element(over_states(x), over_states(dt), keep[..., None, None], A[None, None], every)
-    states, h = recurrence(impl)(jnp.broadcast_to(decay, inputs.shape), inputs, h)
-    groups = states.reshape(*x.shape[:2], C.shape[-2], -1, A.shape[-1])
-    return einsum("...gdn,...gn->...gd", groups, C).reshape(x.shape), h
-
-
-def chunked(x, dt, keep, A, B, C, h, chunk_size):
-    """All states of one chunk at a time; the backward pass keeps one state a chunk and recomputes."""
+def chunked(x, dt, keep, A, B, C, h, chunk_size, inside=None):
+    """One chunk at a time; the backward pass keeps a state a chunk and makes the states of a chunk again."""
     length = x.shape[1]
-    moving = {name: M for name, M in (("B", B), ("C", C)) if M.shape[1] == length}
-    standing = {name: M for name, M in (("B", B), ("C", C)) if M.shape[1] != length}
-    forms: dict[str, Callable] = {"sequential": sequential, "parallel": partial(parallel, None)}
-    inside = dispatch("selective_scan", None, forms, {"cpu": "sequential", "default": "parallel"})
+    moving, standing = _by_motion(length, B=B, C=C)
+    forms: dict[str, Callable] = {"in_rows": in_rows, "parallel": partial(parallel, None)}
+    form = inside or dispatch("selective_scan", None, forms, {"cpu": "in_rows", "default": "parallel"})
 
     @jax.checkpoint
     def step(h, chunk):
         terms = {"A": A} | chunk | standing
-        y, h = inside(*(terms[name] for name in ("x", "dt", "keep", "A", "B", "C")), h)
+        y, h = form(*(terms[name] for name in ("x", "dt", "keep", "A", "B", "C")), h)
         return h, y
 
     keep = jnp.pad(keep, ((0, 0), (0, -length % chunk_size)), constant_values=1)  # keep = 1, dt = 0 change no state
@@ -86,12 +104,18 @@ def chunked(x, dt, keep, A, B, C, h, chunk_size):
     return scan.join_chunks(y)[:, :length], h
 
 
+def _by_motion(length: int, **terms):
+    """Those that move with time, and those that stand still."""
+    moves = lambda M: M.shape[1] == length
+    return {n: M for n, M in terms.items() if moves(M)}, {n: M for n, M in terms.items() if not moves(M)}
+
+
 def in_kernel(x, dt, keep, A, B, C, h):
     """States `N D`, channels along the lanes, which share B and C."""
     if jnp.iscomplexobj(A) or B.shape[1:3] != (x.shape[1], 1) or C.shape[1:3] != (x.shape[1], 1):
         raise NotImplementedError(
             f"impl='pallas' of selective_scan takes a real A, and B and C `B T N`; A is {A.dtype}, B {B.shape} and C "
-            f"{C.shape}. Choose None, 'sequential', 'parallel' or 'chunked'."
+            f"{C.shape}. Choose None, 'sequential', 'in_rows', 'parallel' or 'chunked'."
         )
     N = A.shape[1]
     filled = lambda M: jnp.pad(M, [(0, 0)] * (M.ndim - 1) + [(0, (1 << (N - 1).bit_length()) - N)])
@@ -128,7 +152,7 @@ def selective_scan(
     `dt` is already positive. B and C move with time (`B T N`, or `B T G N` where each of G groups serves D/G
     consecutive channels) or stand still, one row a channel (`D N`). A complex A stands for conjugate pairs:
     y_t = 2 Re(h_t C_t) + D ⊙ x_t. `initial_state` is h_0, zeros when None; a change of `segment_ids` restarts from
-    zero. Sums and the final state are at least float32. `chunked` materialises the states of one chunk at a time.
+    zero. Sums and the final state are at least float32. `chunked` keeps one state a chunk for the gradient.
 
     Raises:
       ValueError: shapes disagree, the groups do not divide D, T = 0, or chunk_size < 1.
@@ -149,12 +173,13 @@ def selective_scan(
     h = zeros_from(x, shape, state_dtype, plus=initial_state)
     forms: dict[str, Callable] = {
         "sequential": sequential,
+        "in_rows": in_rows,
         "parallel": partial(parallel, "parallel"),
         "chunked": partial(chunked, chunk_size=min(chunk_size, length)),
         "pallas": in_kernel,
     }
     # A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
-    best = {"cpu": "sequential", "default": "chunked"} if length > 1 else "parallel"
+    best = {"cpu": "in_rows", "default": "chunked"} if length > 1 else "parallel"  # whose state stays as it lies
     h, *tokens = own((h, x.astype(real), dt.astype(real), keep, A.astype(state_dtype), B, C))
     run = partial(dispatch("selective_scan", impl, forms, best, "chunked"), *tokens)
     total = lambda: Affine(_total_decay(*tokens[1:4]), run(jnp.zeros_like(h))[1])

@@ -26,7 +26,7 @@ def selective_copying(
     k_letters, k_places = jax.random.split(key)
     before = length - num_tokens - 1
     letters = integers(k_letters, (num_examples, num_tokens), 0, vocab_size - 2)
-    places = jnp.sort(distinct(k_places, jnp.ones(before), (num_examples, num_tokens)), axis=1)
+    places = jnp.sort(distinct(k_places, jnp.zeros(before), (num_examples, num_tokens)), axis=1)
     inputs = jnp.full((num_examples, length), vocab_size - 2, jnp.int32).at[:, before].set(vocab_size - 1)
     labels = jnp.full((num_examples, length), IGNORED, jnp.int32).at[:, before + 1 :].set(letters)
     return inputs.at[jnp.arange(num_examples)[:, None], places].set(letters), labels

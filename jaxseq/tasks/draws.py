@@ -1,5 +1,7 @@
 """What the tasks share: draws without replacement, and the checks of their sizes."""
 
+from numbers import Integral
+
 import jax
 import jax.numpy as jnp
 
@@ -9,15 +11,15 @@ from ..shapes import Array, Bool, Float, Int
 IGNORED = -100
 
 
-def distinct(key: Array, weights: Float[Array, "M"], shape: tuple[int, ...]) -> Int[Array, "*S"]:
+def distinct(key: Array, log_weights: Float[Array, "M"], shape: tuple[int, ...]) -> Int[Array, "*S"]:
     """Indices in [0, M), drawn along the last axis of `shape` one after the other without replacement.
 
-    The next is i with probability proportional to weights_i among those left: the largest of log weights + Gumbel noise
-    (Gumbel top-k, arXiv 1903.06059).
+    The next is i with probability proportional to exp(log_weights_i) among those left: the largest of log weights +
+    Gumbel noise (Gumbel top-k, arXiv 1903.06059).
     """
     *batch, count = shape
-    noise = jax.random.gumbel(key, (*batch, weights.size), weights.dtype)
-    return jax.lax.top_k(noise + jnp.expand_dims(jnp.log(weights), range(len(batch))), count)[1].astype(jnp.int32)
+    noise = jax.random.gumbel(key, (*batch, log_weights.size), log_weights.dtype)
+    return jax.lax.top_k(noise + jnp.expand_dims(log_weights, range(len(batch))), count)[1].astype(jnp.int32)
 
 
 def integers(key: Array, shape: tuple[int, ...], low: int, high: int) -> Int[Array, "*S"]:
@@ -26,10 +28,10 @@ def integers(key: Array, shape: tuple[int, ...], low: int, high: int) -> Int[Arr
 
 
 def require(task: str, least: dict[str, int], **sizes: int) -> None:
-    """Refuse the first of the sizes that is below its least, which is 1 where `least` does not name it."""
+    """Refuse the first of the sizes that is no whole number from its least on, 1 where `least` does not name it."""
     for name, size in sizes.items():
-        if size < least.get(name, 1):
-            raise ValueError(f"{name}={size}; {task} takes {least.get(name, 1)} or more.")
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < least.get(name, 1):
+            raise ValueError(f"{name}={size!r}; {task} takes {least.get(name, 1)} or more, whole numbers.")
 
 
 def first_of(same: Bool[Array, "N P P"]) -> Int[Array, "N P"]:

@@ -27,8 +27,11 @@ def fuzzy_recall(
     Raises:
       ValueError: a number is too small, a word is longer than its alphabet, or two pairs are longer than `length`.
     """
+    require("fuzzy_recall", {"vocab_size": 3}, num_examples=num_examples, length=length, vocab_size=vocab_size)
+    for name, pair in (("key_sizes", key_sizes), ("value_sizes", value_sizes)):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise ValueError(f"{name}={pair!r}; fuzzy_recall takes the least and the largest size of a word.")
     half, most = (vocab_size - 1) // 2, key_sizes[1] + value_sizes[1]
-    require("fuzzy_recall", {"vocab_size": 3}, num_examples=num_examples, vocab_size=vocab_size)
     words = {"key_sizes": (key_sizes, half), "value_sizes": (value_sizes, vocab_size - 1 - half)}
     for name, (sizes, letters) in words.items():
         if not 1 <= sizes[0] <= sizes[1] <= letters:
@@ -39,8 +42,8 @@ def fuzzy_recall(
     num_pairs = (length - most) // (key_sizes[0] + value_sizes[0]) + 1
     shape, index = (num_examples, num_pairs), jnp.arange(num_pairs, dtype=jnp.int32)[None]
     key_letter, value_letter = (jnp.arange(most, dtype=jnp.int32)[None, None] for _, most in (key_sizes, value_sizes))
-    keys = distinct(k_keys, jnp.ones(half), (*shape, key_sizes[1]))
-    values = half + distinct(k_values, jnp.ones(vocab_size - 1 - half), (*shape, value_sizes[1]))
+    keys = distinct(k_keys, jnp.zeros(half), (*shape, key_sizes[1]))
+    values = half + distinct(k_values, jnp.zeros(vocab_size - 1 - half), (*shape, value_sizes[1]))
     key_size = integers(k_key_sizes, shape, key_sizes[0], key_sizes[1] + 1)
     value_size = integers(k_value_sizes, shape, value_sizes[0], value_sizes[1] + 1)
     keys = jnp.where(key_letter < key_size[..., None], keys, -1)

@@ -1,5 +1,7 @@
 """Associative recall: pairs of a key and a value in the context, then keys whose values are asked."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -32,9 +34,10 @@ def mqar(
     Raises:
       ValueError: a number is too small, the length is odd, or the pairs do not fit into length or vocabulary.
     """
-    require("mqar", {}, num_examples=num_examples, num_pairs=num_pairs, num_passes=num_passes)
-    if not power > 0:
-        raise ValueError(f"power={power}; mqar takes a number above 0.")
+    sizes = dict(num_examples=num_examples, length=length, num_pairs=num_pairs, vocab_size=vocab_size)
+    require("mqar", {}, **sizes, num_passes=num_passes)
+    if not 0 < power < math.inf:
+        raise ValueError(f"power={power}; mqar takes a finite number above 0.")
     if length % 2:
         raise ValueError(f"length={length}; mqar takes an even one: pairs and slots are two tokens long.")
     if vocab_size <= length:
@@ -48,9 +51,9 @@ def mqar(
     k_keys, k_values, k_slots, k_filler = jax.random.split(key, 4)
     num_slots = length // 2 - num_pairs * num_passes
     shape = (num_examples, num_pairs)
-    keys = 1 + distinct(k_keys, jnp.ones(half - 1), shape)
-    values = half + distinct(k_values, jnp.ones(vocab_size - half), shape)
-    slots = distinct(k_slots, jnp.arange(1.0, num_slots + 1) ** (power - 1), shape)
+    keys = 1 + distinct(k_keys, jnp.zeros(half - 1), shape)
+    values = half + distinct(k_values, jnp.zeros(vocab_size - half), shape)
+    slots = distinct(k_slots, (power - 1) * jnp.log(jnp.arange(1.0, num_slots + 1)), shape)
     inputs, labels = mqar_rows(keys, values, slots, length=length, num_passes=num_passes)
     if random_non_queries:
         inputs = jnp.where(inputs == 0, integers(k_filler, inputs.shape, 0, vocab_size), inputs)

@@ -22,7 +22,7 @@ class Checkpoints:
 
     A state is any named tuple with a field `params`. The parameters are stored apart from the rest, so that they can
     be read without knowing the optimizer, together with a table of every array's shape and dtype. `best`, another tree
-    of arrays, is kept beside the state where there is one.
+    of arrays with a name, is kept beside the state where there is one.
     """
 
     def __init__(self, folder: str | Path, config: CheckpointConfig | None = None):
@@ -42,19 +42,21 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, best: PyTree = None) -> None:
+    def save(self, step: int, state: Any, best: PyTree = None, best_name: str | None = None) -> None:
         """Start writing; the arrays may be donated as soon as this returns. A step already there is left alone."""
         if step == self.latest_step:
             return
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state, best).items()}
-        arrays = ocp.args.JsonSave(_table(state, best))
+        arrays = ocp.args.JsonSave(_table(state, best, best_name))
         self._manager.save(step, args=ocp.args.Composite(**items, arrays=arrays))
 
     def wait(self) -> None:
         """Return when everything saved is on disk."""
         self._manager.wait_until_finished()
 
-    def restore_latest(self, abstract_state: Any, abstract_best: PyTree = None) -> tuple[Any, PyTree] | None:
+    def restore_latest(
+        self, abstract_state: Any, abstract_best: PyTree = None, best_name: str | None = None
+    ) -> tuple[Any, PyTree] | None:
         """State and best of the latest step, None when there is none, laid out as the shardings of both say.
 
         Raises:
@@ -66,7 +68,7 @@ class Checkpoints:
             return None
         try:
             table = _read(self._manager, step, arrays=ocp.args.JsonRestore()).arrays
-            difference = _difference(table, _table(abstract_state, abstract_best))
+            difference = _difference(table, _table(abstract_state, abstract_best, best_name))
             if not difference:
                 return self._restore(step, abstract_state, abstract_best)
         except _UnreadableError as reason:
@@ -169,8 +171,8 @@ def _items(state, best) -> dict[str, PyTree]:
     return items if best is None else items | {"best": best}
 
 
-def _table(state, best) -> dict[str, list]:
-    leaves = named_leaves(state) | named_leaves({} if best is None else {"best": best})
+def _table(state, best, best_name: str | None) -> dict[str, list]:
+    leaves = named_leaves(state) | named_leaves({} if best is None else {f"best {best_name}": best})
     return {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()}
 
 

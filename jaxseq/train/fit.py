@@ -22,12 +22,12 @@ Loss = Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, dict[str, jax.Arra
 
 
 class Best(NamedTuple):
-    """What did best of all that was evaluated."""
+    """What did best so far: in a checkpoint, before the evaluation of its own step, which is made again."""
 
     params: PyTree
-    step: jax.Array
+    step: Any
     """0: nothing yet."""
-    value: jax.Array
+    value: Any
 
 
 class TrainState(NamedTuple):
@@ -48,7 +48,7 @@ class TrainState(NamedTuple):
 class FitResult(NamedTuple):
     """What `fit` returns: seconds and `first_step` are of this call, `evaluation` is the last one.
 
-    `params` are those after `params_step` steps: all of them, or as many as did best.
+    `params` are those after `params_step` steps: the last one's, or with `best` those of the lowest metric.
     `seconds` are all, `compile_seconds` those of tracing and compiling the step, `training_seconds` those of all steps
     and evaluations, without that and without checkpoints.
     """
@@ -88,6 +88,9 @@ def fit(
 
     With `checkpoints`, training goes on from the latest one and ends with one; a signal (Ctrl-C, SIGTERM) saves after
     the step in flight. `evaluate(params)` gives metrics by split, every `evaluate_every` steps and after the last.
+    With `best="SPLIT/METRIC"`, one of those, the result holds the parameters for which it was lowest, the last ones
+    where it never was a number; they are kept beside those in training, in checkpoints too. `evaluate` runs on every
+    process, and what it returns must not differ.
     `report(step, split, metrics)` is called every `log_every` steps and for every evaluation, `progress(step, metrics)`
     every step, both on process 0 alone and while the next step already runs.
 
@@ -104,8 +107,9 @@ def fit(
     if best is not None and evaluate is None:
         raise ValueError(f"best={best!r} takes evaluate=, which gives it.")
     with jax.set_mesh(mesh), StopSignal(every=config.log_every) as stop:
-        create = lambda key: (state := _initial(init, optimizer, key), _nothing_yet(state.params) if best else None)
-        (state, kept), layout = _restored_or_new(create, seed, mesh, rules, checkpoints)
+        create = lambda key: _initial(init, optimizer, key, best is not None)
+        (state, kept), layout = _restored_or_new(create, seed, mesh, rules, checkpoints, best)
+        better = jax.jit(_better, donate_argnums=0, out_shardings=layout[1])
         replicated = NamedSharding(mesh, PartitionSpec())
         step_fn = _step(over_time(loss, mesh), optimizer, config.accumulate)
         train_step = jax.jit(step_fn, out_shardings=(layout[0], replicated), donate_argnums=0)
@@ -120,7 +124,8 @@ def fit(
                 evaluation = evaluate(state.params)
                 metrics.evaluated(step, evaluation)
                 if best is not None:
-                    kept = _better(kept, state.params, step, _metric(evaluation, best))
+                    value = np.asarray(_metric(evaluation, best), kept.value.dtype)
+                    kept = better(kept, Best(state.params, np.int32(step), value))
             stopped = stop.requested(step)
             if stopped or step >= config.steps:
                 break
@@ -133,12 +138,12 @@ def fit(
             if checkpoints is not None and (_due(step, checkpoints.config.every) or step == config.steps):
                 metrics.flush()  # the rows of a step are written before its checkpoint is
                 saving = time.monotonic()
-                checkpoints.save(step, state, kept)
+                checkpoints.save(step, state, kept, best)
                 began += time.monotonic() - saving
         metrics.flush()
         training = time.monotonic() - began - compiled
         if checkpoints is not None:
-            checkpoints.save(step, state, kept)
+            checkpoints.save(step, state, kept, best)
             checkpoints.wait()
     if stopped:
         raise Interrupted(step)
@@ -157,12 +162,9 @@ def _metric(evaluation: dict[str, Metrics], name: str) -> float:
     return float(evaluation[split][metric])
 
 
-def _better(best: Best, params: PyTree, step: int, value: float) -> Best:
-    """The best so far, apart from what steps donate; what is not a number is never better."""
-    if not value < float(best.value):
-        return best
-    put = lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding)
-    return Best(jax.tree.map(jnp.copy, params), put(step, best.step), put(value, best.value))
+def _better(best: Best, new: Best) -> Best:
+    """The better of the two, the earlier where they are equal; what is not a number is never better."""
+    return jax.tree.map(lambda x, y: jnp.where(new.value < best.value, y, x), best, new)
 
 
 def _due(step: int, every: int) -> bool:
@@ -188,24 +190,25 @@ def _checked(batch: PyTree, batch_size: int) -> PyTree:
     return batch
 
 
-def _initial(init, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def _initial(
+    init, optimizer: optax.GradientTransformation, key: jax.Array, with_best: bool
+) -> tuple[TrainState, Best | None]:
     params = init(key)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), key, zero, zero)
+    nothing = Best(jax.tree.map(jnp.zeros_like, params), zero, jnp.full((), jnp.inf))
+    return TrainState(zero, params, optimizer.init(params), key, zero, zero), nothing if with_best else None
 
 
-def _nothing_yet(params: PyTree) -> Best:
-    return Best(jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32), jnp.full((), jnp.inf))
-
-
-def _restored_or_new(create, seed: int, mesh: Mesh, rules: Rules, checkpoints: Checkpoints | None):
+def _restored_or_new(
+    create, seed: int, mesh: Mesh, rules: Rules, checkpoints: Checkpoints | None, best: str | None
+) -> tuple[tuple[TrainState, Any], Any]:
     """State and best to go on from, and their shardings; nothing is initialised when a checkpoint is there."""
     key = jax.random.key(seed)
     abstract = jax.eval_shape(create, key)
-    layout = shardings(abstract, mesh, rules)
+    layout = tuple(shardings(tree, mesh, rules) for tree in abstract)
     if checkpoints is not None:
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-        there = checkpoints.restore_latest(*target)
+        there = checkpoints.restore_latest(target[0], target[1], best)
         if there is not None:
             return there, layout
     return jax.jit(create, out_shardings=layout)(key), layout

@@ -145,11 +145,24 @@ class Run(Generic[Config]):
         return draw_curves(self.folder, baselines, **more) if jax.process_index() == 0 else []
 
     def finish(
-        self, *, claim: str, measured, baseline, threshold, holds: bool, parameters_digest: str | None = None, **more
+        self,
+        *,
+        claim: str,
+        measured,
+        baseline,
+        threshold,
+        holds: bool | None,
+        parameters_digest: str | None = None,
+        **more,
     ) -> dict[str, Any]:
-        """Write result.json, `more` included, and print a summary."""
+        """Write result.json, `more` included, and print a summary. `holds` is None where nothing was to be compared."""
         result = {"experiment": self.experiment, "claim": claim, "measured": measured, "baseline": baseline}
-        result |= {"threshold": threshold, "holds": bool(holds), "seconds": round(self.seconds, 1), "device": _device()}
+        result |= {
+            "threshold": threshold,
+            "holds": None if holds is None else bool(holds),
+            "seconds": round(self.seconds, 1),
+            "device": _device(),
+        }
         result |= {"jax_version": jax.__version__, "parameters_digest": parameters_digest} | more
         self._note_seconds()
         if jax.process_index() == 0:
@@ -201,7 +214,7 @@ def read_config(folder: str | Path, kind: type[Config]) -> Config:
 
 def summary(result: dict[str, Any]) -> str:
     """A result in a few lines for people."""
-    verdict = "holds" if result["holds"] else "does not hold"
+    verdict = {True: "holds", False: "does not hold", None: "is of nothing that ran"}[result["holds"]]
     numbers = "  ".join(f"{name} {_brief(result[name])}" for name in ("measured", "baseline", "threshold"))
     spent = f"{duration(result['seconds'])} on {result['device']}, jax {result['jax_version']}"
     return f"{result['experiment']}: the claim {verdict}\n  {result['claim']}\n  {numbers}\n  {spent}"
