@@ -197,7 +197,7 @@ def cases(config: Config) -> Iterator[Case]:
                 attention = forms(ops.softmax_attention, "parallel", "chunked", None, window=window)
                 yield Case(f"softmax_attention/{name}", T, partial(attended, config, wide, []), attention)
     for T in config.other_lengths:
-        selective_forms = forms(ops.selective_scan, "sequential", "parallel", "chunked", None)
+        selective_forms = forms(ops.selective_scan, "sequential", "in_rows", "parallel", "chunked", None)
         yield Case("selective_scan", T, partial(selective, config, T), selective_forms)
         diagonal_forms = forms(ops.diagonal_state_space, "chunked", "convolution", None)
         yield Case("diagonal_state_space", T, partial(diagonal, config, T), diagonal_forms)

@@ -7,7 +7,8 @@ Claim   HiSS, state spaces over state spaces, errs at most 1.05 times as much as
 Source  HiSS (arXiv 2402.10211), table 1 and its code. The synthetic sensor is ours; recordings are of the EuRoC format.
 Expect  Errors of 0.346 (HiSS), 0.341 (flat), 0.436 (read first), 0.344 and 0.373 (LSTMs, two levels and flat), 0.964
         (no motion); half of the flat model's time and 0.79 of the other's error, so the claim does not hold. Of the
-        EuRoC flight the flat models are ahead. Twenty minutes on 2 busy CPU cores.
+        EuRoC flight two levels are ahead with LSTMs and behind with S4D, both about where no motion is. Twenty minutes
+        on 2 busy CPU cores.
 Run     python -m experiments.sensor_to_state [--preset cpu|gpu] [--data.path FOLDER]
         FOLDER holds a recording: imu0_data.csv and leica0_data.csv, or mav0 of a release.
 """
