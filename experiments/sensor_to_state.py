@@ -163,18 +163,22 @@ def recorded(config: Config) -> Data:
         raise ValueError(f"{where} no motion is known.")
     targets = motion.targets / np.nanstd(moved)
 
-    def windows(part, stride):
+    def windows(part, stride, what):
         at = np.flatnonzero(part)
         if len(at) < of.chunks:
             raise ValueError(
-                f"data.chunks={of.chunks} of {of.chunk} samples are longer than a part of the recording: to train on, "
-                f"to test on, what data.train_seconds={of.train_seconds} and data.test_seconds={of.test_seconds} leave."
+                f"data.chunks={of.chunks}: the recording has {len(at)} chunks to {what}; lower it, or change "
+                f"data.train_seconds={of.train_seconds} or data.test_seconds={of.test_seconds}."
             )
         starts = np.arange(at[0], at[-1] - of.chunks + 2, stride)
         rows = starts[:, None] + np.arange(of.chunks)
         return inputs[rows].reshape(len(starts), -1, shape[-1]), targets[rows]
 
-    return Data(windows(early, max(1, of.chunks // 4)), windows(~(early | late), of.chunks), windows(late, of.chunks))
+    return Data(
+        windows(early, max(1, of.chunks // 4), "train on"),
+        windows(~(early | late), of.chunks, "choose a step by, between those to train and to test on"),
+        windows(late, of.chunks, "test on"),
+    )
 
 
 def build(config: Config, name: str, outputs: int) -> nn.Module:
