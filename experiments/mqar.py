@@ -8,7 +8,7 @@ Source  Zoology (arXiv 2312.04927), figure 2, and its repository's recall agains
         mixer stands second, after the same short convolution, BaseConv(3), which alone tells attention the order.
         Sequences are new at every step.
 Expect  Attention, DeltaNet, RWKV-7 1.00, GLA 0.98, Based 0.94, Mamba-2 0.81; BaseConv 0.12 and Hyena 0.13, which is
-        chance; the window 0.03: it holds 0.21 of the answers; blocks, which hold 0.59, 0.58: so the claim does not hold.
+        chance; the window 0.03: it holds 0.21 of the answers; blocks, which hold 0.59, 0.58: the claim does not hold.
         With up to 60 pairs attention stays at 1.00, and the means are DeltaNet 0.67, GLA 0.54, RWKV-7 0.53, Based 0.47,
         Mamba-2 0.31: the authors' order but for Based, whose features are few at so small a state. Twenty minutes on 2
         busy CPU cores. gpu, the paper's grid with one batch size for all tasks, is not yet measured.
