@@ -122,8 +122,8 @@ class Config:
     dropout: float = 0.1
     """Share of channels and weights dropped in training."""
     halve_every_epoch: bool = False
-    """Whether the learning rate is halved after each epoch, as the authors of the inverted transformer do; a cosine
-    otherwise."""
+    """Whether the learning rate is halved, and the model evaluated, after each epoch, as the authors of the inverted
+    transformer do; a cosine, and train.evaluate_every, otherwise."""
     chimera_learning_rate: float = 1e-3
     """Chimera's learning rate; that of all others is the training's."""
     data: DataConfig = DataConfig()
@@ -182,12 +182,11 @@ PAPER_MSE = {("ETTh1", 96): 0.386}
 
 PRESETS = {
     "cpu": Config(),
-    # The authors' settings of this horizon, four epochs of their ten, in the last of which the rate is an eighth;
-    # evaluated after each.
+    # The authors' settings of this horizon, four epochs of their ten, in the last of which the rate is an eighth.
     "ett": Config(
         horizon=96, width=256, halve_every_epoch=True,
         data=DataConfig(csv=Path("ETTh1.csv"), borders="ett", marks=True),
-        train=TrainConfig(steps=1056, batch_size=32, learning_rate=1e-4, weight_decay=0.0, evaluate_every=264),
+        train=TrainConfig(steps=1056, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
     # The exchange rates of eight countries, and weekly counts of the ill.
     "exchange": Config(
@@ -202,7 +201,7 @@ PRESETS = {
         models="", horizon=96, horizons=(192, 336, 720), width=256, cell_width=64, states=16, seeds=3,
         halve_every_epoch=True,
         data=DataConfig(csv=Path("ETTh1.csv"), borders="ett", marks=True),
-        train=TrainConfig(steps=2640, batch_size=32, learning_rate=1e-4, weight_decay=0.0, evaluate_every=264),
+        train=TrainConfig(steps=2640, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
     # Seconds: to see that everything works.
     "debug": Config(
@@ -212,11 +211,15 @@ PRESETS = {
 }  # fmt: skip
 
 
+def epoch(config: Config, windows: Windows) -> int:
+    """Its steps."""
+    return max(1, windows.number // config.train.batch_size)
+
+
 def optimizer(config: Config, name: str, windows: Windows) -> optax.GradientTransformation:
     rate = config.chimera_learning_rate if name == "chimera" else config.train.learning_rate
     if config.halve_every_epoch:
-        epoch = windows.number // config.train.batch_size
-        return optax.adam(optax.exponential_decay(rate, epoch, 0.5, staircase=True))
+        return optax.adam(optax.exponential_decay(rate, epoch(config, windows), 0.5, staircase=True))
     return optax.adam(optax.cosine_decay_schedule(rate, config.train.steps))
 
 
@@ -260,8 +263,12 @@ def fitted(run: Run[Config], config: Config, name: str, series: Series, loss: Ca
     of_seed = Run(config, run.experiment, run.folder)
     steps = optimizer(config, name, series.train)
     init = lambda key: model.init(key, *first)
-    part = f"{name}-{config.horizon}-{config.seed}"
-    return of_seed.fit(loss, init, batches, optimizer=steps, part=part, evaluate=evaluate, best="validation/mse").params
+    part, train = f"{name}-{config.horizon}-{config.seed}", config.train
+    if config.halve_every_epoch:
+        train = replace(train, evaluate_every=epoch(config, series.train))
+    return of_seed.fit(
+        loss, init, batches, optimizer=steps, part=part, train=train, evaluate=evaluate, best="validation/mse"
+    ).params
 
 
 def measure(run: Run[Config]) -> None:
@@ -307,10 +314,10 @@ def verdict(run: Run, config: Config, table: Table, scores, params, series: Seri
     write_forecast(run.folder / "forecast.csv", table, series, forecaster(config, best), params[best])
     shown = [name for name in dict.fromkeys((best, "itransformer", "last value")) if name in scores]
     plot(run, series, {n: (forecaster(config, n), params[n]) for n in shown}, mse)
-    print(f"{run.folder / 'forecast.csv'} is by {best}, the best on validation: {mse[best]:.4f} in the test", end="")
     rules = {name: mse[name] for name in NAIVE if name in mse}
     rule = min(rules, key=rules.__getitem__, default=best)
-    print("" if rule == best else f", {rule} {mse[rule]:.4f}", flush=True)
+    beside = "" if rule == best else f", {rule} {mse[rule]:.4f}"
+    print(f"{run.folder / 'forecast.csv'} is by {best}, the best on validation: {mse[best]:.4f} in the test{beside}")
     limits = asked(config, mse)
     parts = {what: mse[model] <= most for what, (model, most) in limits.items()}
     horizons = map(str, (config.horizon, *config.horizons))
