@@ -176,6 +176,9 @@ def test_the_size_of_the_state():
     assert size(BaseConv(8, None, max_length=1024).init_state(1)) == 2 * 1024 * 8 + 8 + 1
     assert size(Hyena(8, max_length=16, order=3).init_state(1)) == 2 * (2 * 16 * 8 + 8 + 1) + 2 * 4 * 8
     assert size(LongConv(8).init_state(1, max_length=0)) == 8 + 1
+    assert size(LongConv(8, max_length=1000).init_state(1, max_length=20)) == 2 * 32 * 8 + 8 + 1
+    with pytest.raises(ValueError, match="max_length=-1; the state of LongConv takes 0 or more"):
+        LongConv(8).init_state(1, max_length=-1)
 
 
 def test_wrong_fields_and_lengths_are_named():

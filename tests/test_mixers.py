@@ -254,8 +254,10 @@ def test_parameters_may_be_bfloat16(name):
 
 @pytest.mark.parametrize("name", FULL_MIXERS)
 def test_state(name, built):
-    """Made without parameters, and of a recurrent mixer as large for a million tokens as for one."""
+    """Made without parameters, of a recurrent mixer as large for a million tokens as for one, and free to donate."""
     module, _ = built(name)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(module.init_state(2, max_length=4)) if x.size]
+    assert len(set(buffers)) == len(buffers)
     size = lambda length: sum(
         x.size for x in jax.tree.leaves(jax.eval_shape(partial(module.init_state, 3, max_length=length)))
     )

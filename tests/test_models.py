@@ -15,7 +15,7 @@ from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
 from jaxseq.analysis import nearest_in_size, num_parameters
 from jaxseq.layers import NgramEmbedding
 from jaxseq.layers.self_attention import SelfAttention
-from jaxseq.mixers import DSS, H3, LRU, RWKV7, S4, S5, Mamba2
+from jaxseq.mixers import DSS, H3, LRU, RWKV7, S4, S5, LongConv, Mamba2
 from jaxseq.models import ModelConfig, Tagger
 from jaxseq.models.block import Stack
 from jaxseq.train import TrainConfig, make_optimizer
@@ -32,6 +32,7 @@ MODELS = {
     "values of the first layer": LanguageModel(
         VOCAB, WIDTH, tuple(partial(RWKV7, num_heads=2, layer=layer, num_layers=2) for layer in range(2)), mlp=None
     ),
+    "long convolutions": LanguageModel(VOCAB, WIDTH, (partial(LongConv, max_length=12), gla, None) * 2),
     "no pattern, no mlp": LanguageModel(VOCAB, WIDTH, (partial(S4D, state_size=4), gla, None, attention), mlp=None),
 }
 tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
@@ -48,7 +49,7 @@ def count(params):
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", by_default(["hybrid, tied", "shared"], MODELS))
+@pytest.mark.parametrize("name", by_default(["hybrid, tied", "shared", "long convolutions"], MODELS))
 def test_call_is_prefill_and_steps(name):
     model = MODELS[name]
     params = initialised(model, tokens)
@@ -65,6 +66,17 @@ def test_call_is_prefill_and_steps(name):
     whole, decoded = both(params)
     assert whole.shape == (2, 9, VOCAB)
     assert_close(decoded, whole, "mixer")
+
+
+def test_a_step_of_long_convolutions_moves_no_state():
+    """Decoding in a loop: nowhere in the program do the states of all layers stand in one array."""
+    model = LanguageModel(VOCAB, WIDTH, (partial(LongConv, max_length=16),) * 3, mlp=None)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    state = jax.eval_shape(lambda: model.init_state(2))
+    step = lambda params: lambda state, token: model.apply(params, token, state, method="step")[::-1]
+    decode = jax.jit(lambda params, state, tokens: jax.lax.scan(step(params), state, tokens.T), donate_argnums=1)
+    program = decode.lower(params, state, tokens).compile().as_text()
+    assert f"[2,16,{WIDTH}]" in program and f"[3,2,16,{WIDTH}]" not in program
 
 
 @pytest.mark.parametrize("name", by_default(["n-grams"], ["hybrid, tied", "n-grams"]))

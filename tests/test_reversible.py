@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxseq import GLA, Attention, LanguageModel
 from jaxseq.layers.gated_mlp import GatedMLP
 from jaxseq.layers.self_attention import SelfAttention
-from jaxseq.mixers import MinGRU, Reformer, SelectiveAttention
+from jaxseq.mixers import LongConv, MinGRU, Reformer, SelectiveAttention
 from jaxseq.models.block import Stack
 from jaxseq.sharded import AXIS
 
@@ -121,7 +121,8 @@ def test_a_state_has_its_gradient():
 
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_call_is_prefill_and_steps(shared):
-    model = LanguageModel(VOCAB, WIDTH, (gla, attention) * 2, reversible=True, shared=shared)
+    other = partial(LongConv, max_length=LENGTH) if shared else gla
+    model = LanguageModel(VOCAB, WIDTH, (other, attention) * 2, reversible=True, shared=shared)
     params = initialised(model, tokens)
 
     @jax.jit

@@ -93,8 +93,8 @@ def empty_cache(
     shape = (batch_size, min(known), kv_heads, mixer.d_model // mixer.num_heads)
     segment = jnp.full(shape[:2], -1, jnp.int32)
     gates = jnp.zeros((*shape[:2], mixer.num_heads), accumulator(dtype)) if fading else None
-    zeros = jnp.zeros(shape, dtype)
-    return AttentionState(zeros, zeros, segment, jnp.zeros((), jnp.int32), log_decay=gates)
+    zeros = lambda: jnp.zeros(shape, dtype)
+    return AttentionState(zeros(), zeros(), segment, jnp.zeros((), jnp.int32), log_decay=gates)
 
 
 def counted(segment_ids: Array | None) -> Array | None:

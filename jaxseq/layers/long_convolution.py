@@ -9,7 +9,9 @@ def check_length(owner: str, length: int, max_length: int) -> None:
 
 
 def empty_filter_state(owner: str, batch_size: int, taps: int, width: int, max_length, dtype) -> ConvolutionState:
-    """Room for all taps, or where `max_length` is 0 and nothing will follow, for none."""
+    """Room for all taps, or where no more than `max_length` tokens will ever come, for as many."""
     if taps < 1:
         raise ValueError(f"max_length={taps}; {owner} takes 1 or more.")
-    return empty_convolution(batch_size, 0 if max_length == 0 else taps, width, dtype)
+    if max_length is not None and max_length < 0:
+        raise ValueError(f"max_length={max_length}; the state of {owner} takes 0 or more.")
+    return empty_convolution(batch_size, taps if max_length is None else min(taps, max_length), width, dtype)

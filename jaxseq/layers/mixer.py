@@ -117,6 +117,11 @@ class Mixer(nn.Module):
         return None
 
     @nn.nowrap
+    def writes_in_place(self) -> bool:
+        """Whether a step writes to a small part of a large state, which a scan over layers would copy (`Stack`)."""
+        return False
+
+    @nn.nowrap
     def check_causal(self) -> None:
         """Raise where it looks ahead."""
         if (field := self.looks_ahead()) is not None:

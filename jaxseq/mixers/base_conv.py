@@ -20,7 +20,8 @@ class BaseConv(Mixer):
 
     `kernel_size` is the width of h. Where it is None h is as long as `max_length`, an implicit filter of ReLU, and
     h * u + u stands for h * u + b_2: the authors' code adds u twice. Their models have a short one first and a long
-    one second. The state is kernel_size − 1 inputs, or 2 P numbers a channel, P the power of two from `max_length` on.
+    one second. The state is kernel_size − 1 inputs, or 2 P numbers a channel, P the power of two from `max_length`, or
+    that of `init_state` where fewer tokens will come, on.
     """
 
     d_model: int
@@ -56,3 +57,7 @@ class BaseConv(Mixer):
         if self.kernel_size < 1:
             raise ValueError(f"kernel_size={self.kernel_size}; BaseConv takes 1 or more, or None.")
         return jnp.zeros((batch_size, self.kernel_size - 1, self.d_model), dtype)
+
+    @nn.nowrap
+    def writes_in_place(self) -> bool:
+        return self.kernel_size is None

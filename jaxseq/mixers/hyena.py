@@ -29,7 +29,7 @@ class Hyena(Mixer):
 
     `order` N of 2 is one filter. Filters are implicit, `ImplicitFilter`, and reach `max_length` tokens back: longer
     inputs are refused, and decoding goes on beyond. The state is 2 P numbers a channel and filter, P the power of two
-    from `max_length` on.
+    from `max_length` on, or from that of `init_state` where fewer tokens will come.
     """
 
     d_model: int
@@ -72,3 +72,7 @@ class Hyena(Mixer):
         empty = lambda: empty_filter_state("Hyena", batch_size, self.max_length, self.d_model, max_length, dtype)
         short = jnp.zeros((batch_size, self.conv_window - 1, (self.order + 1) * self.d_model), dtype)
         return HyenaState(short, tuple(empty() for _ in range(self.order - 1)))
+
+    @nn.nowrap
+    def writes_in_place(self) -> bool:
+        return True

@@ -18,7 +18,8 @@ class LongConv(Mixer):
     """y = GELU(k * x + D ⊙ x) W + b, with a tap of k for each lag up to `max_length` (arXiv 2302.06646).
 
     With `squash` λ taps lose λ of their size, those below it are zero: the paper's way to smooth kernels. The state is
-    2 P numbers a channel with P the power of two from `max_length` on.
+    2 P numbers a channel with P the power of two from `max_length` on, or from that of `init_state` where fewer tokens
+    will come.
     """
 
     d_model: int
@@ -43,3 +44,7 @@ class LongConv(Mixer):
         if self.squash < 0:
             raise ValueError(f"squash={self.squash}; LongConv takes 0 or more.")
         return empty_filter_state("LongConv", batch_size, self.max_length, self.d_model, max_length, dtype)
+
+    @nn.nowrap
+    def writes_in_place(self) -> bool:
+        return True

@@ -60,5 +60,5 @@ class LSTM(Mixer):
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> LSTMState:
-        zeros = jnp.zeros((batch_size, self.d_model), accumulator(dtype))
-        return LSTMState(zeros, zeros)
+        zeros = lambda: jnp.zeros((batch_size, self.d_model), accumulator(dtype))
+        return LSTMState(zeros(), zeros())

@@ -123,6 +123,10 @@ class Stack(nn.Module):
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of
     `jax.checkpoint_policies`) allows. States are one tuple entry a slot of the pattern, with the repeats in front.
 
+    Where steps of a mixer write in place (`Mixer.writes_in_place`) states are one entry a layer instead, and a step of
+    one token is no scan: a scan over depth copies states, and a tile of a long convolution is small beside its own. The
+    price is a step that compiles longer in deep models.
+
     With `shared` all repeats of the pattern have the parameters of one (ALBERT, arXiv 1909.11942): each layer of a
     model of one mixer is the same. States stay their own.
 
@@ -172,18 +176,23 @@ class Stack(nn.Module):
         names = ("d_model", "mlp", "norm", "norm_eps", "prenorm", "dropout", "dtype", "param_dtype")
         block = {name: getattr(self, name) for name in names}
         places = segment_ids, None if lengths is None else counted_tokens(x.shape[1], lengths)
+        if apart := states is not None and self._writes_in_place():
+            states = self._together(states)
         if self.reversible:
             streams, states = self._coupled(block, x.astype(accumulator(x.dtype)), states, places)
             x = ((streams[0] + streams[1]) / 2).astype(x.dtype)
         else:
-            x, states = self._scanned(block, x, states, places)
+            x, states = self._scanned(block, x, states, places, at_once=apart and x.shape[1] == 1)
+        if apart:
+            states = self._apart(states)
         if self.prenorm:
             x = NORMS[self.norm](self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
         return x, states
 
-    def _scanned(self, block, x, states, places):
+    def _scanned(self, block, x, states, places, at_once: bool = False):
+        """All layers; `at_once` as so many copies of one, whose states XLA sees apart and changes in place."""
         pattern, repeats = self._pattern()
-        rematerialised = self.remat and not self.reversible
+        rematerialised = self.remat and not self.reversible and not at_once
         period = nn.remat(Pattern, prevent_cse=False, policy=self.remat_policy) if rematerialised else Pattern
         axes: dict[Any, int] = dict.fromkeys(SOWN, 0) | ({} if self.shared else {"params": 0})
         rngs: dict[Any, bool] = dict.fromkeys(RNGS, True) | {"params": not self.shared}
@@ -194,6 +203,7 @@ class Stack(nn.Module):
             split_rngs=rngs,
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=repeats,
+            unroll=repeats if at_once else 1,
             metadata_params={nn.PARTITION_NAME: None},
         )
         return scanned(mixers=pattern, block=block, name="layers")(x, states, *places)
@@ -243,14 +253,36 @@ class Stack(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32):
         pattern, repeats = self._pattern()
-        repeat = lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape))
-        # Parentless: these modules are asked for their shapes alone.
-        modules = [slot and slot(d_model=self.d_model, parent=None) for slot in pattern]
+        modules = self._modules()
         for slot, module in zip(pattern, modules, strict=True):
             if not (module is None or isinstance(module, Mixer)):
                 raise TypeError(f"{slot!r} looks at the whole sequence; give mixers that have a state.")
-        states = (m and m.init_state(batch_size, max_length=max_length, dtype=dtype) for m in modules)
-        return tuple(jax.tree.map(repeat, state) for state in states)
+        empty = lambda m: m and m.init_state(batch_size, max_length=max_length, dtype=dtype)
+        if self._writes_in_place():
+            return tuple(empty(m) for m in modules * repeats)
+        repeat = lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape))
+        return tuple(jax.tree.map(repeat, empty(m)) for m in modules)
+
+    @nn.nowrap
+    def _modules(self) -> list:
+        """One of each slot of the pattern: parentless, as they are asked for shapes alone."""
+        return [slot and slot(d_model=self.d_model, parent=None) for slot in self._pattern()[0]]
+
+    @nn.nowrap
+    def _writes_in_place(self) -> bool:
+        return any(isinstance(module, Mixer) and module.writes_in_place() for module in self._modules())
+
+    @nn.nowrap
+    def _together(self, states: tuple) -> tuple:
+        """States by layer, by slot with the repeats in front."""
+        period = len(self._pattern()[0])
+        return tuple(jax.tree.map(lambda *each: jnp.stack(each), *states[i::period]) for i in range(period))
+
+    @nn.nowrap
+    def _apart(self, states: tuple) -> tuple:
+        """The inverse of `_together`."""
+        repeats = self._pattern()[1]
+        return tuple(jax.tree.map(lambda a, n=n: a[n], state) for n in range(repeats) for state in states)
 
     @nn.nowrap
     def _pattern(self) -> tuple[tuple[Slot, ...], int]:

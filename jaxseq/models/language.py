@@ -18,7 +18,7 @@ from .block import Slot, Stack
 
 class LanguageModelState(NamedTuple):
     ngram: Int[Array, "B N-1"]  # what the longest n-gram reaches back to, each stored as token + 1; 0 is none
-    layers: tuple  # one entry a slot of the pattern of mixers; its leaves lead with the repeats
+    layers: tuple  # as `Stack` says
 
 
 class LanguageModel(nn.Module):

@@ -37,8 +37,8 @@ class ConvolutionState(NamedTuple):
 def empty_convolution(batch_size: int, lags: int, width: int, dtype) -> ConvolutionState:
     """The state before the first token: for `lags` taps, P the next power of two; none at all where they are 0."""
     size = 1 << (lags - 1).bit_length() if lags else 0
-    zeros = jnp.zeros((batch_size, size, width), dtype)
-    return ConvolutionState(zeros, zeros, jnp.zeros((batch_size, width), dtype), jnp.zeros((), jnp.int32))
+    zeros = lambda: jnp.zeros((batch_size, size, width), dtype)
+    return ConvolutionState(zeros(), zeros(), jnp.zeros((batch_size, width), dtype), jnp.zeros((), jnp.int32))
 
 
 @typed
