@@ -17,10 +17,10 @@ def check_place(layer: int, num_layers: int) -> None:
 
 
 def at_least(module: nn.Module, **least: int) -> None:
-    """Raise unless every field named is so large."""
+    """Raise unless every field named is so large, or None."""
     for name, bound in least.items():
-        if getattr(module, name) < bound:
-            raise ValueError(f"{name}={getattr(module, name)}; {type(module).__name__} takes {bound} or more.")
+        if (value := getattr(module, name)) is not None and value < bound:
+            raise ValueError(f"{name}={value}; {type(module).__name__} takes {bound} or more.")
 
 
 def above_zero(module: nn.Module, *names: str) -> None:

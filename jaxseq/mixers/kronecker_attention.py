@@ -142,7 +142,7 @@ class KroneckerAttention(Mixer):
     @nn.nowrap
     def _check(self) -> None:
         self.checked_heads(num_heads=self.num_heads)
-        at_least(self, block_size=1, **({} if self.max_length is None else {"max_length": 1}))
+        at_least(self, block_size=1, max_length=1)
         if self.degree is not None and (self.degree < 0 or self.degree % 2):
             raise ValueError(f"degree={self.degree}; KroneckerAttention takes an even one of 0 or more, or None.")
         if not self.bound > 0:

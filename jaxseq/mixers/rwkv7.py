@@ -140,7 +140,7 @@ class RWKV7(Mixer):
     @nn.nowrap
     def _ranks(self) -> tuple[int, ...]:
         """Of decay, a, value and gate: multiples of 32 near multiples of √d_model, where they are None."""
-        at_least(self, **{name: 1 for name in RANKS if getattr(self, name) is not None})
+        at_least(self, **dict.fromkeys(RANKS, 1))
         near = lambda factor: max(32, 32 * round(factor * self.d_model**0.5 / 32))
         return tuple(near(f) if (rank := getattr(self, name)) is None else rank for name, f in RANKS.items())
 
