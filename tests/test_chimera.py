@@ -177,7 +177,7 @@ def test_the_forecaster_keeps_scale_and_level():
     y = forecast(params, x)
     assert y.shape == (2, 5, 3)
     np.testing.assert_allclose(forecast(params, 10 * x + 3), 10 * y + 3, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="x has 40 channels over all steps; the parameters .* are for 48"):
+    with pytest.raises(ValueError, match="x has 10 steps; the parameters of this ChimeraForecaster are for 12"):
         jax.eval_shape(model.apply, params, x[:, :10])
     with pytest.raises(ValueError, match="x has 12 steps of 0 variates; ChimeraForecaster takes 1 or more"):
         jax.eval_shape(model.apply, params, x[..., :0])
@@ -191,6 +191,10 @@ def test_the_classifier_leaves_out_padding():
     assert first.shape == (2, 4)
     assert_close(last, first, "mixer")
     assert np.abs(logits(params, x, jnp.asarray([9, 9]))[0] - first[0]).max() > 1e-3
+    with pytest.raises(ValueError, match="x has 2 variates; the parameters of this ChimeraClassifier are for 3"):
+        jax.eval_shape(model.apply, params, x[..., :2])
+    with pytest.raises(ValueError, match=r"x is nan at \[0, 0, 0\]; ChimeraClassifier takes finite numbers"):
+        model.apply(params, x.at[0, 0, 0].set(jnp.nan))
 
 
 BAD = {

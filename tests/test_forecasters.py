@@ -68,6 +68,8 @@ def test_a_linear_map_in_closed_form_has_the_least_error(fields):
         model.solved([])
     with pytest.raises(ValueError, match="targets has 2 steps; this forecaster has horizon=3"):
         model.solved([{"inputs": inputs, "targets": targets[:, :2]}])
+    with pytest.raises(ValueError, match=r"targets is nan at \[0, 0, 0\]; LinearForecaster.solved takes finite"):
+        model.solved([{"inputs": inputs, "targets": targets * np.nan}])
 
 
 @recorded
@@ -105,6 +107,8 @@ def test_itransformer_takes_any_number_of_variates():
         itransformer(5, num_heads=3).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="marks"):
         model.apply(params, x, jnp.zeros((2, 11, 4)))
+    with pytest.raises(ValueError, match=r"marks is inf at \[0, 0, 0\]; ITransformer takes finite numbers"):
+        model.apply(params, x, jnp.full((2, 12, 4), jnp.inf))
 
 
 def windows(length=24, variates=3):
@@ -178,7 +182,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_wrong_windows_are_named(name):
-    """No variates, no steps, nothing to forecast, and another shape than the parameters are for."""
+    """No variates, no steps, nothing to forecast, another shape than the parameters are for, and a number missing."""
     model, (other, message) = MODELS[name], CHANGED[name]
     init = lambda model, x: jax.eval_shape(model.init, jax.random.key(0), x)
     for x, found in ((windows(24, 0), "24 steps of 0"), (windows(0), "0 steps of 3")):
@@ -186,6 +190,11 @@ def test_wrong_windows_are_named(name):
             init(model, x)
     with pytest.raises(ValueError, match="horizon=0 must be at least 1"):
         init(model.clone(horizon=0), windows())
+    owner = type(model).__name__
+    with pytest.raises(
+        ValueError, match=rf"x is nan at \[1, 20, 2\]; {owner} takes finite numbers: fill what is missing"
+    ):
+        model.init(jax.random.key(0), windows().at[1, 20, 2].set(jnp.nan))
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.apply, init(model, windows()), other)
 

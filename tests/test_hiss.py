@@ -236,6 +236,21 @@ def test_other_channels_than_the_parameters_are_for_are_named():
         module.apply(params, x[:, 0, :4], module.init_state(3), method="step")
 
 
+def test_a_number_that_is_missing_is_named():
+    """Outside `jit`, in every call."""
+    module, params, x = built(LSTM, LSTM)
+    x, state, flat = x.at[1, 2, 3].set(jnp.nan), module.init_state(3), FlatRegressor(2, 5, 8, LSTM)
+    for owner, call in (
+        ("HiSS", lambda: module.apply(params, x)),
+        ("HiSS", lambda: module.apply(params, x, state, method="prefill")),
+        ("FlatRegressor", lambda: flat.init(jax.random.key(0), x)),
+    ):
+        with pytest.raises(ValueError, match=rf"x is nan at \[1, 2, 3\]; {owner} takes finite numbers"):
+            call()
+    with pytest.raises(ValueError, match=r"x is nan at \[1, 3\]; HiSS takes finite numbers"):
+        module.apply(params, x[:, 2], state, method="step")
+
+
 def test_an_output_sees_its_chunk_and_what_came_before():
     module, params, x = built(STACK, STACK)
     seen = jax.jit(jax.grad(lambda x: module.apply(params, x)[0, 3].sum()))(x)[0]
@@ -263,7 +278,10 @@ def test_bfloat16_is_near_float32():
     "call, message",
     [
         (lambda x: HiSS(2, chunk=4, low=STACK, high=STACK), "35 samples; HiSS\\(chunk=4\\) takes whole chunks"),
-        (lambda x: HiSS(2, chunk=0, low=STACK, high=STACK), "chunk=0"),
+        (lambda x: HiSS(2, chunk=0, low=STACK, high=STACK), "chunk=0; HiSS takes 1 or more"),
+        (lambda x: HiSS(0, low=STACK, high=STACK), "outputs=0; HiSS takes 1 or more"),
+        (lambda x: HiSS(2, low_width=0, low=STACK, high=STACK), "low_width=0; HiSS takes 1 or more"),
+        (lambda x: FlatRegressor(2, chunk=0, model=STACK), "chunk=0; FlatRegressor takes 1 or more"),
         (lambda x: FlatRegressor(2, chunk=4, model=STACK), "FlatRegressor\\(chunk=4\\) takes whole"),
         (lambda x: FlatRegressor(2, chunk=5, model=STACK, readout="mean"), "readout='mean'; choose one of last, first"),
     ],
@@ -272,3 +290,9 @@ def test_wrong_input_is_named(call, message):
     x = jnp.zeros((1, 35, 3))
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(call(x).init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("model", [HiSS(2, low=LSTM, high=LSTM), FlatRegressor(2, model=LSTM)])
+def test_nothing_to_read_is_named(model):
+    with pytest.raises(ValueError, match=f"x has 0 steps of 3 variates; {type(model).__name__} takes 1 or more"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 0, 3)))

@@ -11,7 +11,7 @@ from ..layers.instance_norm import instance_normalised
 from ..layers.projection import fan_in_projection
 from ..mixers.chimera import Chimera
 from ..shapes import Array, Float, Int, accumulator, typed
-from ._checks import check_fitted, check_forecaster
+from ._checks import check_fitted, check_forecaster, check_window
 
 #: Long memories of time, and short ones.
 TREND, SEASON = partial(Chimera, dt=(1e-3, 0.05)), partial(Chimera, dt=(0.1, 1.0))
@@ -72,7 +72,8 @@ class ChimeraForecaster(nn.Module):
     `grid` makes a `ChimeraGrid`, as `partial(ChimeraGrid, d_model=8)` does.
 
     Raises:
-      ValueError: `horizon` is below 1, x has no step or no variate, or another lookback than the parameters are for.
+      ValueError: `horizon` is below 1, x has no step or no variate, another lookback than the parameters are for, or is
+        not finite where it is known, as it is outside `jit`.
     """
 
     horizon: int
@@ -86,8 +87,8 @@ class ChimeraForecaster(nn.Module):
         check_forecaster(self, x)
         x, restored = instance_normalised(x)
         h = self.grid(dtype=self.dtype, param_dtype=self.param_dtype, name="grid")(x)
+        check_fitted(self, "head", x.shape[1], "steps", each=h.shape[3])
         h = h.swapaxes(1, 2).reshape(*x.shape[::2], -1)
-        check_fitted(self, "head", h.shape[2], "channels over all steps")
         return restored(fan_in_projection(self.horizon, "head", self, h.shape[-1])(h).swapaxes(1, 2))
 
 
@@ -97,7 +98,8 @@ class ChimeraClassifier(nn.Module):
     `grid` is that of `ChimeraForecaster`.
 
     Raises:
-      ValueError: `num_classes` is below 1.
+      ValueError: `num_classes` is below 1; x has no step or no variate, other variates than the parameters are for, or
+        is not finite where it is known, as it is outside `jit`.
     """
 
     num_classes: int
@@ -110,7 +112,9 @@ class ChimeraClassifier(nn.Module):
     def __call__(self, x: Float[Array, "B T V"], lengths: Int[Array, "B"] | None = None) -> Float[Array, "B _"]:
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be at least 1.")
+        check_window(self, x)
         h = self.grid(dtype=self.dtype, param_dtype=self.param_dtype, name="grid")(x)
+        check_fitted(self, "head", x.shape[2], "variates", each=h.shape[3])
         lengths = jnp.full(x.shape[:1], x.shape[1]) if lengths is None else lengths
         counted = (jnp.arange(x.shape[1])[None] < lengths[:, None]).astype(h.dtype)
         pooled = jnp.einsum("btvd,bt->bvd", h, counted / jnp.maximum(counted.sum(1, keepdims=True), 1))

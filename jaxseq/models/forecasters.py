@@ -14,7 +14,7 @@ from ..layers.projection import fan_in_projection
 from ..layers.self_attention import SelfAttention
 from ..mixers.mamba import Mamba
 from ..shapes import Array, Float, accumulator, typed
-from ._checks import check_fitted, check_forecaster
+from ._checks import check_finite, check_fitted, check_forecaster
 from .block import Slot, Stack
 
 
@@ -48,8 +48,8 @@ class LinearForecaster(nn.Module):
     `normalise` on windows of mean 0 and variance 1: RLinear (arXiv 2305.10721).
 
     Raises:
-      ValueError: `horizon` is below 1, `window` is even, x has no step or no variate, or another lookback than the
-        parameters are for.
+      ValueError: `horizon` is below 1, `window` is even, x has no step or no variate, another lookback than the
+        parameters are for, or is not finite where it is known, as it is outside `jit`.
     """
 
     horizon: int
@@ -78,7 +78,7 @@ class LinearForecaster(nn.Module):
         the mean of z². Gradient descent stops short of these.
 
         Raises:
-          ValueError: there are no batches, or targets are of another horizon.
+          ValueError: there are no batches, targets are of another horizon, or numbers are not finite.
         """
         outer, crossed, length = np.zeros((1, 1)), np.zeros((1, 1)), 0
         names: tuple[str, ...] = ()
@@ -86,6 +86,7 @@ class LinearForecaster(nn.Module):
             x, targets = jnp.asarray(batch["inputs"]), np.asarray(batch["targets"], np.float64)
             if targets.shape[1] != self.horizon:
                 raise ValueError(f"targets has {targets.shape[1]} steps; this forecaster has horizon={self.horizon}.")
+            check_finite("LinearForecaster.solved", inputs=x, targets=targets)
             x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
             # A shift and a scale of each window restore the targets' units, in which errors count.
             shift, above = (np.asarray(restored(y + jnp.zeros_like(x[:, :1])), np.float64) for y in (0.0, 1.0))
@@ -122,8 +123,8 @@ class PatchForecaster(nn.Module):
     The last value is repeated for `stride` steps, so that the last patch is whole. All patches make the forecast.
 
     Raises:
-      ValueError: `horizon` is below 1, not 1 ≤ `stride` ≤ `patch` ≤ L, x has no variate, or another number of patches
-        than the parameters are for.
+      ValueError: `horizon` is below 1, not 1 ≤ `stride` ≤ `patch` ≤ L, x has no variate, another number of patches
+        than the parameters are for, or is not finite where it is known, as it is outside `jit`.
     """
 
     horizon: int
@@ -165,7 +166,8 @@ class SequenceForecaster(nn.Module):
     """Time steps as tokens, all variates in each, through causal mixers; the last one makes the forecast.
 
     Raises:
-      ValueError: `horizon` is below 1, x has no step or no variate, or other variates than the parameters are for.
+      ValueError: `horizon` is below 1, x has no step or no variate, other variates than the parameters are for, or is
+        not finite where it is known, as it is outside `jit`.
     """
 
     horizon: int

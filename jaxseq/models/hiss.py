@@ -8,12 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..mixers.mamba import Mamba
 from ..mixers.s4 import S4
 from ..shapes import Array, Bool, Float, Int, known, typed
 from ..sharded import check_whole
-from ._checks import check_fitted
+from ._checks import check_finite, check_fitted, check_window
 from .block import Stack
 
 READOUTS = ("last", "first")
@@ -35,7 +35,8 @@ class HiSS(nn.Module):
     defaults are the best for most of the authors' tasks.
 
     Raises:
-      ValueError: `chunk` is below 1, x is no whole number of chunks, or of other channels than the parameters are for.
+      ValueError: `outputs`, `chunk` or a width is below 1; x is no whole number of chunks, 1 or more, of other channels
+        than the parameters are for, or not finite where it is known, as it is outside `jit`.
       NotImplementedError: time is split over devices.
     """
 
@@ -52,11 +53,11 @@ class HiSS(nn.Module):
 
     def setup(self):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        width = self.low_width or self.d_model
-        self.embed = nn.Dense(width, **dtypes)
-        self.low_model = self.low(d_model=width, **dtypes)
-        self.feature = nn.Dense(self.d_model, **dtypes)
-        self.high_model = self.high(d_model=self.d_model, **dtypes)
+        (low, low_width), (high, width) = self._slots()
+        self.embed = nn.Dense(low_width, **dtypes)
+        self.low_model = low(d_model=low_width, **dtypes)
+        self.feature = nn.Dense(width, **dtypes)
+        self.high_model = high(d_model=width, **dtypes)
         self.head = nn.Dense(self.outputs, **dtypes)
 
     @typed
@@ -82,6 +83,7 @@ class HiSS(nn.Module):
     def step(self, x: Float[Array, "B F"], state: HiSSState) -> tuple[Float[Array, "B _"], Bool[Array, ""], HiSSState]:
         """`(y, done, state)` after one sample: y is an output where it is `done` with a chunk, else zeros."""
         check_fitted(self, "embed", x.shape[1], "channels")
+        check_finite("HiSS", x=x)
         fresh = self.init_state(x.shape[0], max_length=0).low
         low = jax.tree.map(
             lambda new, old: jnp.where(state.position == 0, new.astype(old.dtype), old), fresh, state.low
@@ -111,6 +113,7 @@ class HiSS(nn.Module):
         if length % self.chunk:
             raise ValueError(f"x has {length} samples; HiSS(chunk={self.chunk}) takes whole chunks: pad or cut them.")
         check_fitted(self, "embed", features, "channels")
+        check_window(self, x)
         chunks = self.embed(x.reshape(-1, self.chunk, features))
         last = _run(self.low_model, chunks, None)[0][:, -1].reshape(batch, -1, width)
         y, high = _run(self.high_model, self.feature(last), high)
@@ -119,9 +122,8 @@ class HiSS(nn.Module):
     @nn.nowrap
     def _slots(self) -> tuple[tuple[Any, int], tuple[Any, int]]:
         """The two levels and their widths."""
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk}; HiSS takes 1 or more samples.")
-        return (self.low, self.low_width or self.d_model), (self.high, self.d_model)
+        at_least(self, outputs=1, chunk=1, d_model=1, low_width=1)
+        return (self.low, self.d_model if self.low_width is None else self.low_width), (self.high, self.d_model)
 
 
 class FlatRegressor(nn.Module):
@@ -130,8 +132,7 @@ class FlatRegressor(nn.Module):
     At the "last" sample of each chunk it has seen what HiSS has; at the "first", the authors' readout, k − 1 less.
 
     Raises:
-      ValueError: `chunk` is below 1, x is no whole number of chunks, or of other channels than the parameters are for;
-        the readout is unknown.
+      ValueError: as of HiSS, or the readout is unknown.
     """
 
     outputs: int
@@ -150,10 +151,12 @@ class FlatRegressor(nn.Module):
         """`B L F` samples to `B L/chunk outputs`."""
         if self.readout not in READOUTS:
             raise ValueError(f"readout={self.readout!r}; choose one of {', '.join(READOUTS)}.")
-        if self.chunk < 1 or x.shape[1] % self.chunk:
+        at_least(self, outputs=1, chunk=1, d_model=1)
+        if x.shape[1] % self.chunk:
             raise ValueError(f"x has {x.shape[1]} samples; FlatRegressor(chunk={self.chunk}) takes whole chunks.")
         check_whole("FlatRegressor", "give every device whole sequences")
         check_fitted(self, "embed", x.shape[2], "channels")
+        check_window(self, x)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = nn.Dense(self.d_model, name="embed", **dtypes)(x)
         h, _ = _run(self.model(d_model=self.d_model, name="model", **dtypes), h, None)

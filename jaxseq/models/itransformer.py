@@ -10,7 +10,7 @@ from ..layers.mlp import MLP
 from ..layers.projection import fan_in_projection
 from ..layers.self_attention import SelfAttention
 from ..shapes import Array, Float, accumulator, typed
-from ._checks import check_fitted, check_forecaster
+from ._checks import check_finite, check_fitted, check_forecaster
 from .block import Slot, Stack
 
 
@@ -41,11 +41,13 @@ class ITransformer(nn.Module):
         """The lookback `B L V`, and marks of its times `B L C`, to the forecast `B horizon V`.
 
         Raises:
-          ValueError: `horizon` is below 1, or x has no variate, or another lookback than the parameters are for.
+          ValueError: `horizon` is below 1, x has no variate, or another lookback than the parameters are for; x or
+            marks are not finite where they are known, as they are outside `jit`.
         """
         check_forecaster(self, x)
         variates, length = x.shape[2], x.shape[1]
         check_fitted(self, "encoder", length, "steps")
+        check_finite("ITransformer", marks=marks)
         x, restored = instance_normalised(x) if self.normalise else (x, lambda y: y)
         x = x if marks is None else jnp.concatenate([x, marks.astype(x.dtype)], axis=2)
         dropped = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
