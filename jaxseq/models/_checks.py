@@ -24,7 +24,7 @@ def check_window(module: Any, x: Array) -> None:
     check_finite(type(module).__name__, x=x)
 
 
-def check_finite(owner: str, **arrays: Array | None) -> None:
+def check_finite(owner: str, **arrays: Array | np.ndarray | None) -> None:
     """Raise where an array is known, as it is outside `jit`, and not all of it is finite."""
     for name, array in arrays.items():
         if (values := known(array)) is not None and not (finite := np.isfinite(values)).all():
