@@ -8,8 +8,9 @@ Expect  On ETTh1, three seeds, 0.390 ± 0.001 against 0.381 and 0.384 of linear 
         as parity, in minutes on 2 busy CPU cores. Illness 1.63 against 2.01; exchange 0.087 against 0.080, where it
         does not. Chimera alone, at a rate of 1e-3, 0.387 on ETTh1. Copies: experiments/README.md.
 Run     python -m experiments.forecasting [--preset cpu|ett|exchange|illness|gpu] [--data.csv TABLE.csv --horizon 96]
-        A table has a row a time step and a column a variate; a column `date` or --data.date NAME is of times. What the
-        best model on the validation part forecasts after the last row is written to forecast.csv.
+        A table has a row a time step and a column a variate; a column `date` or --data.date NAME is of times, and
+        --data.leave-out NAMES are not read. What the best model on the validation part forecasts after the last row is
+        written to forecast.csv.
 """
 
 import csv
@@ -66,6 +67,10 @@ class DataConfig:
     """A table separated by commas, which may be gzipped; 32 delayed copies of 4 series where none is given."""
     date: str | None = None
     """The column of times; where none is given one called date, time, timestamp or datetime, if there is one."""
+    leave_out: str = ""
+    """Columns by name, with commas between them, that are not read."""
+    encoding: str = "utf-8"
+    """What the table is written in: cp1252, cp1251 or cp932, say, where it is not UTF-8."""
     borders: Literal["shares", "ett", "ett-minutes"] = "shares"
     """70, 10 and 20 % of the rows for training, validation and test, or the customary months of the ETT tables, which
     have a row an hour or a quarter of one."""
@@ -84,7 +89,13 @@ class DataConfig:
     def table(self, seed: int) -> Table:
         if self.csv is not None:
             return read_table(
-                self.csv, date=self.date, missing=self.missing, unordered=self.unordered, uneven=self.uneven
+                self.csv,
+                date=self.date,
+                leave_out=[name.strip() for name in self.leave_out.split(",")] if self.leave_out else (),
+                encoding=self.encoding,
+                missing=self.missing,
+                unordered=self.unordered,
+                uneven=self.uneven,
             )
         values = lagged_copies(seed, self.generated)
         return Table(values, tuple(f"series {n}" for n in range(values.shape[1])), None)

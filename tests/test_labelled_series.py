@@ -62,7 +62,7 @@ def test_series_of_unequal_lengths(folder, ending):
 
 def test_missing_values_take_the_last_before_them(folder):
     where = folder(toy_TRAIN__ts=HEADERS + "?,1,NaN,3:up\n4,4,4,4:down\n3,?,?,3:up\n1,2,3,4:down\n")
-    with pytest.raises(ValueError, match="line 6: 2 values are missing; fill them, or choose missing='forward'"):
+    with pytest.raises(ValueError, match="line 6: 2 values are missing; fill them, or set missing to 'forward'"):
         labelled_series(where, "toy")
     found = labelled_series(where, "toy", missing="forward")
     rows = np.concatenate([found.train.inputs, found.test.inputs])[:, :, 0]

@@ -65,18 +65,23 @@ def test_a_table_with_gaps(written, name):
 
 BAD = {
     "no numbers": ("a,b\nx,y\n", "line 2: 'a' is 'x', which is no number"),
-    "gaps": (GOOD, "line 4: 'load' is missing, one of 1 values; fill them, or choose missing='forward'"),
+    "gaps": (GOOD, "line 4: 'load' is missing, one of 1 values; fill them, or set missing to 'forward'"),
     "empty column": ("a,b\n1,\n2,\n", "column 'b' holds no numbers"),
     "no rows": ("date,a\n", "has a header and no rows"),
     "empty": ("\n\n", "is empty"),
     "ragged": ("a,b\n1,2\n3\n", "line 3: 1 cells, and 2 in the first row"),
-    "binary": (b"PK\0\1", "is no text"),
+    "binary": (b"PK\0\xff", "is no text"),
+    "Cyrillic of Windows": (
+        "нет\n1\n".encode("cp1251"),
+        "line 1: the byte 0xed is not in utf-8; .* set encoding to its own, as 'cp1252'",
+    ),
+    "Japanese of Windows": ("a\n1\n2 度\n".encode("cp932"), "line 3: the byte 0x93 is not in utf-8"),
     "infinite": ("a\n1\ninf\n", "line 3: 'a' is 'inf', which is not finite"),
     "twice": ("date,a\n2020-01-01,1\n2020-01-01,2\n", "line 3: 2020-01-01 00:00:00 comes twice"),
     "back": ("date,a\n2020-01-02,1\n2020-01-01,2\n", "line 3: 2020-01-01 00:00:00 comes after 2020-01-02 00:00:00"),
     "a jump": (
         "date,a\n2020-01-01 00:00,1\n2020-01-01 01:00,2\n2020-01-05 01:00,3\n2020-01-05 02:00,4\n",
-        "line 4: 2020-01-05 01:00:00 is not 1:00:00 after 2020-01-01 01:00:00, which is .* choose uneven='keep'",
+        "line 4: 2020-01-05 01:00:00 is not 1:00:00 after 2020-01-01 01:00:00, which is .* set uneven to 'keep'",
     ),
     "a month left out": (
         "date,a\n2020-01,1\n2020-02,2\n2020-03,3\n2020-05,4\n",
@@ -91,8 +96,11 @@ BAD = {
     "nothing but commas": (",\n,\n", "is empty"),
     "a long cell": ("a\n" + "1" * 140_000, "line 2: field larger than field limit"),
     "a long word": ("a\n" + "x" * 1000, "line 2: 'a' is 'x{40}', which is no number"),
-    "times in another column": ("when,a\n2020-01-01,1\n", "'2020-01-01', which is no number; .* choose date='when'"),
-    "an index": (",a\n0,1\n1,2\n", "column 1 has no name; call it 'date' if it is of times, and leave it out if"),
+    "times in another column": (
+        "when,a\n2020-01-01,1\n",
+        "'2020-01-01', which is no number; leave_out can name .* or date if",
+    ),
+    "an index": (",a\n0,1\n1,2\n", "column 1 has no name; call it 'date' if it is of times, and take it out"),
     "two of one name": ("a,b,a\n1,2,3\n", "two columns are called 'a'"),
     "python's own": ("a\n1_000\n", "line 2: 'a' is '1_000', which is no number"),
     "no times": ("date,a\n01.02.2020,1\n", "line 2: '01.02.2020' is no time as 2016-07-01 00:00:00"),
@@ -150,7 +158,7 @@ def test_even_times_go_on(written, name):
     assert read.dtype == "datetime64[us]"
     np.testing.assert_array_equal(dates_ahead(read, 2), np.array(after, "datetime64[us]"))
     if len(dates) > 3:  # and a row that is left out is seen
-        with pytest.raises(ValueError, match="choose uneven='keep'"):
+        with pytest.raises(ValueError, match="set uneven to 'keep'"):
             read_table(written(stamps(np.delete(dates, len(dates) // 2))))
 
 
@@ -197,13 +205,32 @@ def test_the_column_of_times_may_be_named(written):
     assert table.names == ("time",) and table.dates is not None
     table = read_table(written("time,a\n,1\n0.5,1\n1.0,2\n"), missing="forward")
     assert table.names == ("time", "a") and table.dates is None
-    with pytest.raises(ValueError, match="has no column date='ds'; choose one of time, a"):
+    with pytest.raises(ValueError, match="has no column 'ds', which date names; choose from time, a"):
         read_table(written("time,a\n0.5,1\n1.0,2\n"), date="ds")
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "cp932", "utf-16", "utf-8-sig"])
+def test_an_encoding_may_be_named(written, encoding):
+    assert read_table(written("да,a\n1,2\n".encode(encoding)), encoding=encoding).names == ("да", "a")
+
+
+def test_columns_may_be_left_out(written):
+    """By names with commas between on the command line: words, times written in other ways, and all of them."""
+    path = written("date,site,load,oil\n1.2.20,north,1,2\n2.2.20,south,3,4\n")
+    table = forecasting.DataConfig(csv=path, leave_out="site, date").table(0)
+    assert table.names == ("load", "oil") and table.dates is None
+    np.testing.assert_array_equal(table.values, [[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match="no column 'cite', which leave_out names; choose from date, site, load, oil"):
+        read_table(path, leave_out=["cite"])
+    with pytest.raises(ValueError, match="has no column beside 'date', 'site', 'load', 'oil'"):
+        read_table(path, leave_out=["oil", "date", "load", "site"])
 
 
 def test_wrong_arguments_are_named(written, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; name a table"):
         read_table(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match="encoding='cp99' is none that Python knows"):
+        read_table(written(GOOD), encoding="cp99")
     with pytest.raises(ValueError, match="missing='drop'"):
         read_table(written(GOOD), missing="drop")
     with pytest.raises(ValueError, match="is damaged"):

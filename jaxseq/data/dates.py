@@ -140,7 +140,7 @@ def read_dates(path: Path, cells: list[tuple[int, str]], *, unordered: str, unev
             row = max(int(odd.argmax()), 1)
             raise ValueError(
                 f"{path}, line {cells[row][0]}: {times[row]} is not {step} after {times[row - 1]}, which is the step "
-                "of most rows; fill in what is missing, or choose uneven='keep'."
+                "of most rows; fill in what is missing, or set uneven to 'keep'."
             )
     return dates
 

@@ -106,7 +106,7 @@ def _read(path: Path, missing: str) -> list[_Series]:
             raise ValueError(f"{path}, line {series.line}: channel {empty.all(axis=0).argmax() + 1} has no values.")
         if empty.any() and missing == "raise":
             raise ValueError(
-                f"{path}, line {series.line}: {empty.sum()} values are missing; fill them, or choose missing='forward'."
+                f"{path}, line {series.line}: {empty.sum()} values are missing; fill them, or set missing to 'forward'."
             )
         filled.append(series._replace(values=filled_forward(series.values)))
     return filled

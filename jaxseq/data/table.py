@@ -6,6 +6,7 @@ import io
 import math
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ def read_table(
     path: str | os.PathLike[str],
     *,
     date: str | None = None,
+    leave_out: Iterable[str] = (),
+    encoding: str = "utf-8",
     missing: str = "raise",
     unordered: str = "raise",
     uneven: str = "raise",
@@ -42,7 +45,10 @@ def read_table(
 
     A first row that is no row of numbers is a header. The column `date` holds times as ISO 8601 writes them; where
     None, the first that is called date, time, timestamp or datetime, in small letters or large, and is not of plain
-    numbers. Any other column is of numbers.
+    numbers. Any other column is of numbers, or named in `leave_out`.
+
+    No `encoding` is guessed: bytes of another one could be read as names that nobody gave. Spreadsheets of Windows save
+    in "cp1252" in the west, "cp1251" in Cyrillic and "cp932" in Japanese.
 
     Values that are `missing`, all of an empty line but for those at the end, raise, or take the last value before them
     ("forward"; a column's first ones take the next). Times that come twice or go back raise, or stay as they are in
@@ -51,9 +57,9 @@ def read_table(
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: the file is no such table: no text, rows of unequal length, columns without a name or of the same one,
-        no column `date`, words among the numbers, times that are none, come twice, go back or step unevenly, missing
-        values, or a column without any.
+      ValueError: the file is no such table: no text, or not in `encoding`, rows of unequal length, columns without a
+        name or of the same one, no column that an argument names, words among the numbers, times that are none, come
+        twice, go back or step unevenly, missing values, or a column without any.
     """
     path = Path(path).expanduser()
     choices = {"missing": (missing, "forward"), "unordered": (unordered, "keep"), "uneven": (uneven, "keep")}
@@ -62,23 +68,28 @@ def read_table(
             raise ValueError(f"{name}={value!r}; choose 'raise' or {other!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a table of numbers separated by commas.")
-    names, body = _parted(path, _rows(path))
+    columns, body = _parted(path, _rows(path, encoding))
+    left_out = {_column(path, columns, "leave_out", name) for name in leave_out}
+    kept = [n for n in range(len(columns)) if n not in left_out]
+    names, body = [columns[n] for n in kept], [(line, [row[n] for n in kept]) for line, row in body]
     at = _date_column(path, names, body, date)
     dates = None
     if at is not None:
         dates = read_dates(path, [(line, row[at]) for line, row in body], unordered=unordered, uneven=uneven)
     kept = [n for n in range(len(names)) if n != at]
     if not kept:
-        raise ValueError(f"{path} has no column beside {names[0]!r}.")
+        raise ValueError(f"{path} has no column beside {', '.join(map(repr, columns))}.")
     values = np.array([[_number(path, line, names[n], row[n]) for n in kept] for line, row in body])
     names = [names[n] for n in kept]
     empty = np.isnan(values)
     if empty.all(axis=0).any():
-        raise ValueError(f"{path}: column {names[int(np.argmax(empty.all(axis=0)))]!r} holds no numbers.")
+        raise ValueError(
+            f"{path}: column {names[int(np.argmax(empty.all(axis=0)))]!r} holds no numbers; leave_out can name it."
+        )
     if empty.any() and missing == "raise":
         row, column = np.argwhere(empty)[0]
         where = f"{path}, line {body[row][0]}: {names[column]!r} is missing, one of {empty.sum()} values"
-        raise ValueError(f"{where}; fill them, or choose missing='forward'.")
+        raise ValueError(f"{where}; fill them, or set missing to 'forward'.")
     return Table(filled_forward(values), tuple(names), dates)
 
 
@@ -90,22 +101,32 @@ def filled_forward(values: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, np.where(last < 0, there.argmax(axis=0)[None], last), axis=0)
 
 
-def plain_text(path: Path) -> str:
-    """The text of a file, which may be gzipped.
+def plain_text(path: Path, encoding: str | None = None) -> str:
+    """The text of a file, which may be gzipped; where `encoding` is None in UTF-8, or else a character for each byte.
+
+    The latter is for archives whose remarks alone are in other encodings.
 
     Raises:
-      ValueError: it is damaged, or no text.
+      ValueError: it is damaged, no text, or not in `encoding`.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged ({error}).") from None
-    if b"\0" in content:
-        raise ValueError(f"{path} is no text; save it as text, in UTF-8.")
+    fault = None
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")  # degrees, squares and names
+        text = content.decode(encoding or "utf-8")
+    except LookupError:
+        raise ValueError(f"encoding={encoding!r} is none that Python knows, as 'utf-8' and 'cp1252' are.") from None
+    except UnicodeDecodeError as error:
+        text, fault = content.decode("latin-1"), error
+    if "\0" in text:
+        raise ValueError(f"{path} is no text; save it as text, in UTF-8.")
+    if encoding is not None and fault is not None:
+        line, byte = text[: fault.start].count("\n") + 1, content[fault.start]
+        hint = "save it in UTF-8, or set encoding to its own, as 'cp1252'"
+        raise ValueError(f"{path}, line {line}: the byte {byte:#04x} is not in {encoding}; {hint}.")
+    return text.removeprefix("\ufeff")
 
 
 def number(cell: str) -> float:
@@ -121,9 +142,9 @@ def number(cell: str) -> float:
     return float(cell)
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
+def _rows(path: Path, encoding: str) -> list[tuple[int, list[str]]]:
     """Rows with their line numbers, all of one length; empty lines at the end are none, others are of empty cells."""
-    reader = csv.reader(io.StringIO(plain_text(path), newline=""))
+    reader = csv.reader(io.StringIO(plain_text(path, encoding), newline=""))
     try:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
@@ -154,8 +175,8 @@ def _parted(path: Path, rows: list[tuple[int, list[str]]]) -> tuple[list[str], l
         return [str(n) for n in range(len(header))], rows
     if "" in header:
         raise ValueError(
-            f"{path}: column {header.index('') + 1} has no name; call it 'date' if it is of times, and leave it out if "
-            "it counts the rows."
+            f"{path}: column {header.index('') + 1} has no name; call it 'date' if it is of times, and take it out of "
+            "the file if it counts the rows."
         )
     if twice := [name for n, name in enumerate(header) if name in header[:n]]:
         raise ValueError(f"{path}: two columns are called {twice[0]!r}.")
@@ -164,11 +185,16 @@ def _parted(path: Path, rows: list[tuple[int, list[str]]]) -> tuple[list[str], l
     return header, rows[first + 1 :]
 
 
+def _column(path: Path, names: list[str], argument: str, name: str) -> int:
+    """Where the column is that an argument names."""
+    if name not in names:
+        raise ValueError(f"{path} has no column {name!r}, which {argument} names; choose from {', '.join(names)}.")
+    return names.index(name)
+
+
 def _date_column(path: Path, names: list[str], body: list[tuple[int, list[str]]], date: str | None) -> int | None:
     if date is not None:
-        if date not in names:
-            raise ValueError(f"{path} has no column date={date!r}; choose one of {', '.join(names)}.")
-        return names.index(date)
+        return _column(path, names, "date", date)
     # A column `time` may count seconds; of the cells the first that is there tells.
     first = lambda n: next((row[n] for _, row in body if row[n].strip().lower() not in MISSING), "0")
     of_times = lambda cell: not _is_numbers([cell]) or _is_time(cell)
@@ -196,9 +222,7 @@ def _number(path: Path, line: int, name: str, cell: str) -> float:
     try:
         value = number(cell)
     except ValueError:
-        raise ValueError(
-            f"{where()} no number; leave the column out, or choose date={name!r} if it is of times."
-        ) from None
+        raise ValueError(f"{where()} no number; leave_out can name the column, or date if it is of times.") from None
     if math.isinf(value):
         raise ValueError(f"{where()} not finite.")
     return value
