@@ -65,6 +65,9 @@ class Chimera(nn.Module):
     Time is causal; over the variates `bidirectional` adds the same model from the last to the first, with parameters of
     its own. The state is 2 V D N numbers a direction, whatever t.
 
+    Not built, of the paper: companion matrices for A1 and A2 (every A is diagonal), forecasts in closed loop (those of
+    `ChimeraForecaster` are one map of all cells), and the reconstruction loss for anomalies.
+
     Raises:
       ValueError: a field is unknown or out of range, or x has another width.
       NotImplementedError: time is split over devices, unless `coupling` is "time".
