@@ -1,8 +1,11 @@
 """Tables over time: what is read, how it is split and scaled, and one clear line for each bad table."""
 
 import gzip
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,7 +24,7 @@ from jaxseq.data import (
 )
 from jaxseq.data.series import time_marks
 from jaxseq.data.table import filled_forward
-from jaxseq.tasks import lagged_copies
+from jaxseq.tasks import lagged_copies, lagged_copies_forecast
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 public = pytest.mark.skipif(not DATA.exists(), reason="the public data sets are not beside the repository")
@@ -333,6 +336,28 @@ def test_copies_follow_their_parents():
         assert min(r.std() for r in rest.values()) == pytest.approx(0.3, rel=0.05)
     with pytest.raises(ValueError, match="num_roots=9 must be at most num_series=6"):
         lagged_copies(0, 10, num_series=6, num_roots=9)
+
+
+def test_no_forecast_of_copies_is_better_than_the_one_that_knows_the_delays():
+    """At first its errors are the noise; later too nothing linear in the window is left in them."""
+    x = lagged_copies(0, 4000, num_series=6, num_roots=2, max_delay=5)
+    seen = x[np.arange(3980)[:, None] + np.arange(5)]
+    after = x[np.arange(3980)[:, None] + 5 + np.arange(8)]
+    forecast = jax.jit(partial(lagged_copies_forecast, horizon=8, seed=0, length=4000, num_roots=2, max_delay=5))
+    error = after - forecast(jnp.asarray(seen, jnp.float32))
+    np.testing.assert_allclose((error[:, 0] ** 2).mean(axis=0), [0.36] * 2 + [0.09] * 4, rtol=0.1)
+    window, error = seen.reshape(3980, -1), error.reshape(3980, -1)
+    left = error - window @ np.linalg.lstsq(window, error, rcond=None)[0]
+    assert (left.var(axis=0) >= 0.97 * error.var(axis=0)).all()
+
+
+def test_the_floor_of_copies_is_in_deviations():
+    """As forecasts of the experiment's models are; the next step of each copy is known up to the noise."""
+    config = forecasting.PRESETS["debug"]
+    series = forecasting_series(config.data.table(0), 24, 8)
+    batch = series.test.at(np.arange(series.test.number))
+    error = forecasting.floor(config, series)((), batch, None)[:, 0] - batch["targets"][:, 0]
+    np.testing.assert_allclose(np.mean((error * series.deviation[None])[:, 4:] ** 2), 0.09, rtol=0.1)
 
 
 @pytest.mark.parametrize(

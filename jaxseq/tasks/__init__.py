@@ -13,6 +13,7 @@ from .decisions import two_choices as two_choices
 from .drifting_sensor import drifting_sensor as drifting_sensor
 from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
+from .lagged_copies import lagged_copies_forecast as lagged_copies_forecast
 from .listops import listops as listops
 from .matching import match_sums as match_sums
 from .reactor import reactor as reactor
