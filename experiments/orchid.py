@@ -22,7 +22,18 @@ from jaxseq.data import mnist
 from jaxseq.fields import check_counts
 from jaxseq.mixers import Orchid
 from jaxseq.tasks import associative_recall
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, mean_metrics
+from jaxseq.train import (
+    CheckpointConfig,
+    MeshConfig,
+    Run,
+    TrainConfig,
+    cross_entropy,
+    digest,
+    main,
+    make_optimizer,
+    mean_metrics,
+)
+from jaxseq.train.ensemble import ensemble_init, ensemble_loss, per_member
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Config:
 
     seed: int = 0
     """Seed of sequences and weights."""
+    seeds: int = 3
+    """Models of each kernel, trained side by side on the same sequences; their mean counts."""
     width: int = 32
     """Width of the model. One of 64 channels holds all pairs of 20 letters in its gates, and needs no such kernel."""
     depth: int = 2
@@ -63,6 +76,9 @@ class Config:
     )  # fmt: skip
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        check_counts(self, "seeds", "width", "depth")
 
 
 LONG = replace(Config.train, steps=10_000, learning_rate=5e-4, warmup_steps=500)
@@ -122,25 +138,31 @@ def classify(model: Classifier, params, batch, key):
     return cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])
 
 
-def tested(model: Classifier, params, test) -> dict[str, float]:
+def tested(model: Classifier, params, test) -> dict[str, np.ndarray]:
+    """Mean metrics of each of the models."""
     read = lambda rows: {name: x[rows] for name, x in test.items()}
-    return mean_metrics(partial(classify, model), params, read, len(test["labels"]))
+    of_each = jax.vmap(partial(classify, model), (0, None, None))
+    return mean_metrics(of_each, params, read, len(test["labels"]))
 
 
 def measure(run: Run[Config]) -> None:
     config = run.config
     tasks = {"recall": recall} | ({} if config.data.path is None else {"digits": digits})
-    accuracy, params = {}, {}
+    accuracy: dict[str, float] = {}
+    accuracies, params = {}, {}
+    optimizer = per_member(make_optimizer(config.train))
     for task, read in tasks.items():
         batches, test = read(config)
         for conditioning in (*ADAPTIVE, ABLATION):
             model, part = build(config, task, conditioning), f"{task}-{conditioning}"
-            init = lambda key, m=model, x=test["inputs"][:1]: m.init(key, jnp.asarray(x))
-            params[part] = run.fit(partial(classify, model), init, batches, part=part).params
+            init = ensemble_init(partial(model.init, x=jnp.asarray(test["inputs"][:1])), config.seeds)
+            loss = ensemble_loss(partial(classify, model))
+            params[part] = run.fit(loss, init, batches, optimizer=optimizer, part=part).params
             metrics = tested(model, params[part], test)
-            accuracy[part] = metrics["accuracy"]
-            print(f"{part:<20}{accuracy[part]:.4f}", flush=True)
-            run.record(config.train.steps, f"test/{part}", metrics)
+            accuracies[part] = metrics["accuracy"].tolist()
+            accuracy[part] = float(np.mean(accuracies[part]))
+            print(f"{part:<20}{accuracy[part]:.4f}   " + " ".join(f"{x:.3f}" for x in accuracies[part]), flush=True)
+            run.record(config.train.steps, f"test/{part}", {name: float(x.mean()) for name, x in metrics.items()})
     run.plot()
     plot(run, accuracy, list(tasks))
     best = {task: max(accuracy[f"{task}-{kind}"] for kind in ADAPTIVE) for task in tasks}
@@ -151,6 +173,8 @@ def measure(run: Run[Config]) -> None:
         baseline={f"{task}-{ABLATION}": value for task, value in static.items()},
         threshold={task: {"accuracy": LEAST[task], "lead": LEAD[task]} for task in tasks},
         holds=all(best[task] >= max(LEAST[task], static[task] + LEAD[task]) for task in tasks),
+        parts={task: best[task] >= max(LEAST[task], static[task] + LEAD[task]) for task in tasks},
+        accuracies=accuracies,
         parameters_digest=digest(params),
     )
 

@@ -52,7 +52,7 @@ def chunked(
 
     chunks = split_chunks(pad_time(monoid, elements, -length % chunk_size), chunk_size)
     final, states = lax.scan(step, initial_state, chunks)
-    return jax.tree.map(lambda s: s[:, :length], join_chunks(states)), final
+    return join_chunks(states, length), final
 
 
 def abreast(
@@ -104,9 +104,9 @@ def split_chunks(tree, chunk_size: int):
     return jax.tree.map(split, tree)
 
 
-def join_chunks(tree):
-    """`T/C B C …` → `B T …`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
+def join_chunks(tree, length: int):
+    """`T/C B C …` → `B T …`: the inverse of `split_chunks` of so many steps."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length], tree)
 
 
 def flipped(tree):

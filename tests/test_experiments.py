@@ -230,6 +230,7 @@ def test_orchid_meets_its_ablation(run, tmp_path):
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert set(result["measured"]) == {"recall-correlation", "recall-magnitude"}
     assert set(result["baseline"]) == {"recall-none"} and not result["holds"]
+    assert all(len(of_seeds) == 3 for of_seeds in result["accuracies"].values())
     assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
 
 

@@ -72,8 +72,8 @@ def kronecker_attention(
     )
     rows = min(block_size, length)
     queries = split_chunks((q, there[:, span - length :], ids), rows)
-    o = join_chunks(lax.map(partial(_read, first, second, causal, ordered), queries))
-    return o[:, :length].astype(value_1.dtype)
+    o = join_chunks(lax.map(partial(_read, first, second, causal, ordered), queries), length)
+    return o.astype(value_1.dtype)
 
 
 def _read(first, second, causal: bool, ordered: bool, queries):

@@ -84,7 +84,7 @@ def chunked(q, k, v, scales, g, starts, places, S, *, chunk_size: int):
     if whole:
         chunks = scan.split_chunks(jax.tree.map(lambda x: x[:, :whole], tokens), chunk_size)
         S, o = lax.scan(_chunk, S, chunks)
-        outputs.append(scan.join_chunks(o))
+        outputs.append(scan.join_chunks(o, whole))
     if whole < g.shape[1]:
         S, o = _chunk(S, jax.tree.map(lambda x: x[:, whole:], tokens))
         outputs.append(o)

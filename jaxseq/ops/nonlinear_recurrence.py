@@ -158,7 +158,7 @@ def parallel(cell: Cell, xs, state, newton: Newton, guess, size: int):
         return own(on_last(h[:, -1])), (h, done)
 
     _, (h, (count, error)) = lax.scan(block, flat(state), scan.split_chunks((xs, guess), size))
-    h = scan.join_chunks(h)[:, :length]
+    h = scan.join_chunks(h, length)
     return tree(h), tree(on_last(h[:, -1])), Report(count.astype(jnp.int32), error <= 1, error)
 
 

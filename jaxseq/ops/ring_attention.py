@@ -129,8 +129,7 @@ def _block(rules, chunk_size, at, queries, q_ids, keys, k_ids, maximum=None) -> 
         return Softmax(maximum, weights.sum(-1), read)
 
     some = split_chunks((queries, at[0][None], q_ids, maximum), chunk_size)
-    read = join_chunks(lax.map(chunk, some))
-    return jax.tree.map(lambda x: x[:, :length], read)
+    return join_chunks(lax.map(chunk, some), length)
 
 
 def _positions(device, length, a, b):

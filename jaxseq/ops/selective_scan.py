@@ -101,7 +101,7 @@ def chunked(x, dt, keep, A, B, C, h, chunk_size, inside=None):
 
     keep = jnp.pad(keep, ((0, 0), (0, -length % chunk_size)), constant_values=1)  # keep = 1, dt = 0 change no state
     h, y = lax.scan(step, h, scan.split_chunks({"x": x, "dt": dt, "keep": keep} | moving, chunk_size))
-    return scan.join_chunks(y)[:, :length], h
+    return scan.join_chunks(y, length), h
 
 
 def _by_motion(length: int, **terms):
