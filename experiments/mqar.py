@@ -15,7 +15,7 @@ Expect  Attention, DeltaNet, RWKV-7 1.00, GLA 0.98, Based 0.94, Mamba-2 0.81; Ba
 Run     python -m experiments.mqar [--preset cpu|gpu] [--mixers attention,based,hyena]
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -61,7 +61,7 @@ def slots(name: str, width: int, heads: int, length: int) -> tuple:
     States of matrices have about width²/heads numbers, as DeltaNet's and RWKV-7's, where mixers leave a choice.
     """
     attention = partial(Attention, num_heads=heads, rotary_base=None)
-    long = partial(BaseConv, kernel_size=None)
+    long = partial(BaseConv, kernel_size=None, max_length=length)
     blocks, window = partial(attention, block_size=16, look_back=1), partial(attention, window=12)
     named = {"attention": attention, "blocks": blocks, "window": window, "baseconv": long}
     features = max(f for f in range(1, width + 1) if f == 1 or 1 + f + f * (f + 1) // 2 <= width // heads)
@@ -70,11 +70,8 @@ def slots(name: str, width: int, heads: int, length: int) -> tuple:
         "gla": {"expand_k": 1.0},
         "mamba2": {"state_size": max(1, width // (2 * heads))},
     }
-    second: Any = named.get(name) or ModelConfig(mixers=name, heads=heads, depth=1).slots()[0]
-    options = sizes.get(name, {})
-    if "max_length" in {field.name for field in fields(second.func)}:
-        options |= {"max_length": length}
-    return partial(BaseConv, kernel_size=3), partial(second.func, *second.args, **second.keywords | options)
+    second: Any = named.get(name) or ModelConfig(mixers=name, heads=heads, depth=1).slots(max_length=length)[0]
+    return partial(BaseConv, kernel_size=3), partial(second, **sizes.get(name, {}))
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,10 @@ class ModelConfig:
         check_counts(self, "width", "depth", "heads", "ngram_buckets", section="model.")
         self.slots()
 
-    def slots(self) -> tuple[Slot, ...]:
+    def slots(self, *, max_length: int | None = None) -> tuple[Slot, ...]:
         """One slot a layer. The names are those of the classes in `jaxseq.mixers`, in lower case.
+
+        Mixers whose parameters are of a longest sequence are made for `max_length` tokens, of their own number if None.
 
         All layers of a name are one slot, so that depth is a scan; but what starts by its place in the authors' models
         (`layer` of RWKV and Lightning) has a slot for each. The bounds of HGRN's decays, which its authors
@@ -55,7 +57,7 @@ class ModelConfig:
         for name in names:
             if name not in known:
                 raise ValueError(f"model.mixers={self.mixers}: no mixer is called {name!r}; choose {', '.join(known)}.")
-        options = {"num_heads": self.heads, "conv_window": self.conv_window}
+        options = {"num_heads": self.heads, "conv_window": self.conv_window, "max_length": max_length}
         slots: dict[str, Any] = {name: _with_options(known[name], options) for name in names}
         depth = max(self.depth, len(names))
 
