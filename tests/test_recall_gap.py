@@ -94,6 +94,8 @@ def test_closed_gap_and_perplexity():
     _, hits, reference = gaps()
     assert gap_closed(reference, reference + 1, reference).value == pytest.approx(1)
     assert gap_closed(reference + 0.25, reference + 1, reference).value == pytest.approx(0.75)
+    half = gap_closed(reference + np.where(hits, 0.5, 1), reference + 1, reference, where=hits)
+    assert half == pytest.approx((0.5, 0.5, 0.5))  # of the hits alone, and so is every resample
     found = sliced_perplexity(np.where(hits, 1.0, 2.0), hits)
     assert found["hits"] == pytest.approx(np.e) and found["other"] == pytest.approx(np.e**2)
     assert np.isnan(sliced_perplexity(reference, np.zeros_like(hits))["hits"])
@@ -109,6 +111,7 @@ def test_closed_gap_and_perplexity():
         (lambda x, m: share_of_gap(x, x, m, groups=np.zeros(4, int)), "groups: 1; a bootstrap takes two"),
         (lambda x, m: share_of_gap(x, x, m, groups=np.arange(3)), r"groups has shape \(3,\); there are 4"),
         (lambda x, m: gap_closed(x, x, x, resamples=1), "resamples: 1"),
+        (lambda x, m: gap_closed(x, x, x, where=m[:1]), r"where \(1, 3\)"),
     ],
 )
 def test_wrong_input_is_named(call, message):

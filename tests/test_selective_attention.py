@@ -9,7 +9,8 @@ import pytest
 from families import assert_close
 
 from jaxseq import LanguageModel
-from jaxseq.mixers import SelectiveAttention
+from jaxseq.analysis import sown
+from jaxseq.mixers import MinGRU, SelectiveAttention
 from jaxseq.train import TrainConfig, cross_entropy, fit
 
 WIDTH = 8
@@ -150,6 +151,21 @@ def test_losses_leave_a_language_model_and_train_it():
     cost = jax.jit(lambda params: loss(params, {"inputs": tokens}, None)[1]["loss"])
     before, after = (float(cost(p)) for p in (params, trained.params))
     assert after < 0.2 * before
+
+
+def test_chances_of_all_layers_leave_a_language_model():
+    """Rows in batches of which the last is short; a model without selection has none."""
+    slots = (partial(SelectiveAttention, num_heads=2), MinGRU)
+    model = LanguageModel(7, WIDTH, slots * 2, mlp=None)
+    tokens = np.random.default_rng(0).integers(0, 7, (5, 9)).astype(np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    _, kept = jax.jit(partial(model.apply, mutable=["intermediates"]))(params, tokens)
+    whole = kept["intermediates"]["stack"]["layers"]["block_0"]["mixer"]["chance"][0]
+    assert whole.shape == (2, 5, 9)
+    assert_close(np.sort(sown(model, params, tokens, "chance", batch_size=2)), np.sort(np.ravel(whole)), "mixer")
+    assert sown(model, params, tokens, "choice").size == 0
+    with pytest.raises(ValueError, match="batch_size=0; sown takes 1 or more"):
+        sown(model, params, tokens, "chance", batch_size=0)
 
 
 def test_ranks_look_ahead(drawn):

@@ -28,6 +28,7 @@ from .matching import matched_states as matched_states
 from .parameters import nearest_in_size as nearest_in_size
 from .parameters import num_parameters as num_parameters
 from .self_ensemble import self_ensemble as self_ensemble
+from .sown import sown as sown
 from .timescales import Timescale as Timescale
 from .timescales import autocorrelation as autocorrelation
 from .timescales import autocorrelation_timescale as autocorrelation_timescale

@@ -101,17 +101,23 @@ def gap_closed(
     baseline: Float[np.ndarray, "N T"],
     reference: Float[np.ndarray, "N T"],
     *,
+    where: Bool[np.ndarray, "N T"] | None = None,
     groups: Integer[np.ndarray, " N"] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
     """(NLL^base − NLL) / (NLL^base − NLL^ref): 0 for a model as good as the baseline, 1 for one as the reference.
 
+    Of the tokens where `where` is true, such as recall hits; of all when None. It means nothing of a gap whose interval
+    holds zero. Intervals are as in `bootstrap`.
+
     Raises:
       ValueError: as `share_of_gap` does.
     """
-    _check_alike(nats=nats, baseline=baseline, reference=reference)
-    each = np.stack([np.sum(np.asarray(baseline, np.float64) - x, axis=1) for x in (nats, reference)], axis=1)
+    where = np.ones_like(nats, bool) if where is None else where
+    _check_alike(nats=nats, baseline=baseline, reference=reference, where=where)
+    gained = [np.where(where, np.asarray(baseline, np.float64) - x, 0) for x in (nats, reference)]
+    each = np.sum(gained, axis=2).T
     closed = lambda gained, gap: {"closed": gained / gap}
     return bootstrap(each, closed, groups=groups, resamples=resamples, seed=seed)["closed"]
 
