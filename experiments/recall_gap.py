@@ -6,13 +6,14 @@ Source  Zoology (arXiv 2312.04927), section 3 and figure 1; its selective attent
         on 6.4 % of the tokens, after 10 B of them.
 Expect  A fifth of a gap of 0.24 nats on 3 % of the tokens, after 1.6M of them; selective attention that selects all
         closes the gap, one that keeps 16 of 256 tokens does not. Fourteen minutes on 2 busy CPU cores.
-Run     python -m experiments.recall_gap [--preset cpu|gpu] [--data.path FILE_OR_FOLDER] [--models attention,gla]
+Run     python -m experiments.recall_gap [--preset cpu|gpu] [--data.path FILE_OR_FOLDER] [--models hybrid,hyena,rwkv7]
         The text is the Python standard library unless a path is given. Needs pip install "jaxseq[huggingface]".
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ import numpy as np
 import optax
 
 from jaxseq import GLA, Attention, LanguageModel
-from jaxseq.analysis import TokenNats, gap_closed, recall_hits, share_of_gap, sliced_perplexity
+from jaxseq.analysis import TokenNats, gap_closed, recall_hits, share_of_gap, sliced_perplexity, sown
 from jaxseq.data import TextConfig, byte_pairs, encoded, token_batches, whole_windows
 from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import BaseConv, Mamba2, SelectiveAttention
+from jaxseq.models import ModelConfig, mixer_names
 from jaxseq.models.block import Slot
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 from jaxseq.train.files import read_arrays, read_json, write_arrays, write_json
+
+#: What the gap is between; every run has both.
+ENDS = ("attention", "convolution")
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Config:
     seed: int = 0
     """Seed of weights and of the order of the data."""
     models: str = ""
-    """Models by name, with commas between them; all where none is given."""
+    """Models by name, with commas between them: those written out here, all of them where none is given, or of any
+    mixer of `jaxseq.mixers`. Attention and the convolution are always among them."""
     width: int = 128
     """Width of the model."""
     depth: int = 1
@@ -83,10 +89,13 @@ class Config:
         self.names()
 
     def names(self) -> list[str]:
-        return chosen("models", self.models, MIXERS)
+        known = dict.fromkeys((*MIXERS, *mixer_names()))
+        asked = chosen("models", self.models or ",".join(MIXERS), known)
+        return list(dict.fromkeys((*ENDS, *asked)))
 
 
-#: The mixer above a short convolution. Attention has no positions, as the recall of a pair needs none.
+#: The mixer above a short convolution, where it is not the library's of that name as it is. Attention has no positions,
+#: as the recall of a pair needs none.
 MIXERS: dict[str, Callable[[Config], Slot]] = {
     "attention": lambda c: partial(Attention, num_heads=c.heads, rotary_base=None),
     "convolution": lambda c: partial(BaseConv, kernel_size=None, max_length=c.data.context),
@@ -119,21 +128,19 @@ PRESETS = {
 
 
 def build(config: Config, name: str, **fields) -> LanguageModel:
-    """The model of a name; `fields` go to its mixer."""
-    mixer = partial(MIXERS[name](config), **fields)  # type: ignore[arg-type, misc]
-    layers = (partial(BaseConv, kernel_size=3), mixer) * config.depth
-    return LanguageModel(config.data.vocabulary, config.width, layers, mlp=None, tied=True)
+    """The model of a name; `fields` go to its mixers."""
+    if name in MIXERS:
+        mixers: tuple[Any, ...] = (MIXERS[name](config),) * config.depth
+    else:
+        named = ModelConfig(mixers=name, heads=config.heads, depth=config.depth)
+        mixers = named.slots(max_length=config.data.context)
+    pairs = ((partial(BaseConv, kernel_size=3), partial(mixer, **fields)) for mixer in mixers)
+    return LanguageModel(config.data.vocabulary, config.width, tuple(chain(*pairs)), mlp=None, tied=True)
 
 
 def nats(model: LanguageModel, params, contexts: np.ndarray) -> np.ndarray:
     """−log p of every token but the first, `N T-1`."""
     return TokenNats(lambda params, rows, key: model.apply(params, rows))(params, contexts[:, :-1], contexts[:, 1:])
-
-
-def threshold(model: LanguageModel, params, rows: np.ndarray, share: float) -> float:
-    """What so large a share of the hybrid's selection chances exceed, over all its layers."""
-    _, sown = jax.jit(lambda params, rows: model.apply(params, rows, mutable=["intermediates"]))(params, rows)
-    return float(np.quantile(np.concatenate([np.ravel(x) for x in jax.tree.leaves(sown)]), 1 - share))
 
 
 def measure(run: Run[Config]) -> None:
@@ -166,29 +173,30 @@ def measure(run: Run[Config]) -> None:
 
 
 def trained(run: Run[Config], name: str, stream: np.ndarray, contexts: np.ndarray):
-    """Nats of every token by the model of a name, the hybrid also with selection, and facts about it."""
+    """Nats of every token by the model of a name, a selective one also with selection, and facts about it."""
     config, length = run.config, run.config.data.context
     model = build(config, name)
 
     def loss(params, batch, key):
-        logits, sown = model.apply(params, batch["inputs"], mutable=["losses"])
+        logits, losses = model.apply(params, batch["inputs"], mutable=["losses"])
         value, metrics = cross_entropy(logits, batch["targets"])
-        selection = sum(jnp.sum(x) for x in jax.tree.leaves(sown))
-        return value + selection, metrics
+        return value + sum(jnp.sum(x) for x in jax.tree.leaves(losses)), metrics
 
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
     draw = token_batches(stream, length, config.train.batch_size, config.seed)
     params = run.fit(loss, init, draw, tokens_per_step=config.train.batch_size * length, part=name).params
     scores = {name: nats(model, params, contexts)}
     about: dict[str, Any] = {"parameters": optax.tree.size(params), "digest": digest(params)}
-    if name == "hybrid":
-        share = length**-0.5
-        about["threshold"] = threshold(model, params, draw(0)["inputs"], share)
+    chances = sown(model, params, contexts[:, :-1], "chance")
+    if chances.size:
+        about["mean selection"] = float(chances.mean())
+        # What √N of N tokens exceed, over all layers; seen in training, as it is to hold for the test.
+        about["threshold"] = float(np.quantile(sown(model, params, draw(0)["inputs"], "chance"), 1 - length**-0.5))
         for keys in ("selected", "all"):
             selective = build(config, name, threshold=about["threshold"], keys=keys)
-            scores[f"hybrid, {keys} keys"] = nats(selective, params, contexts)
+            scores[f"{name}, {keys} keys"] = nats(selective, params, contexts)
     for row, values in scores.items():
-        print(f"{row:<24}{np.exp(values.mean()):>10.2f}", flush=True)
+        print(f"{row:<34}{np.exp(values.mean()):>10.2f}", flush=True)
         run.record(config.train.steps, f"test/{row}", {"loss": float(values.mean())})
     return scores, about
 
@@ -196,28 +204,26 @@ def trained(run: Run[Config], name: str, stream: np.ndarray, contexts: np.ndarra
 def verdict(run: Run[Config], found, facts, hits_by_limit: dict[int, np.ndarray], groups: np.ndarray) -> None:
     hits = hits_by_limit[run.config.data.most]
     table: dict[str, dict[str, Any]] = {name: {"perplexity": sliced_perplexity(x, hits)} for name, x in found.items()}
-    gaps = [name for name in found if name != "attention" and "attention" in found]
-    for name in gaps:
-        table[name] |= as_dicts(share_of_gap(found[name], found["attention"], hits, groups=groups))
-        if "convolution" in found and name != "convolution":
-            closed = gap_closed(found[name], found["convolution"], found["attention"], groups=groups)
-            table[name]["closed"] = closed._asdict()
+    attention, convolution = (found[name] for name in ENDS)
+    for name, x in found.items():
+        if name != "attention":
+            table[name] |= as_dicts(share_of_gap(x, attention, hits, groups=groups))
+        if name not in ENDS:
+            closed = partial(gap_closed, x, convolution, attention, groups=groups)
+            table[name] |= as_dicts({"closed": closed(), "closed on hits": closed(where=hits)})
     show(table)
     by_limit = {
-        most: as_dicts(share_of_gap(found["convolution"], found["attention"], mask, groups=groups))
+        most: as_dicts(share_of_gap(convolution, attention, mask, groups=groups))
         for most, mask in hits_by_limit.items()
-        if "convolution" in gaps
     }
-    if table:
-        draw(run, table)
-    of = table.get("convolution", {})
-    lows = {name: of[name]["low"] for name in ("gap", "excess") if name in of}
+    draw(run, table)
+    of = table["convolution"]
     run.finish(
         claim="recall hits are a larger share of a gated convolution's gap to attention than of the tokens",
-        measured={"share of the gap": of.get("share")},
-        baseline={"share of the tokens": of.get("tokens")},
+        measured={"share of the gap": of["share"]},
+        baseline={"share of the tokens": of["tokens"]},
         threshold={"lower ends of the gap and of share of the gap − share of the tokens": 0},
-        holds=len(lows) == 2 and all(low > 0 for low in lows.values()),
+        holds=all(of[name]["low"] > 0 for name in ("gap", "excess")),
         parameters_digest=digest({name: fact["digest"] for name, fact in facts.items()}),
         table=table,
         models=facts,
@@ -231,12 +237,16 @@ def as_dicts(intervals) -> dict[str, dict[str, float]]:
 
 
 def show(table: dict[str, dict[str, Any]]) -> None:
-    print(f"{'perplexity':<24}{'all':>8}{'hits':>9}{'other':>8}   nats to attention   hits' share of them   closed")
+    heads = ("nats to attention", "hits' share of them", "gap closed", "gap closed on hits")
+    print(f"{'perplexity':<34}{'all':>8}{'hits':>9}{'other':>8}" + "".join(f"   {head:<22}" for head in heads))
+    behind = {name for name, row in table.items() if "gap" in row and row["gap"]["low"] > 0}
+    closed = dict.fromkeys(("closed", "closed on hits"), "convolution" in behind)
     for name, row in table.items():
-        text = f"{name:<24}" + "".join(f"{value:>8.2f}" for value in row["perplexity"].values())
-        cell = lambda key, row=row: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]) if key in row else ""
-        share = cell("share") if "gap" in row and row["gap"]["low"] > 0 else ""  # of a gap that may be none: no number
-        print(f"{text}   {cell('gap'):<25}{share:<25}{cell('closed')}", flush=True)
+        text = f"{name:<34}" + "".join(f"{value:>8.2f}" for value in row["perplexity"].values())
+        for key, certain in ({"gap": True, "share": name in behind} | closed).items():
+            told = certain and key in row  # a part of a gap that may be none is no number
+            text += f"   {'{value:.3f} [{low:.3f}, {high:.3f}]'.format(**row[key]) if told else '':<22}"
+        print(text.rstrip(), flush=True)
 
 
 def draw(run: Run, table: dict[str, dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ import pytest
 from sampled import by_default
 from test_labelled import write_digits
 
-from experiments import anomaly, efficient_transformers, long_range, rich_lazy, timescales
+from experiments import anomaly, efficient_transformers, long_range, recall_gap, rich_lazy, timescales
 from jaxseq.data import Recording, mnist
 from jaxseq.train import Curriculum, Run
 from jaxseq.train.files import read_arrays
@@ -359,15 +359,22 @@ def test_forecasting_of_ones_own_table(run, run_here, tmp_path):
 
 @pytest.mark.slow
 def test_the_gap_of_recall(run, texts, tmp_path):
-    """All models at toy size; a run that was killed after two of them goes on with the third."""
+    """At toy size, with a mixer of the library; a run that was killed after some models goes on with the rest."""
     out = tmp_path / "r"
-    command = ("experiments.recall_gap", "--preset", "debug", "--data.path", str(texts), "--out", str(out))
+    hits = ("--data.most", "100000", "--data.context", "64")  # in every window
+    command = ("experiments.recall_gap", "--preset", "debug", "--data.path", str(texts), *hits)
+    command = (*command, "--models", "mingru,hybrid", "--out", str(out))
     done = run(*command)
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "result.json").read_text())
     assert result["table"].keys() >= {"attention", "convolution", "hybrid, selected keys", "hybrid, all keys"}
     gap = result["table"]["convolution"]["gap"]
     assert gap["low"] <= gap["value"] <= gap["high"] and not result["holds"]
+    for name, part in itertools.product(("mingru", "hybrid, all keys"), ("closed", "closed on hits")):
+        interval = result["table"][name][part]
+        assert interval["low"] <= interval["value"] <= interval["high"]
+    assert "mean selection" not in result["models"]["mingru"]
+    assert 0.4 < result["models"]["hybrid"]["mean selection"] < 0.6  # weights are as good as untrained
     assert (out / "plots" / "recall_gap.png").stat().st_size > 1000
 
     scored = {name: (out / "nats" / f"{name}-3.npz").stat().st_mtime_ns for name in ("attention", "hybrid")}
@@ -378,8 +385,19 @@ def test_the_gap_of_recall(run, texts, tmp_path):
     assert json.loads((out / "result.json").read_text())["table"] == result["table"]
     assert (out / "nats" / "attention-3.npz").stat().st_mtime_ns == scored["attention"]
     assert (out / "nats" / "hybrid-3.npz").stat().st_mtime_ns > scored["hybrid"]
-    refused = run(*command[:-1], str(tmp_path / "s"), "--models", "transformer")
-    assert refused.returncode == 2 and "none is called 'transformer'; choose attention, convolution" in refused.stderr
+
+
+def test_the_gap_of_recall_is_of_any_mixer():
+    """Those written out there and those of the library, as long as the context; another name is refused."""
+    config = replace(recall_gap.PRESETS["debug"], depth=2, data=recall_gap.DataConfig(context=1100))
+    tokens = jnp.zeros((1, config.data.context), jnp.int32)
+    for name in (*recall_gap.MIXERS, "hyena", "rwkv7"):
+        jax.eval_shape(recall_gap.build(config, name).init, jax.random.key(0), tokens)
+    assert replace(config, models="hyena,gla,hyena").names() == ["attention", "convolution", "hyena", "gla"]
+    assert replace(config, models="").names() == list(recall_gap.MIXERS)
+    message = "none is called 'transformer'; choose attention, convolution, gla, mamba2, hybrid, abc, baseconv"
+    with pytest.raises(ValueError, match=f"models=transformer: {message}"):
+        replace(config, models="transformer")
 
 
 @pytest.mark.slow
