@@ -3,7 +3,7 @@
 Covered (fla.md: tests/test_against_fla.py; the linear state spaces of ssm.md: tests/test_against_state_spaces.py):
 - seeds-models.md: hmm_glm.
 - ssm.md: mamba_ops.
-- models.md: chimera_2dssm; zoology_layers based.
+- models.md: chimera_2dssm; zoology_layers mha and based.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from sampled import by_default
 
 from jaxseq import ops
 from jaxseq.layers.gated_norm import GatedRMSNorm
-from jaxseq.mixers import Based
+from jaxseq.mixers import Attention, Based
 from jaxseq.models import gumbel_softmax_log_density
 
 # ---- mamba_ops -----------------------------------------------------------------------------------------------------
@@ -192,6 +192,26 @@ def test_based():
     params = {ours: {"kernel": jnp.asarray(z[f"based.p.proj_{theirs}.weight"].T)} for ours, theirs in names.items()}
     y = jax.jit(Based(16, num_heads=2, feature_width=4).apply)({"params": params}, jnp.asarray(z["x"]))
     assert_near(y, z["based.y"], 1e-6)
+
+
+@recorded
+def test_attention():
+    """Causal, of two heads: a channel of ones carries the biases that ours has not, one more value a head the last."""
+    z = load("zoology_layers")
+    x, W, b = z["x"], z["mha.p.Wqkv.weight"], z["mha.p.Wqkv.bias"]
+    x = np.concatenate([x, np.ones((2, 32, 1)), np.zeros((2, 32, 1))], axis=2)
+    kernels = np.zeros((18, 3, 2, 9))
+    kernels[:17, :, :, :8] = np.concatenate([W.T, b[None]]).reshape(17, 3, 2, 8)
+    kernels[:, 0] *= (9 / 8) ** 0.5  # so wide heads are scaled by less
+    kernels[16, 2, :, 8] = 1
+    out = np.zeros((2, 9, 18))
+    out[:, :8, :16] = z["mha.p.out_proj.weight"].T.reshape(2, 8, 16)
+    out[0, 8, :16] = z["mha.p.out_proj.bias"]
+    named = dict(zip(("q_proj", "k_proj", "v_proj"), kernels.reshape(18, 3, 18).swapaxes(0, 1), strict=True))
+    params = {name: {"kernel": kernel} for name, kernel in (named | {"out_proj": out.reshape(18, 18)}).items()}
+    params, x = cast(({"params": params}, x), jnp.float32)
+    y = jax.jit(Attention(18, num_heads=2, rotary_base=None).apply)(params, x)
+    assert_near(y[..., :16], z["mha.y"], 1e-6)
 
 
 # ---- hidden Markov models ------------------------------------------------------------------------------------------

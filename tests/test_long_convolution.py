@@ -11,7 +11,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from recorded import load, recorded
 
-from jaxseq.layers.implicit_filter import ExplicitFilter, ImplicitFilter, cut, feed_forward, positions
+from jaxseq.layers import implicit_filter
+from jaxseq.layers.implicit_filter import ExplicitFilter, ImplicitFilter, cut, positions
 from jaxseq.mixers import BaseConv, Hyena, LongConv
 from jaxseq.ops.online_convolution import empty_convolution, online_convolution
 
@@ -129,22 +130,23 @@ def test_hyena_is_the_authors():
 
 
 @recorded
-def test_base_conv_is_the_authors():
-    """The short one; of the long one, whose features of the position are learned, the map from these and the rest."""
+def test_base_conv_is_the_authors(monkeypatch):
+    """The short one and the long one, whose features of the position are learned: they stand in for ours."""
     z = load("zoology_layers", None)
     x = jnp.asarray(z["x"], jnp.float32)
     get = lambda name: jnp.asarray(z[name], jnp.float32)
     dense = lambda name: {"kernel": get(f"{name}.weight").T, "bias": get(f"{name}.bias")}
+    run = lambda module, **params: jax.jit(lambda x: module.apply({"params": params}, x))(x)
     at = "baseconv_short.p"
     conv = {"kernel": get(f"{at}.conv.conv.weight")[:, 0].T, "bias": get(f"{at}.conv.conv.bias")}
-    params = {"params": {"proj": dense(f"{at}.projection"), "conv": conv}}
-    np.testing.assert_allclose(jax.jit(BaseConv(16).apply)(params, x), z["baseconv_short.y"], atol=1e-5)
+    y = run(BaseConv(16), proj=dense(f"{at}.projection"), conv=conv)
+    np.testing.assert_allclose(y, z["baseconv_short.y"], atol=1e-5)
     at = "baseconv_long.p"
-    kernel = feed_forward([dense(f"{at}.conv.mlp.{n}") for n in (0, 2)], get(f"{at}.conv.pos_emb.z")[0])
-    np.testing.assert_allclose(kernel, z["baseconv_long.kernel"].T, atol=1e-5)
-    convolved, _ = online_convolution(x, taps_of(kernel), empty_convolution(2, 0, 16, x.dtype))
-    gate = dense(f"{at}.projection")
-    y = (x @ gate["kernel"] + gate["bias"][None, None]) * (convolved + x) + x
+    monkeypatch.setattr(implicit_filter, "positions", lambda count, *_: z[f"{at}.conv.pos_emb.z"][0, :count])
+    maps = {f"{name}_{n}": a for n in (0, 1) for name, a in dense(f"{at}.conv.mlp.{2 * n}").items()}
+    taps = ImplicitFilter(16, 32, 16, 1, sine=False).apply({"params": maps})
+    np.testing.assert_allclose(taps(32), z["baseconv_long.kernel"].T, atol=1e-5)
+    y = run(BaseConv(16, None, max_length=32), proj=dense(f"{at}.projection"), filter=maps)
     np.testing.assert_allclose(y, z["baseconv_long.y"], atol=1e-5)
 
 
