@@ -225,11 +225,15 @@ def test_bench_scan_measures_every_op_at_two_lengths(run, tmp_path):
 
 @pytest.mark.slow
 def test_orchid_meets_its_ablation(run, tmp_path):
-    done = run("experiments.orchid", "--preset", "debug", "--out", str(tmp_path / "r"))
+    """On sequences to recall, and on digits where there are any."""
+    write_digits(tmp_path, np.random.default_rng(0))
+    digits = ("--data.path", str(tmp_path), "--data.pool", "2")
+    done = run("experiments.orchid", "--preset", "debug", *digits, "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert set(result["measured"]) == {"recall-correlation", "recall-magnitude"}
-    assert set(result["baseline"]) == {"recall-none"} and not result["holds"]
+    kinds = itertools.product(("recall", "digits"), ("correlation", "magnitude"))
+    assert set(result["measured"]) == {f"{task}-{kind}" for task, kind in kinds}
+    assert set(result["baseline"]) == {"recall-none", "digits-none"} and not result["holds"]
     assert all(len(of_seeds) == 3 for of_seeds in result["accuracies"].values())
     assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
 
