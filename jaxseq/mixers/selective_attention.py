@@ -83,9 +83,9 @@ class SelectiveAttention(Mixer):
         v = jnp.concatenate([state.value.astype(v.dtype), v], axis=1)
         segments = jnp.concatenate([state.segment, jnp.where(seen, counts, UNSEEN)], axis=1)
         o = ops.softmax_attention(q, k, v, segment_ids=counts, key_segment_ids=segments, impl=self.impl)
-        # Unseen tokens to the front, the others in order behind them: the end is what is kept.
-        seen = jnp.concatenate([jnp.ones_like(state.segment, bool), seen], axis=1)
-        kept = jnp.argsort(seen, axis=1, stable=True)[:, seen.shape[1] - cached :]
+        # The cache, then the seen tokens of the call, in order: the end is what is kept. A step has nothing to sort.
+        kept = seen.sum(1, keepdims=True) + jnp.arange(cached)[None]
+        kept = jnp.where(kept < cached, kept, cached + _take(jnp.argsort(~seen, stable=True), kept - cached))
         segments = jnp.where(segments < 0, UNSEEN, segments - counts[:, -1:])
         last = lambda a, like: on_last(_take(a, kept).astype(like.dtype))
         return jnp.where(selected[..., None, None], o, 0), AttentionState(
