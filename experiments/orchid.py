@@ -5,7 +5,7 @@ Claim   Orchid, its kernel made of the sequence, recalls at least 0.95 of the va
         conditioning networks counts. Of digits it is asked where `data.path` is given.
 Source  Orchid (arXiv 2402.18508), associative recall of 20 letters and image classification; the ablation is ours.
 Expect  Not the claim: which kernel learns, and when, depends on the seed and the steps; experiments/README.md has runs.
-Run     python -m experiments.orchid [--data.path FOLDER] [--preset cpu|gpu|gpu-8k|debug]
+Run     python -m experiments.orchid [--data.path FOLDER] [--tasks digits] [--preset cpu|gpu|gpu-8k|debug]
         FOLDER holds the four idx files of MNIST.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxseq import Classifier
 from jaxseq.data import mnist
-from jaxseq.fields import check_counts
+from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import Orchid
 from jaxseq.tasks import associative_recall
 from jaxseq.train import (
@@ -61,6 +61,8 @@ class DataConfig:
 class Config:
     """Data, model and training, the same for all kernels and both tasks."""
 
+    tasks: str = ""
+    """Recall, digits or both, with a comma between; recall, and digits where data.path is given, where it is empty."""
     seed: int = 0
     """Seed of sequences and weights."""
     seeds: int = 3
@@ -79,20 +81,14 @@ class Config:
 
     def __post_init__(self):
         check_counts(self, "seeds", "width", "depth")
+        if "digits" in self.names() and self.data.path is None:
+            raise ValueError("data.path=None; digits take a folder with the four idx files of MNIST.")
 
+    def names(self) -> list[str]:
+        if self.tasks:
+            return chosen("tasks", self.tasks, TASKS)
+        return [name for name in TASKS if name == "recall" or self.data.path is not None]
 
-LONG = replace(Config.train, steps=10_000, learning_rate=5e-4, warmup_steps=500)
-WHOLE = DataConfig(pool=1, examples=60_000, test_examples=10_000)
-PRESETS = {
-    "cpu": Config(),
-    "gpu": Config(width=64, data=replace(WHOLE, length=2048), train=LONG),
-    "gpu-8k": Config(width=64, data=replace(WHOLE, length=8192), train=LONG),
-    # Seconds: to see that everything works.
-    "debug": Config(
-        width=8, data=DataConfig(length=16, examples=64, test_examples=16, pool=7),
-        train=TrainConfig(steps=3, batch_size=8, warmup_steps=1, log_every=1),
-    ),
-}  # fmt: skip
 
 #: The kernels that depend on the sequence, and the one that does not.
 ADAPTIVE, ABLATION = ("correlation", "magnitude"), "none"
@@ -125,6 +121,23 @@ def digits(config: Config):
     return batches, test.batch(slice(config.data.test_examples))
 
 
+#: What each learns from and is tested on.
+TASKS = {"recall": recall, "digits": digits}
+
+LONG = replace(Config.train, steps=10_000, learning_rate=5e-4, warmup_steps=500)
+WHOLE = DataConfig(pool=1, examples=60_000, test_examples=10_000)
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(width=64, data=replace(WHOLE, length=2048), train=LONG),
+    "gpu-8k": Config(width=64, data=replace(WHOLE, length=8192), train=LONG),
+    # Seconds: to see that everything works.
+    "debug": Config(
+        width=8, data=DataConfig(length=16, examples=64, test_examples=16, pool=7),
+        train=TrainConfig(steps=3, batch_size=8, warmup_steps=1, log_every=1),
+    ),
+}  # fmt: skip
+
+
 def build(config: Config, task: str, conditioning: str) -> Classifier:
     slots = (partial(Orchid, conditioning=conditioning),) * config.depth
     if task == "recall":
@@ -147,12 +160,12 @@ def tested(model: Classifier, params, test) -> dict[str, np.ndarray]:
 
 def measure(run: Run[Config]) -> None:
     config = run.config
-    tasks = {"recall": recall} | ({} if config.data.path is None else {"digits": digits})
+    tasks = config.names()
     accuracy: dict[str, float] = {}
     accuracies, params = {}, {}
     optimizer = per_member(make_optimizer(config.train))
-    for task, read in tasks.items():
-        batches, test = read(config)
+    for task in tasks:
+        batches, test = TASKS[task](config)
         for conditioning in (*ADAPTIVE, ABLATION):
             model, part = build(config, task, conditioning), f"{task}-{conditioning}"
             init = ensemble_init(partial(model.init, x=jnp.asarray(test["inputs"][:1])), config.seeds)
@@ -164,7 +177,7 @@ def measure(run: Run[Config]) -> None:
             print(f"{part:<20}{accuracy[part]:.4f}   " + " ".join(f"{x:.3f}" for x in accuracies[part]), flush=True)
             run.record(config.train.steps, f"test/{part}", {name: float(x.mean()) for name, x in metrics.items()})
     run.plot()
-    plot(run, accuracy, list(tasks))
+    plot(run, accuracy, tasks)
     best = {task: max(accuracy[f"{task}-{kind}"] for kind in ADAPTIVE) for task in tasks}
     static = {task: accuracy[f"{task}-{ABLATION}"] for task in tasks}
     run.finish(
