@@ -6,7 +6,7 @@ Claim   Attention over variates forecasts what a model of one variate at a time 
 Source  iTransformer (arXiv 2310.06625), section 4.1 and table 10; DLinear (2205.13504), PatchTST (2211.14730).
 Expect  On ETTh1, three seeds, 0.390 ± 0.001 against 0.381 and 0.384 of linear maps of least squares: the claim holds,
         as parity, in minutes on 2 busy CPU cores. Illness 1.63 against 2.01; exchange 0.087 against 0.080, where it
-        does not. Chimera alone, at a rate of 1e-3, 0.387 on ETTh1. Copies: experiments/README.md.
+        does not. Chimera, at a rate of 1e-3, 0.387 on ETTh1. Copies: experiments/README.md.
 Run     python -m experiments.forecasting [--preset cpu|ett|exchange|illness|gpu] [--data.csv TABLE.csv --horizon 96]
         A table has a row a time step and a column a variate; a column `date` or --data.date NAME is of times, and
         --data.leave-out NAMES are not read. What the best model on the validation part forecasts after the last row is
