@@ -10,7 +10,7 @@ Expect  Errors of 0.346 (HiSS), 0.341 (flat), 0.436 (read first), 0.344 and 0.37
         EuRoC flight two levels are ahead with LSTMs and behind with S4D, both about where no motion is. Twenty minutes
         on 2 busy CPU cores.
 Run     python -m experiments.sensor_to_state [--preset cpu|gpu] [--data.path FOLDER]
-        FOLDER holds a recording: imu0_data.csv and leica0_data.csv, or mav0 of a release.
+        FOLDER holds a recording, imu0_data.csv and leica0_data.csv, or mav0 of a release; or folders of many.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from jaxseq.analysis.timing import Case, side_by_side
-from jaxseq.data import epoch_rows, inertial_motion
+from jaxseq.data import epoch_rows, inertial_motion, inertial_recordings
 from jaxseq.fields import check_counts, check_positive, chosen
 from jaxseq.mixers import LSTM, S4D, Mamba
 from jaxseq.models import FlatRegressor, HiSS, Stack
@@ -39,7 +39,7 @@ class DataConfig:
     """The sensor."""
 
     path: Path | None = None
-    """A folder with a recording; a synthetic sensor where none is given."""
+    """A folder with a recording, or with folders of many; a synthetic sensor where none is given."""
     chunk: int = 10
     """Samples to a prediction."""
     chunks: int = 40
@@ -47,7 +47,7 @@ class DataConfig:
     examples: int = 512
     """Synthetic sequences to train on; a quarter as many to validate on, and to test on."""
     train_seconds: float = 120.0
-    """The part of a recording to train on, from its start."""
+    """The part of each recording to train on, from its start."""
     test_seconds: float = 34.0
     """The part to test on, at its end. What is between them chooses the step that is tested."""
 
@@ -147,38 +147,48 @@ def synthetic(config: Config) -> Data:
 
 
 def recorded(config: Config) -> Data:
-    """Windows that overlap by three quarters to train on, windows end to end for the rest; scales are of the first."""
-    assert config.data.path is not None
-    of, motion = config.data, inertial_motion(config.data.path, chunk=config.data.chunk)
-    early = motion.seconds < of.train_seconds
-    late = motion.seconds >= motion.seconds[-1] - of.test_seconds
-    if (early & late).any():
-        raise ValueError(f"data.test_seconds={of.test_seconds}: the recording's last overlap the first to train on.")
-    shape, scale = motion.inputs.shape, motion.inputs[early].reshape(-1, motion.inputs.shape[-1])
-    where = f"{of.path}: in data.train_seconds={of.train_seconds} from its start"
-    if (same := (scale == scale[:1]).all(axis=0)).any():
-        raise ValueError(f"{where} {motion.names[int(same.argmax())]!r} never changes.")
-    inputs, moved = (motion.inputs - scale.mean(axis=0)) / scale.std(axis=0), motion.targets[early]
+    """Windows of every recording, which overlap by three quarters to train on and lie end to end for the rest.
+
+    Scales are of all that is trained on.
+    """
+    of = config.data
+    assert of.path is not None
+    flights = {folder: inertial_motion(folder, chunk=of.chunk) for folder in inertial_recordings(of.path)}
+    parts = {folder: cut(of, folder, motion.seconds) for folder, motion in flights.items()}
+    early = lambda name: np.concatenate([getattr(motion, name)[parts[f]["train on"]] for f, motion in flights.items()])
+    seen, moved = early("inputs"), early("targets")
+    seen, names = seen.reshape(-1, seen.shape[-1]), next(iter(flights.values())).names
+    where = f"{of.path}: in data.train_seconds={of.train_seconds} from the start"
+    if (same := (seen == seen[:1]).all(axis=0)).any():
+        raise ValueError(f"{where} {names[int(same.argmax())]!r} never changes.")
     if np.isnan(moved).all() or not np.nanstd(moved) > 0:
         raise ValueError(f"{where} no motion is known.")
-    targets = motion.targets / np.nanstd(moved)
 
-    def windows(part, stride, what):
-        at = np.flatnonzero(part)
-        if len(at) < of.chunks:
-            raise ValueError(
-                f"data.chunks={of.chunks}: the recording has {len(at)} chunks to {what}; lower it, or change "
-                f"data.train_seconds={of.train_seconds} or data.test_seconds={of.test_seconds}."
-            )
-        starts = np.arange(at[0], at[-1] - of.chunks + 2, stride)
-        rows = starts[:, None] + np.arange(of.chunks)
-        return inputs[rows].reshape(len(starts), -1, shape[-1]), targets[rows]
+    def windows(what, stride):
+        inputs, targets = [], []
+        for folder, motion in flights.items():
+            at = np.flatnonzero(parts[folder][what])
+            if len(at) < of.chunks:
+                raise ValueError(
+                    f"data.chunks={of.chunks}: {folder} has {len(at)} chunks to {what}; lower it, or change "
+                    f"data.train_seconds={of.train_seconds} or data.test_seconds={of.test_seconds}."
+                )
+            rows = np.arange(at[0], at[-1] - of.chunks + 2, stride)[:, None] + np.arange(of.chunks)
+            scaled = (motion.inputs - seen.mean(axis=0)) / seen.std(axis=0)
+            inputs.append(scaled[rows].reshape(len(rows), -1, len(names)))
+            targets.append(motion.targets[rows] / np.nanstd(moved))
+        return np.concatenate(inputs), np.concatenate(targets)
 
-    return Data(
-        windows(early, max(1, of.chunks // 4), "train on"),
-        windows(~(early | late), of.chunks, "choose a step by, between those to train and to test on"),
-        windows(late, of.chunks, "test on"),
-    )
+    strides = max(1, of.chunks // 4), of.chunks, of.chunks
+    return Data(*(windows(what, stride) for what, stride in zip(next(iter(parts.values())), strides, strict=True)))
+
+
+def cut(of: DataConfig, folder: Path, seconds: np.ndarray) -> dict[str, np.ndarray]:
+    """Which chunks of a recording are for what."""
+    early, late = seconds < of.train_seconds, seconds >= seconds[-1] - of.test_seconds
+    if (early & late).any():
+        raise ValueError(f"data.test_seconds={of.test_seconds}: the last of {folder} overlap the first to train on.")
+    return {"train on": early, "choose a step by": ~(early | late), "test on": late}
 
 
 def build(config: Config, name: str, outputs: int) -> nn.Module:

@@ -9,7 +9,7 @@ import pytest
 from recorded import REFERENCE
 
 from experiments import sensor_to_state
-from jaxseq.data import inertial_motion
+from jaxseq.data import inertial_motion, inertial_recordings
 from jaxseq.tasks import drifting_sensor
 
 DATA = REFERENCE.parent / "data"
@@ -87,11 +87,28 @@ def test_a_channel_that_never_changes_in_training_is_named(tmp_path):
     data = sensor_to_state.DataConfig(chunks=5, train_seconds=1.0, test_seconds=1.0)
     config = lambda: sensor_to_state.Config(data=replace(data, path=tmp_path))
     write(tmp_path, still, positions(np.arange(0, 3, 0.05)))
-    with pytest.raises(ValueError, match="in data.train_seconds=1.0 from its start 'a' never changes"):
+    with pytest.raises(ValueError, match="in data.train_seconds=1.0 from the start 'a' never changes"):
         sensor_to_state.recorded(config())
     write(tmp_path, samples(600), positions(np.arange(1.5, 3, 0.05)))
-    with pytest.raises(ValueError, match="in data.train_seconds=1.0 from its start no motion is known"):
+    with pytest.raises(ValueError, match="in data.train_seconds=1.0 from the start no motion is known"):
         sensor_to_state.recorded(config())
+
+
+def test_many_recordings(tmp_path):
+    """Each is cut by time; all are trained on, in the scale of all."""
+    for n in range(2):
+        write(tmp_path / f"flight {n}", samples(600 + 200 * n), positions(np.arange(0, 4, 0.05)))
+    folders = inertial_recordings(tmp_path)
+    assert [folder.name for folder in folders] == ["flight 0", "flight 1"]
+    assert inertial_recordings(folders[0]) == folders[:1]
+    data = sensor_to_state.DataConfig(path=tmp_path, chunks=5, train_seconds=1.0, test_seconds=1.0)
+    found = sensor_to_state.recorded(sensor_to_state.Config(data=data))
+    # Chunks of 50 ms: 20 to train on from each, 19 and 39 between, the last 21.
+    assert [len(inputs) for inputs, _ in found] == [32, 10, 8]
+    first, second = found.test[0][0], found.test[0][4]
+    assert np.abs(first - second).max() > 0.1
+    with pytest.raises(FileNotFoundError, match="and its folders hold none of mav0/imu0/data.csv"):
+        inertial_recordings(tmp_path / "flight 2")
 
 
 @needs_data

@@ -12,6 +12,7 @@ from .dates import season_length as season_length
 from .epochs import epoch_rows as epoch_rows
 from .inertial import Motion as Motion
 from .inertial import inertial_motion as inertial_motion
+from .inertial import inertial_recordings as inertial_recordings
 from .labelled import Labelled as Labelled
 from .labelled import listops_table as listops_table
 from .labelled import mnist as mnist

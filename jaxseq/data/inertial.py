@@ -26,6 +26,21 @@ class Motion(NamedTuple):
     names: tuple[str, ...]  # of the F channels, as the table has them
 
 
+def inertial_recordings(folder: str | os.PathLike[str]) -> list[Path]:
+    """The folder, if it holds a recording, or those in it that do, by name, as a release of many flights has them.
+
+    Raises:
+      FileNotFoundError: neither it nor any in it holds one.
+    """
+    folder = Path(folder).expanduser()
+    inside = sorted(path for path in folder.glob("*") if path.is_dir())
+    if _has(folder, IMU):
+        return [folder]
+    if not (found := [path for path in inside if _has(path, IMU)]):
+        raise FileNotFoundError(f"{folder} and its folders hold none of {', '.join(IMU)}, nor one with .gz behind.")
+    return found
+
+
 def inertial_motion(folder: str | os.PathLike[str], *, chunk: int = 10, largest_gap: float = 0.2) -> Motion:
     """Chunks of a recording, and how far it moved in each: of imu0 and leica0 in a folder, which may be gzipped.
 
@@ -70,9 +85,13 @@ def _known(times: np.ndarray, measured: np.ndarray, values: np.ndarray, largest_
     return np.where(inside & (gaps <= largest_gap), np.interp(times, measured, values), np.nan)
 
 
+def _has(folder: Path, names: tuple[str, ...]) -> Path | None:
+    paths = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _found(folder: Path, names: tuple[str, ...]) -> Path:
-    paths = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
-    if (path := next((path for path in paths if path.is_file()), None)) is None:
+    if (path := _has(folder, names)) is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}, nor one with .gz behind.")
     return path
 
