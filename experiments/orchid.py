@@ -160,12 +160,12 @@ def tested(model: Classifier, params, test) -> dict[str, np.ndarray]:
 
 def measure(run: Run[Config]) -> None:
     config = run.config
-    tasks = config.names()
+    # All of it is read before anything is trained.
+    tasks = {task: TASKS[task](config) for task in config.names()}
     accuracy: dict[str, float] = {}
     accuracies, params = {}, {}
     optimizer = per_member(make_optimizer(config.train))
-    for task in tasks:
-        batches, test = TASKS[task](config)
+    for task, (batches, test) in tasks.items():
         for conditioning in (*ADAPTIVE, ABLATION):
             model, part = build(config, task, conditioning), f"{task}-{conditioning}"
             init = ensemble_init(partial(model.init, x=jnp.asarray(test["inputs"][:1])), config.seeds)
@@ -177,7 +177,7 @@ def measure(run: Run[Config]) -> None:
             print(f"{part:<20}{accuracy[part]:.4f}   " + " ".join(f"{x:.3f}" for x in accuracies[part]), flush=True)
             run.record(config.train.steps, f"test/{part}", {name: float(x.mean()) for name, x in metrics.items()})
     run.plot()
-    plot(run, accuracy, tasks)
+    plot(run, accuracy, list(tasks))
     best = {task: max(accuracy[f"{task}-{kind}"] for kind in ADAPTIVE) for task in tasks}
     static = {task: accuracy[f"{task}-{ABLATION}"] for task in tasks}
     run.finish(
