@@ -99,9 +99,8 @@ def measure(run: Run[Config]) -> None:
             # Weights as large as trained ones: at the start a model's logits hardly depend on what its mixers do.
             noise = optax.tree.random_like(jax.random.key(config.seed), params)
             params = optax.tree.add_scale(params, 0.2, noise)
-            programs[name] = jax.jit(
-                lambda x, name=name, module=module, params=params: by_steps(module, params, read(name, x))
-            )
+            step_by_step = jax.jit(partial(by_steps, module))
+            programs[name] = lambda x, name=name, run=step_by_step, params=params: run(params, read(name, x))
             whole = jax.jit(module.apply)(params, read(name, x))
             error = float(jnp.abs(programs[name](x) - whole).max() / jnp.abs(whole).max())
             errors[name] = max(error, errors.get(name, 0.0))

@@ -208,7 +208,9 @@ def verdict(run: Run[Config], found, facts, hits_by_limit: dict[int, np.ndarray]
     for name, x in found.items():
         if name != "attention":
             table[name] |= as_dicts(share_of_gap(x, attention, hits, groups=groups))
-        if name not in ENDS:
+    for name, x in found.items():
+        # A part of a gap that may be none is no number.
+        if name not in ENDS and table["convolution"]["gap"]["low"] > 0:
             closed = partial(gap_closed, x, convolution, attention, groups=groups)
             table[name] |= as_dicts({"closed": closed(), "closed on hits": closed(where=hits)})
     show(table)
@@ -239,12 +241,10 @@ def as_dicts(intervals) -> dict[str, dict[str, float]]:
 def show(table: dict[str, dict[str, Any]]) -> None:
     heads = ("nats to attention", "hits' share of them", "gap closed", "gap closed on hits")
     print(f"{'perplexity':<34}{'all':>8}{'hits':>9}{'other':>8}" + "".join(f"   {head:<22}" for head in heads))
-    behind = {name for name, row in table.items() if "gap" in row and row["gap"]["low"] > 0}
-    closed = dict.fromkeys(("closed", "closed on hits"), "convolution" in behind)
     for name, row in table.items():
         text = f"{name:<34}" + "".join(f"{value:>8.2f}" for value in row["perplexity"].values())
-        for key, certain in ({"gap": True, "share": name in behind} | closed).items():
-            told = certain and key in row  # a part of a gap that may be none is no number
+        for key in ("gap", "share", "closed", "closed on hits"):
+            told = key in row and (key != "share" or row["gap"]["low"] > 0)
             text += f"   {'{value:.3f} [{low:.3f}, {high:.3f}]'.format(**row[key]) if told else '':<22}"
         print(text.rstrip(), flush=True)
 

@@ -154,10 +154,14 @@ def recorded(config: Config) -> Data:
     of = config.data
     assert of.path is not None
     flights = {folder: inertial_motion(folder, chunk=of.chunk) for folder in inertial_recordings(of.path)}
+    (first, names), *others = ((folder, motion.names) for folder, motion in flights.items())
+    for folder, other in others:
+        if other != names:
+            raise ValueError(f"{folder} has the channels {', '.join(other)}; {first} has {', '.join(names)}.")
     parts = {folder: cut(of, folder, motion.seconds) for folder, motion in flights.items()}
     early = lambda name: np.concatenate([getattr(motion, name)[parts[f]["train on"]] for f, motion in flights.items()])
     seen, moved = early("inputs"), early("targets")
-    seen, names = seen.reshape(-1, seen.shape[-1]), next(iter(flights.values())).names
+    seen = seen.reshape(-1, len(names))
     where = f"{of.path}: in data.train_seconds={of.train_seconds} from the start"
     if (same := (seen == seen[:1]).all(axis=0)).any():
         raise ValueError(f"{where} {names[int(same.argmax())]!r} never changes.")

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from recorded import load, recorded
 
 from jaxseq.layers import implicit_filter
-from jaxseq.layers.implicit_filter import ExplicitFilter, ImplicitFilter, cut, positions
+from jaxseq.layers.implicit_filter import ExplicitFilter, ImplicitFilter, positions
 from jaxseq.mixers import BaseConv, Hyena, LongConv
-from jaxseq.ops.online_convolution import empty_convolution, online_convolution
+from jaxseq.ops.online_convolution import cut, empty_convolution, online_convolution
 
 D = 3
 
@@ -52,6 +52,19 @@ def test_steps_are_the_convolution(lags):
 
         _, y = jax.jit(partial(jax.lax.scan, decode))(empty_convolution(2, lags, D, x.dtype), x.swapaxes(0, 1))
         np.testing.assert_allclose(y.swapaxes(0, 1), direct(x, kernel), atol=1e-12)
+
+
+def test_a_state_of_less_room_is_a_window():
+    """Through calls and steps: the last 8 of 11 lags."""
+    with jax.enable_x64(True):
+        x, kernel = problem(40, 11)
+        outputs, state, start = [], empty_convolution(2, 8, D, x.dtype), 0
+        run = jax.jit(lambda x, state: online_convolution(x, taps_of(kernel), state))
+        for end in (12, *range(13, 40), 40):
+            y, state = run(x[:, start:end], state)
+            outputs.append(y)
+            start = end
+        np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), direct(x, kernel[:8]), atol=1e-12)
 
 
 def test_calls_and_steps_in_turn():

@@ -68,6 +68,17 @@ def test_call_is_prefill_and_steps(name):
     assert_close(decoded, whole, "mixer")
 
 
+def test_states_of_another_stack_are_named():
+    convolution = partial(LongConv, max_length=4)
+    for mixers, others, message in (
+        ((gla,) * 3, (gla, attention), "states has 2 entries; these 3 mixers take 1"),
+        ((convolution,) * 3, (convolution,) * 2, "states has 2 entries; these 3 mixers take 3"),
+    ):
+        stack, other = (Stack(WIDTH, slots) for slots in (mixers, others))
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(stack.init, jax.random.key(0), jnp.zeros((1, 2, WIDTH)), other.init_state(1, max_length=4))
+
+
 def test_a_step_of_long_convolutions_moves_no_state():
     """Decoding in a loop: nowhere in the program do the states of all layers stand in one array."""
     model = LanguageModel(VOCAB, WIDTH, (partial(LongConv, max_length=16),) * 3, mlp=None)

@@ -225,6 +225,8 @@ def test_columns_may_be_left_out(written):
     np.testing.assert_array_equal(table.values, [[1, 2], [3, 4]])
     with pytest.raises(ValueError, match="no column 'cite', which leave_out names; choose from date, site, load, oil"):
         read_table(path, leave_out=["cite"])
+    with pytest.raises(TypeError, match="leave_out='site' is one name"):
+        read_table(path, leave_out="site")
     with pytest.raises(ValueError, match="has no column beside 'date', 'site', 'load', 'oil'"):
         read_table(path, leave_out=["oil", "date", "load", "site"])
 

@@ -62,6 +62,8 @@ def read_table(
         twice, go back or step unevenly, missing values, or a column without any.
     """
     path = Path(path).expanduser()
+    if isinstance(leave_out, str):
+        raise TypeError(f"leave_out={leave_out!r} is one name; give a sequence of names, as [{leave_out!r}].")
     choices = {"missing": (missing, "forward"), "unordered": (unordered, "keep"), "uneven": (uneven, "keep")}
     for name, (value, other) in choices.items():
         if value not in ("raise", other):

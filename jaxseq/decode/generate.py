@@ -55,7 +55,7 @@ def _prefill(model, params, prompt, lengths, max_length):
     return logits[:, -1], state
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="state")
 def _decode(model, how, stop, count, params, logits, state, done, key, start):
     """`count` tokens, the first of them drawn from `logits`."""
 

@@ -4,14 +4,13 @@ A filter is called without arguments and returns its taps as a function of how m
 for few.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from ..ops.online_convolution import Taps
+from ..ops.online_convolution import Taps, cut
 from ..shapes import Array, Float, accumulator
 from .initialisers import symmetric_uniform
 
@@ -21,15 +20,6 @@ def positions(count: int, length: int, bands: int) -> np.ndarray:
     n = np.arange(count)[:, None]
     angle = 2 * np.pi * n / length * np.linspace(1e-4, bands - 1, bands)[None]
     return np.concatenate([n / max(1, length - 1), np.cos(angle), -np.sin(angle)], axis=1)
-
-
-def cut(taps: Callable[[int], Array], length: int) -> Taps:
-    """Zeros from lag `length` on."""
-
-    def padded(count: int):
-        return jnp.pad(taps(min(count, length)), ((0, max(0, count - length)), (0, 0)))
-
-    return padded
 
 
 class ExplicitFilter(nn.Module):

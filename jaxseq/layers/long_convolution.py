@@ -9,7 +9,7 @@ def check_length(owner: str, length: int, max_length: int) -> None:
 
 
 def empty_filter_state(owner: str, batch_size: int, taps: int, width: int, max_length, dtype) -> ConvolutionState:
-    """Room for all taps, or where no more than `max_length` tokens will ever come, for as many."""
+    """Room for all taps, or for `max_length` tokens: where more come, they are a window, as of attention's cache."""
     if taps < 1:
         raise ValueError(f"max_length={taps}; {owner} takes 1 or more.")
     if max_length is not None and max_length < 0:

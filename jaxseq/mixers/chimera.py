@@ -187,7 +187,5 @@ class Chimera(nn.Module):
                 raise ValueError(f"{name}={(low, high)}; Chimera takes a least and a most step, 0 < least < most.")
         if not 0 <= self.rho < 1:
             raise ValueError(f"rho={self.rho}; Chimera takes 0 or more, below 1.")
-        zeros = jnp.zeros(
-            (1 + self.bidirectional, batch_size, variates, self.d_model * self.state_size), accumulator(dtype)
-        )
-        return ChimeraState(zeros, zeros)
+        shape = (1 + self.bidirectional, batch_size, variates, self.d_model * self.state_size)
+        return ChimeraState(*(jnp.zeros(shape, accumulator(dtype)) for _ in range(2)))

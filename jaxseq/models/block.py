@@ -123,9 +123,10 @@ class Stack(nn.Module):
     period is rematerialised in the backward pass unless `remat` is False, saving what `remat_policy` (of
     `jax.checkpoint_policies`) allows. States are one tuple entry a slot of the pattern, with the repeats in front.
 
-    Where steps of a mixer write in place (`Mixer.writes_in_place`) states are one entry a layer instead, and a step of
-    one token is no scan: a scan over depth copies states, and a tile of a long convolution is small beside its own. The
-    price is a step that compiles longer in deep models.
+    Where steps of a mixer write in place (`Mixer.writes_in_place`) states are one entry a layer instead, without the
+    repeats, and a step of one token is no scan: a scan over depth copies states, and a tile of a long convolution is
+    small beside its own. Only one that is donated, or goes on in a loop of the same program, is left where it is. The
+    price is a step that compiles longer in deep models. Reversible stacks copy.
 
     With `shared` all repeats of the pattern have the parameters of one (ALBERT, arXiv 1909.11942): each layer of a
     model of one mixer is the same. States stay their own.
@@ -176,7 +177,10 @@ class Stack(nn.Module):
         names = ("d_model", "mlp", "norm", "norm_eps", "prenorm", "dropout", "dtype", "param_dtype")
         block = {name: getattr(self, name) for name in names}
         places = segment_ids, None if lengths is None else counted_tokens(x.shape[1], lengths)
-        if apart := states is not None and self._writes_in_place():
+        apart = states is not None and self._writes_in_place(self._modules())
+        if states is not None and len(states) != (due := len(self.mixers if apart else self._pattern()[0])):
+            raise ValueError(f"states has {len(states)} entries; these {len(self.mixers)} mixers take {due}.")
+        if apart:
             states = self._together(states)
         if self.reversible:
             streams, states = self._coupled(block, x.astype(accumulator(x.dtype)), states, places)
@@ -258,7 +262,7 @@ class Stack(nn.Module):
             if not (module is None or isinstance(module, Mixer)):
                 raise TypeError(f"{slot!r} looks at the whole sequence; give mixers that have a state.")
         empty = lambda m: m and m.init_state(batch_size, max_length=max_length, dtype=dtype)
-        if self._writes_in_place():
+        if self._writes_in_place(modules):
             return tuple(empty(m) for m in modules * repeats)
         repeat = lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape))
         return tuple(jax.tree.map(repeat, empty(m)) for m in modules)
@@ -269,8 +273,8 @@ class Stack(nn.Module):
         return [slot and slot(d_model=self.d_model, parent=None) for slot in self._pattern()[0]]
 
     @nn.nowrap
-    def _writes_in_place(self) -> bool:
-        return any(isinstance(module, Mixer) and module.writes_in_place() for module in self._modules())
+    def _writes_in_place(self, modules: list) -> bool:
+        return not self.reversible and any(isinstance(m, Mixer) and m.writes_in_place() for m in modules)
 
     @nn.nowrap
     def _together(self, states: tuple) -> tuple:

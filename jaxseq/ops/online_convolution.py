@@ -34,8 +34,21 @@ class ConvolutionState(NamedTuple):
     position: Int[Array, ""]
 
 
+def cut(taps: Callable[[int], Array], length: int) -> Taps:
+    """Zeros from lag `length` on."""
+
+    def padded(count: int):
+        return jnp.pad(taps(min(count, length)), ((0, max(0, count - length)), (0, 0)))
+
+    return padded
+
+
 def empty_convolution(batch_size: int, lags: int, width: int, dtype) -> ConvolutionState:
-    """The state before the first token: for `lags` taps, P the next power of two; none at all where they are 0."""
+    """The state before the first token: for `lags` taps, P the next power of two; none at all where they are 0.
+
+    Where it has room for fewer lags than the filter has taps, what lies further back is not seen, in calls of more
+    tokens neither: a window of P. Without room a call sees all of its own.
+    """
     size = 1 << (lags - 1).bit_length() if lags else 0
     zeros = lambda: jnp.zeros((batch_size, size, width), dtype)
     return ConvolutionState(zeros(), zeros(), jnp.zeros((batch_size, width), dtype), jnp.zeros((), jnp.int32))
@@ -64,6 +77,8 @@ def online_convolution(
         raise ValueError(
             f"state.inputs has shape {state.inputs.shape}; x has {x.shape}: batch and channels are theirs."
         )
+    if size:
+        taps = cut(taps, size)
     if (columns := jax.eval_shape(lambda: taps(1)).shape[1]) != width:
         raise ValueError(f"taps have {columns} channels; x has {width}.")
     if x.shape[1] == 1 and size and segment_ids is None and not is_split():
