@@ -44,6 +44,21 @@ def test_models_side_by_side_are_those_alone():
     assert rows[0]["loss"] == pytest.approx(np.mean(losses)) and rows[0]["size"] == pytest.approx(50)
 
 
+def test_models_side_by_side_have_optimizers_of_their_own():
+    params = {"w": jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.asarray([0.5, -1.0])}
+    each = [optax.chain(optax.clip_by_global_norm(norm), optax.adamw(rate)) for norm, rate in ((0.5, 0.1), (2.0, 0.01))]
+    both, models = per_member(each), members(params)
+    states, alone = both.init(params), [optimizer.init(model) for optimizer, model in zip(each, models, strict=True)]
+    with jax.numpy_dtype_promotion("standard"):  # as in `fit`
+        for _ in range(2):
+            updates, states = both.update(params, states, params)
+            for n, model in enumerate(models):
+                expected, alone[n] = each[n].update(model, alone[n], model)
+                jax.tree.map(np.testing.assert_array_equal, members(updates)[n], expected)
+    with pytest.raises(ValueError, match="3 optimizers for 2 models; give as many, or one for all"):
+        per_member([*each, each[0]]).init(params)
+
+
 def test_models_side_by_side_have_keys_of_their_own():
     loss = lambda params, batch, key: (jnp.sum(params) * jax.random.normal(key), {})
     gradient = jax.grad(lambda params: ensemble_loss(loss)(params, {}, jax.random.key(0))[0])(jnp.zeros(3))

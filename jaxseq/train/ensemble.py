@@ -31,9 +31,32 @@ def ensemble_loss(loss: Callable, *own: Any) -> Callable:
     return summed
 
 
-def per_member(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer` on each of stacked models by itself: norms that it clips to, and projections, are of one model."""
-    return optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
+def per_member(
+    optimizer: optax.GradientTransformation | Sequence[optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """An optimizer of stacked models, each by itself: norms that it clips to, and projections, are of one model.
+
+    Of several optimizers, as many as models, each has its own model, in their order.
+
+    Raises:
+      ValueError: there are not as many.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
+    optimizers = tuple(optimizer)
+
+    def init(params):
+        if len(models := members(params)) != len(optimizers):
+            raise ValueError(f"{len(optimizers)} optimizers for {len(models)} models; give as many, or one for all.")
+        return tuple(each.init(model) for each, model in zip(optimizers, models, strict=True))
+
+    def update(grads, states, params=None):
+        models = [None] * len(optimizers) if params is None else members(params)
+        given = zip(optimizers, members(grads), states, models, strict=True)
+        updates, states = zip(*(each.update(*own) for each, *own in given), strict=True)
+        return stacked(updates), states
+
+    return optax.GradientTransformation(init, update)
 
 
 def stacked(models: Sequence[Any]) -> Any:
