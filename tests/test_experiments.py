@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import pytest
 from sampled import by_default
 from test_labelled import write_digits
 
-from experiments import anomaly, efficient_transformers, long_range, recall_gap, rich_lazy, timescales
+from experiments import anomaly, efficient_transformers, long_range, mqar, recall_gap, rich_lazy, timescales
 from jaxseq.data import Recording, mnist
 from jaxseq.train import Curriculum, Run
 from jaxseq.train.files import read_arrays
@@ -298,8 +299,7 @@ def test_mqar_trains_side_by_side_and_resumes(run, tmp_path):
     assert first.returncode == 0, first.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     table = result["table"]
-    assert len(table) == 3 * 2 and set(result["measured"]) == {"attention", "gla"}
-    assert set(result["baseline"]) == {"hyena", "chance"} and not result["holds"]
+    assert len(table) == 3 * 2 and result["parts"] == {} and result["holds"] is None  # such tasks have no limits
     assert all(0 <= row["accuracy"] <= 1 and set(row["accuracies"]) == {"0.001", "0.01"} for row in table.values())
     keys, values, inputs = 16 * 8, 16 * 8, 2 * 8  # the cache, and the convolution window before it
     assert 1 <= table["attention-8-16-4"]["state_bytes"] / (4 * (keys + values + inputs)) < 1.1
@@ -310,7 +310,43 @@ def test_mqar_trains_side_by_side_and_resumes(run, tmp_path):
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "result.json").read_text())["table"] == table
     refused = run("experiments.mqar", "--mixers", "nothing", "--out", str(tmp_path / "r"))
-    assert refused.returncode == 2 and "no mixer is called 'nothing'" in refused.stderr
+    assert refused.returncode == 2 and "mixers=nothing: none is called 'nothing'; choose abc, " in refused.stderr
+
+
+MQAR_NAMES = mqar.PRESETS["gpu"].names()
+
+
+@pytest.mark.parametrize("name", by_default(["blocks", "kroneckerattention", "rwkv7"], MQAR_NAMES))
+def test_mqar_builds_every_mixer(name):
+    for preset in ("debug", "gpu"):
+        config = mqar.PRESETS[preset]
+        longest = max(length for length, _ in (*config.tasks, *config.beyond))
+        model = mqar.language_model(config, name, min(config.widths), longest)
+        tokens = jax.ShapeDtypeStruct((1, config.tasks[0][0]), jnp.int32)
+        logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
+        assert logits.shape == (*tokens.shape, config.vocab_size)
+
+
+def test_mqar_judges_what_has_limits():
+    """The mixers that it asks something of are there; of each task what the paper says of it, of others nothing."""
+    assert {*mqar.FIXED, *mqar.ORDER, *itertools.chain(*mqar.LIMITS.values())} <= set(MQAR_NAMES)
+
+    def judged(setting, beyond=None, **accuracies):
+        sizes, found = dict(zip(("width", "length", "pairs"), setting, strict=True)), {}
+        row = lambda name, x: {"mixer": name, "accuracy": x, "beyond": (beyond or {}).get(name, {})} | sizes
+        table = {name: row(name, x) for name, x in accuracies.items()}
+        mqar.verdict(SimpleNamespace(finish=lambda **result: found.update(result)), table)
+        return found["holds"], [part.partition(" (")[0] for part, true in found["parts"].items() if not true]
+
+    small = dict(attention=1.0, hyena=0.2, deltanet=0.9, mamba2=0.3)
+    far = {"deltanet": {"128-16": 0.5, "128-32": 0.3}, "mamba2": {"128-16": 0.3, "128-32": 0.1}}
+    assert judged(mqar.SMALL, far, **small) == (True, [])
+    assert judged(mqar.SMALL, far, **small | {"hyena": 0.36}) == (False, ["hyena", "the rest is between"])
+    assert judged(mqar.SMALL, far | {"mamba2": {"128-16": 0.6}}, **small) == (False, ["in the order of the authors"])
+    assert judged((128, 256, 16), attention=0.99, baseconv=0.5, based16=0.81) == (True, [])
+    worse = dict(attention=0.98, baseconv=0.6, based16=0.8)
+    assert judged((128, 256, 16), **worse) == (False, ["attention", "baseconv", "based16 leads baseconv"])
+    assert judged((64, 512, 64), attention=0.1) == (None, [])
 
 
 @pytest.mark.slow
