@@ -558,7 +558,7 @@ OPS = {
     ),
     "softmax_attention decay": OpMember(_fading_inputs, _attention, sweep=True),
     "softmax_attention decay window": OpMember(_fading_inputs, partial(_attention, window=5)),
-    "softmax_attention span": OpMember(_span_inputs, partial(_attention, ramp=3.0)),
+    "softmax_attention span": OpMember(_span_inputs, partial(_attention, ramp=3.0), slow=True),
     "softmax_attention span window": OpMember(_span_inputs, partial(_attention, ramp=3.0, window=5)),
     "softmax_attention both ways": OpMember(
         partial(_attention_inputs, groups=1), partial(_attention, causal=False), _kernel

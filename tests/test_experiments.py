@@ -88,7 +88,7 @@ def test_the_main_job_trains_reports_resumes_and_generates(run, run_here, texts,
     again = run_here(*command)
     assert again.returncode == 0 and "is finished" in again.stdout
 
-    text = run("experiments.generate", "--run", str(out), "--prompt", "the ", "--max-tokens", "20")
+    text = run_here("experiments.generate", "--run", str(out), "--prompt", "the ", "--max-tokens", "20")
     assert text.returncode == 0 and text.stdout.startswith("the "), text.stderr
 
 
@@ -371,7 +371,7 @@ def test_the_bench_of_kernels(run, tmp_path):
     assert (out / "plots" / "times.png").stat().st_size > 1000
 
 
-def test_forecasting_of_ones_own_table(run, run_here, tmp_path):
+def test_forecasting_of_ones_own_table(run_here, tmp_path):
     """The steps after the last row, in the units and times of the table; a bad table in one line."""
     table, out = tmp_path / "table.csv", tmp_path / "r"
     hours = np.datetime64("2020-01-01T00:00:00") + np.arange(300) * np.timedelta64(3600, "s")
@@ -379,7 +379,7 @@ def test_forecasting_of_ones_own_table(run, run_here, tmp_path):
     table.write_text("\n".join(["date,load,oil", *rows]))
     command = ("experiments.forecasting", "--preset", "debug", "--data.csv", str(table), "--horizon", "6")
     command = (*command, "--models", "season,rlinear,itransformer", "--data.marks", "--horizons", "3")
-    done = run(*command, "--out", str(out))
+    done = run_here(*command, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "300 rows of 2 variates" in done.stdout and f"{out / 'forecast.csv'} is by " in done.stdout
     result = json.loads((out / "result.json").read_text())
