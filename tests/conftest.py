@@ -2,6 +2,7 @@
 limit that turns a hang into a trace."""
 
 import faulthandler
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -26,6 +27,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one test compiled, oth
 import jax
 import pytest
 
+gc.set_threshold(50_000)  # tracing makes many objects that stay, and Python looks through all of them for garbage
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_threefry_partitionable", True)
@@ -36,6 +38,14 @@ def time_limit():
     faulthandler.dump_traceback_later(600, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def little_garbage():
+    """A read of a checkpoint that fails collects garbage: not among all that the tests before left, for seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -94,10 +94,9 @@ def test_a_step_of_long_convolutions_moves_no_state():
 def test_packed_documents_do_not_meet(name):
     model = MODELS[name]
     params = initialised(model, tokens)
-    ids = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1, 1]] * 2)
-    apply = jax.jit(model.apply)
-    alone = jnp.concatenate([apply(params, tokens[:, :4]), apply(params, tokens[:, 4:])], axis=1)
-    assert_close(apply(params, tokens, ids), alone, "mixer")
+    ids, apply = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1]] * 2), jax.jit(model.apply)
+    alone = [apply(params, part) for part in (tokens[:, :4], tokens[:, 4:8])]
+    assert_close(apply(params, tokens[:, :8], ids), jnp.concatenate(alone, axis=1), "mixer")
 
 
 def test_layers_do_not_share_parameters():
@@ -106,11 +105,12 @@ def test_layers_do_not_share_parameters():
     kernel = params["stack"]["layers"]["block_0"]["mixer"]["q_proj"]["kernel"]
     assert kernel.shape[0] == 3
     assert all(np.abs(kernel[i] - kernel[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
-    for stack in ((gla,), (gla,) * 4, (gla, attention) * 2):  # depth adds exactly its blocks
-        shapes = lambda mixers: jax.eval_shape(LanguageModel(VOCAB, WIDTH, mixers).init, jax.random.key(0), tokens)
-        rest = count(shapes((None,))["params"]) - count(shapes((None,))["params"]["stack"]["layers"])
-        blocks = sum(count(shapes((slot,))["params"]["stack"]["layers"]) for slot in stack)
-        assert count(shapes(stack)) == rest + blocks
+    shapes = lambda *mixers: jax.eval_shape(LanguageModel(VOCAB, WIDTH, mixers).init, jax.random.key(0), tokens)
+    none, *single = (shapes(slot)["params"] for slot in (None, gla, attention))
+    rest = count(none) - count(none["stack"]["layers"])
+    of_gla, of_attention = (count(one["stack"]["layers"]) for one in single)
+    assert count(shapes(*(gla,) * 4)) == rest + 4 * of_gla  # depth adds exactly its blocks
+    assert count(shapes(*(gla, attention) * 2)) == rest + 2 * (of_gla + of_attention)
 
 
 def test_the_values_of_the_first_layer_reach_the_others():
@@ -183,11 +183,12 @@ def test_an_ngram_is_looked_up_where_it_ends():
     layer = NgramEmbedding(WIDTH, sizes=(2, 3), buckets=1 << 20)
     text, start = jnp.asarray([[3, 5, 7, 3, 5, 7, 5]]), jnp.zeros((1, 2), jnp.int32)
     params = jax.jit(layer.init)(jax.random.key(0), text, start)
-    rows, _ = layer.apply(params, text, start)
+    apply = jax.jit(layer.apply)
+    rows, _ = apply(params, text, start)
     same = np.isclose(rows[0][:, None], rows[0][None], atol=1e-6).all(-1)
     assert np.argwhere(np.triu(same, 1)).tolist() == [[2, 5]]  # 3 5 7 ends twice; every other trigram once
-    first, before = layer.apply(params, text[:, :1], start)
-    rest, after = layer.apply(params, text[:, 1:], before)
+    first, before = apply(params, text[:, :1], start)
+    rest, after = apply(params, text[:, 1:], before)
     np.testing.assert_array_equal(jnp.concatenate([first, rest], axis=1), rows)
     np.testing.assert_array_equal(after, text[:, -2:] + 1)
     for sizes, buckets in (((1, 2), 8), ((), 8), ((2,), 0)):

@@ -95,11 +95,9 @@ def command(*arguments):
 
 
 def start(*arguments, **environment):
-    """The experiment in its own process, as a user would start it, on one device."""
-    environment = os.environ | {"XLA_FLAGS": ""} | environment
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    """The experiment in its own process, as a user would start it, compiled as here: its numbers are those of here."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command(*arguments), **pipes, env=os.environ | environment)
 
 
 def run_here(capsys, *arguments):
@@ -151,32 +149,31 @@ def running(*arguments, pause):
 
 
 @pytest.mark.parametrize("times", by_default([1], [1, 3]))
-def test_killed_at_random_moments_ends_as_if_unbroken(finished, times, tmp_path):
+def test_killed_at_random_moments_ends_as_if_unbroken(capsys, finished, times, tmp_path):
     for _ in range(times):
         process = running("--out", tmp_path, pause=0.15)
         time.sleep(random.uniform(0, 1.2))
         process.kill()
         process.communicate()
-    process = start("--out", tmp_path)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
+    code, _, err = run_here(capsys, "--out", tmp_path)
+    assert code == 0, err
     assert read_metrics(tmp_path) == read_metrics(finished)
     result, whole = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path, finished))
     assert result["parameters_digest"] == whole["parameters_digest"]
 
 
 @pytest.mark.parametrize("numbers", by_default(SIGNALS[:1], SIGNALS), ids=["ended", "interrupted after that"])
-def test_signals_save_and_leave_with_code_0(finished, numbers, tmp_path):
+def test_signals_save_and_leave_with_code_0(capsys, finished, numbers, tmp_path):
     step = 0
     for number in numbers:
-        process = running("--out", tmp_path, pause=0.5)
+        process = running("--out", tmp_path, pause=0.2)
         process.send_signal(number)
         _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
         assert step == 0 or f"goes on from step {step}" in err
         step = int(err.split("interrupted after step ")[1].split(";")[0])
         assert (tmp_path / "checkpoints" / str(step)).is_dir() and step < 40
-    _, err = start("--out", tmp_path).communicate(timeout=PATIENCE)
+    _, _, err = run_here(capsys, "--out", tmp_path)
     assert f"goes on from step {step}" in err
     assert read_metrics(tmp_path) == read_metrics(finished)
 
@@ -236,6 +233,7 @@ def test_folders_that_are_refused_are_left_alone(capsys, finished, tmp_path):
         open_run(Config(), "other", finished)
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_a_corrupt_checkpoint_is_one_line(tmp_path, capsys):
     assert run_here(capsys, "--out", tmp_path, "--train.steps", 10)[0] == 0
     for damaged in ("parameters/**/d/*", "**/*"):
