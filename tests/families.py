@@ -944,3 +944,9 @@ def initialised(member: MixerMember, **fields):
     rng = np.random.default_rng(1)
     moved = [x + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype) for x in leaves]
     return module, jax.tree.unflatten(structure, moved)
+
+
+def random_params(module, *inputs):
+    """Parameters of no start, for laws that hold of any: made without compiling what draws one."""
+    shapes, rng = jax.eval_shape(module.init, jax.random.key(0), *inputs), np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CHUNK, FULL_MIXERS, MIXERS, WIDTH, assert_close, initialised
+from families import CHUNK, FULL_MIXERS, MIXERS, WIDTH, assert_close, initialised, random_params
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 from sampled import by_default
@@ -127,13 +127,7 @@ def form(x):
     return x.shape, x.dtype
 
 
-#: By default also through a solution of a triangle.
-SLOPES = by_default(
-    ["GatedDeltaNet", *(p.values[0] for p in FULL_MIXERS if not p.marks)], [*(p.values[0] for p in FULL_MIXERS)]
-)
-
-
-@pytest.mark.parametrize("name", SLOPES + [p for name, p in SETTINGS.items() if MIXERS[name].gradient])
+@pytest.mark.parametrize("name", FULL_MIXERS + [p for name, p in SETTINGS.items() if MIXERS[name].gradient])
 def test_gradients_flow_through_the_state(name, built):
     """Of all parameters and of the input: the whole sequence and two parts have the same."""
     module, params = built(name)
@@ -147,16 +141,16 @@ def test_gradients_flow_through_the_state(name, built):
 
 
 @pytest.mark.parametrize("name", by_default(PLAIN, CHEAP))
-def test_every_setting_steps_as_it_calls(name, built):
-    module, params = built(name)
-    x = draw(9)
+def test_every_setting_steps_as_it_calls(name):
+    module, x = MIXERS[name].build(), draw(9)
+    params = random_params(module, x)
     both = jax.jit(lambda params, x: (module.apply(params, x), by_steps(module, params, x)[0]))
     whole, steps = both(params, x)
     assert_close(steps, whole, "mixer")
 
 
 # By default of ops of different kinds: their forms are in tests/test_ops.py.
-@pytest.mark.parametrize("name", by_default(["S4D", "LSTM", "Attention"], [p.values[0] for p in FULL_MIXERS]))
+@pytest.mark.parametrize("name", by_default(["S4D", "Attention"], [p.values[0] for p in FULL_MIXERS]))
 def test_every_form_is_the_same(name, built):
     """Values and gradients under each `impl` that the mixer's op has."""
     module, params = built(name)
@@ -278,9 +272,12 @@ def test_inside_other_things(name, built):
     held = {"layers_0": {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}, "layers_1": params["params"]}
     assert_close(jax.jit(stacked.apply)({"params": held}, x), expected, "mixer")
 
-    bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
-    assert bridged(x).shape == expected.shape
-    state = nnx.state(bridged, nnx.Param)
+    def bridged(x):
+        whole = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
+        return whole(x), nnx.state(whole, nnx.Param)
+
+    y, state = nnx.eval_shape(bridged, x)  # it runs in the README
+    assert y.shape == expected.shape
     assert sum(p.size for p in jax.tree.leaves(state)) == sum(p.size for p in jax.tree.leaves(params))
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -420,7 +417,7 @@ def test_both_directions(kind):
     x = draw(9)
     params = jax.jit(module.init)(jax.random.key(0), x)
     apply = jax.jit(module.apply)
-    reached = jax.jacobian(lambda x: apply(params, x)[0, :, 0])(x)[:, 0]
+    reached = jax.jit(jax.jacobian(lambda x: module.apply(params, x)[0, :, 0]))(x)[:, 0]
     assert (np.abs(reached).sum(-1) > 0).all()
     ids = jnp.asarray([0] * 4 + [1] * 5)[None].repeat(2, axis=0)
     alone = jnp.concatenate([apply(params, x[:, :4]), apply(params, x[:, 4:])], axis=1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 from sampled import by_default
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba
@@ -38,13 +38,6 @@ MODELS = {
 tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 9)), jnp.int32)
 
 
-def initialised(model, *inputs):
-    """Parameters of a larger spread than at the start, so that every layer matters."""
-    params = jax.jit(model.init)(jax.random.key(0), *inputs)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), params)
-
-
 def count(params):
     return sum(x.size for x in jax.tree.leaves(params))
 
@@ -52,7 +45,7 @@ def count(params):
 @pytest.mark.parametrize("name", by_default(["hybrid, tied", "shared", "long convolutions"], MODELS))
 def test_call_is_prefill_and_steps(name):
     model = MODELS[name]
-    params = initialised(model, tokens)
+    params = random_params(model, tokens)
 
     @jax.jit
     def both(params):
@@ -93,7 +86,7 @@ def test_a_step_of_long_convolutions_moves_no_state():
 @pytest.mark.parametrize("name", by_default(["n-grams"], ["hybrid, tied", "n-grams"]))
 def test_packed_documents_do_not_meet(name):
     model = MODELS[name]
-    params = initialised(model, tokens)
+    params = random_params(model, tokens)
     ids, apply = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1]] * 2), jax.jit(model.apply)
     alone = [apply(params, part) for part in (tokens[:, :4], tokens[:, 4:8])]
     assert_close(apply(params, tokens[:, :8], ids), jnp.concatenate(alone, axis=1), "mixer")
@@ -117,7 +110,7 @@ def test_the_values_of_the_first_layer_reach_the_others():
     """A stack of RWKV7 is its layers one by one, all after the first with what that made of its values."""
     slots = ModelConfig(mixers="gla,rwkv7,rwkv7,rwkv7").slots()
     stack, x = Stack(WIDTH, slots, mlp=None), jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, WIDTH)))
-    params = initialised(stack, x)
+    params = random_params(stack, x)
 
     @jax.jit
     def by_hand(params):
@@ -144,7 +137,7 @@ def test_shared_layers_are_one_layer():
     """As many parameters as one period has; value and gradient are those of layers that happen to be equal, summed."""
     mixers = (gla, attention) * 3
     shared, free = LanguageModel(VOCAB, WIDTH, mixers, shared=True), LanguageModel(VOCAB, WIDTH, mixers)
-    params = initialised(shared, tokens)
+    params = random_params(shared, tokens)
     assert count(params) == count(
         jax.eval_shape(LanguageModel(VOCAB, WIDTH, mixers[:2]).init, jax.random.key(0), tokens)
     )
@@ -209,7 +202,7 @@ def test_bfloat16_logits_and_states_are_float32():
 
 def test_remat_changes_memory_alone():
     model = MODELS["one mixer"]
-    params = initialised(model, tokens)
+    params = random_params(model, tokens)
     loss = lambda p, remat: jnp.sum(jnp.sin(model.clone(remat=remat).apply(p, tokens)))
     with_remat, without = jax.jit(lambda p: [jax.value_and_grad(loss)(p, remat) for remat in (True, False)])(params)
     assert_close(with_remat, without, "mixer")
@@ -221,7 +214,7 @@ def test_a_classifier_reads_only_its_lengths(pool, features):
     model = Classifier(5, WIDTH, (partial(S4D, state_size=4),) * 2, vocab_size=vocab_size, pool=pool)
     rng = np.random.default_rng(0)
     x = tokens if features is None else jnp.asarray(rng.standard_normal((2, 9, features)), jnp.float32)
-    params, apply = initialised(model, x), jax.jit(model.apply)
+    params, apply = random_params(model, x), jax.jit(model.apply)
     padded = x.at[0, 4:].set(x[1, :5])
     logits = apply(params, padded, jnp.asarray([4, 9]))
     assert logits.shape == (2, 5)
@@ -234,7 +227,7 @@ def test_a_tagger_answers_for_every_token_from_all_of_them():
     heads = {"num_heads": 2}
     for mixer, sees_all in ((partial(SelfAttention, **heads), True), (partial(Attention, **heads), False)):
         model = Tagger(VOCAB, 3, WIDTH, (mixer,) * 2)
-        params, apply = initialised(model, tokens), jax.jit(model.apply)
+        params, apply = random_params(model, tokens), jax.jit(model.apply)
         logits = apply(params, tokens)
         assert logits.shape == (2, 9, 3)
         other = apply(params, tokens.at[:, -1].set((tokens[:, -1] + 1) % VOCAB))
@@ -245,7 +238,7 @@ def test_positions_tell_order():
     """Attention without positions has the outputs of permuted tokens permuted; with them it has not."""
     for positions in (False, True):
         model = Tagger(VOCAB, 3, WIDTH, positions=positions)
-        params, apply = initialised(model, tokens), jax.jit(model.apply)
+        params, apply = random_params(model, tokens), jax.jit(model.apply)
         turned = apply(params, tokens[:, ::-1])[:, ::-1]
         same = bool(jnp.allclose(turned, apply(params, tokens), atol=1e-5))
         assert same == (not positions)
@@ -279,7 +272,7 @@ def test_dropout_takes_channels_in_training_alone():
 def test_dropout_has_one_mask_in_both_passes():
     """Rematerialisation draws it again, the same."""
     model = Classifier(5, WIDTH, (partial(S4D, state_size=4),) * 2, vocab_size=VOCAB, dropout=0.5)
-    params, rngs = initialised(model, tokens), {"dropout": jax.random.key(1)}
+    params, rngs = random_params(model, tokens), {"dropout": jax.random.key(1)}
     loss = lambda p, remat: jnp.sum(jnp.sin(model.clone(remat=remat).apply(p, tokens, rngs=rngs)))
     with_remat, without = jax.jit(lambda p: [jax.value_and_grad(loss)(p, remat) for remat in (True, False)])(params)
     assert_close(with_remat, without, "mixer")
@@ -288,7 +281,7 @@ def test_dropout_has_one_mask_in_both_passes():
 def test_a_norm_of_the_layers_after_the_branch():
     stack = Stack(WIDTH, (partial(S4D, state_size=4),), mlp=None, norm="layer", prenorm=False)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, WIDTH)), jnp.float32)
-    params = initialised(stack, x)
+    params = random_params(stack, x)
     assert set(params["params"]) == {"layers"}
     block = jax.tree.map(lambda leaf: leaf[0], params["params"]["layers"]["block_0"])
     total = x + S4D(WIDTH, state_size=4).apply({"params": block["mixer"]}, x)
@@ -328,10 +321,11 @@ def test_groups_of_a_state_space(name):
 
 def test_a_token_beyond_the_vocabulary_is_named():
     model = MODELS["n-grams"]
-    params = initialised(model, tokens)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     for bad in (VOCAB, -1):
+        wrong = tokens.at[0, 3].set(bad)
         with pytest.raises(ValueError, match=f"vocab_size={VOCAB}"):
-            model.apply(params, tokens.at[0, 3].set(bad))
+            jax.eval_shape(lambda params, wrong=wrong: model.apply(params, wrong), params)
 
 
 def test_every_named_mixer_has_a_layer():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FULL_MIXERS, MIXERS, assert_close, cast
+from families import FULL_MIXERS, MIXERS, assert_close, cast, random_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -29,13 +29,6 @@ def drawn(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
 
-def initialised(model, *inputs):
-    """Parameters of a larger spread than at the start, so that every layer matters."""
-    params = jax.jit(model.init)(jax.random.key(0), *inputs)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + 0.2 * drawn(rng, *x.shape), params)
-
-
 def undone_and_kept(model, apply, *args):
     """Value and gradients of what the model does by undoing its layers, and by keeping all activations."""
     gradient = lambda remat: jax.value_and_grad(partial(apply, model.clone(remat=remat)), has_aux=True)
@@ -46,7 +39,7 @@ def test_two_streams_as_in_the_equations():
     """y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁) written out, in value and gradient, in float64."""
     stack = Stack(WIDTH, (gru, attention) * 2, reversible=True)
     x = drawn(np.random.default_rng(0), 2, LENGTH, WIDTH)
-    params = initialised(stack, x)
+    params = random_params(stack, x)
 
     def written_out(params, x):
         norm = lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale[None, None]
@@ -74,7 +67,7 @@ def test_shared_layers_sum_their_gradients():
     slots = (partial(SelfAttention, num_heads=2), gru) * 2
     shared, free = (Stack(WIDTH, slots, mlp=None, reversible=True, shared=one) for one in (True, False))
     x, lengths = drawn(np.random.default_rng(0), 2, LENGTH, WIDTH), jnp.asarray([4, LENGTH])
-    params = initialised(shared, x)
+    params = random_params(shared, x)
     of_layers = lambda params, change: {
         "params": params["params"] | {"layers": jax.tree.map(change, params["params"]["layers"])}
     }
@@ -96,7 +89,7 @@ def test_shared_layers_sum_their_gradients():
 def test_a_state_has_its_gradient():
     """Undoing goes through prefilled layers too: packed, from a state, with no mlp, to the states that it returns."""
     model = LanguageModel(VOCAB, WIDTH, (gla, None, attention, None) * 2, mlp=None, reversible=True)
-    params = initialised(model, tokens)
+    params = random_params(model, tokens)
     start = lambda: model.init_state(2, max_length=LENGTH)
 
     def loss(model, params, numbers):
@@ -123,7 +116,7 @@ def test_a_state_has_its_gradient():
 def test_call_is_prefill_and_steps(shared):
     other = partial(LongConv, max_length=LENGTH) if shared else gla
     model = LanguageModel(VOCAB, WIDTH, (other, attention) * 2, reversible=True, shared=shared)
-    params = initialised(model, tokens)
+    params = random_params(model, tokens)
 
     @jax.jit
     def both(params):
@@ -143,7 +136,7 @@ def test_random_masks_are_drawn_again_the_same():
     """Dropout and rotations, in both passes; and layers that look at the whole sequence, which have no state."""
     stack = Stack(WIDTH, (partial(Reformer, num_heads=2, bucket_size=1),) * 2, dropout=0.3, reversible=True)
     x = drawn(np.random.default_rng(0), 2, LENGTH, WIDTH)
-    params = initialised(stack, x)
+    params = random_params(stack, x)
 
     def loss(stack, params, x, seed):
         rngs = {name: jax.random.fold_in(jax.random.key(1), seed) for name in ("dropout", "features")}
@@ -193,7 +186,7 @@ def test_layers_and_branches_drop_apart():
 def test_what_layers_sow_comes_out_and_has_its_gradient():
     slots = (partial(SelectiveAttention, num_heads=2, selection_loss=3.0, budget=1), gru) * 2
     models = [LanguageModel(VOCAB, WIDTH, slots, reversible=r) for r in (True, False)]
-    params = initialised(models[0], tokens)
+    params = random_params(models[0], tokens)
 
     def loss(model, params):
         logits, sown = model.apply(params, tokens, mutable=["losses"])
@@ -221,7 +214,7 @@ def test_half_precision_has_streams_of_float32():
     stack = Stack(WIDTH, (gru,) * 6, reversible=True, dtype=jnp.bfloat16)
     x = drawn(np.random.default_rng(0), 2, LENGTH, WIDTH).astype(jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
-        params = initialised(stack, x)
+        params = random_params(stack, x)
         loss = lambda stack, params: (jnp.sum(stack.apply(params, x)[0].astype(jnp.float32) ** 2), None)
         undone, kept = undone_and_kept(stack, loss, params)
         assert stack.apply(params, x)[0].dtype == jnp.bfloat16
@@ -231,7 +224,7 @@ def test_half_precision_has_streams_of_float32():
 def test_time_over_devices():
     stack = Stack(WIDTH, (gru,) * 2, reversible=True)
     x = drawn(np.random.default_rng(0), 2, 8, WIDTH)
-    params = initialised(stack, x)
+    params = random_params(stack, x)
     mesh = jax.make_mesh((2,), (AXIS,), axis_types=(AxisType.Auto,))
     call = lambda params, x: stack.apply(params, x)[0]
     split = jax.shard_map(call, mesh=mesh, in_specs=(P(), P(None, AXIS)), out_specs=P(None, AXIS))
