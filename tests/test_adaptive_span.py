@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 
 from jaxseq import Attention, LanguageModel
 from jaxseq.layers.learned_span import bounded
@@ -21,7 +21,7 @@ build = partial(Attention, WIDTH, num_heads=HEADS, max_span=8, span_ramp=3)
 def drawn(seed, length=14, **fields):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((2, length, WIDTH)), jnp.float32)
-    params = jax.jit(build(**fields).init)(jax.random.key(0), x)
+    params = random_params(build(**fields), x)
     return {"params": params["params"] | {"span": jnp.asarray([0.3, 0.55])}}, x
 
 
@@ -78,7 +78,7 @@ def test_layers_of_their_own_reach():
     slot = partial(Attention, num_heads=HEADS, max_span=8, span_ramp=3)
     model = LanguageModel(7, WIDTH, (slot,) * 2, mlp=None)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (2, 14)), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = random_params(model, tokens)["params"]
     spans = jnp.asarray([[0.0, 0.3], [0.7, 0.1]])
     params["stack"]["layers"]["block_0"]["mixer"]["span"] = spans
     windows = [build().reach(span) for span in spans]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FULL_MIXERS, MIXERS, assert_close
+from families import FULL_MIXERS, MIXERS, assert_close, random_params
 from sampled import by_default
 
 from jaxseq import GLA, Classifier, LanguageModel
@@ -26,7 +26,7 @@ def test_each_direction_is_the_mixer(name, shared):
     """Also of packed sequences."""
     mixer, x, ids = MIXERS[name].build(), draw(9), jnp.asarray([[3] * 4 + [1] * 5, [2] * 9])
     module = Bidirectional(WIDTH, lambda d_model, **names: MIXERS[name].build(**names), shared=shared)
-    params = jax.jit(module.init)(jax.random.key(0), x)
+    params = random_params(module, x)
     own = params["params"]
     assert set(own) == ({"forwards"} if shared else {"forwards", "backwards"})
 
@@ -41,7 +41,7 @@ def test_each_direction_is_the_mixer(name, shared):
 
 def test_every_token_sees_its_segment_and_no_other():
     module, x = Bidirectional(WIDTH, gla), draw(9, batch=1)
-    params = jax.jit(module.init)(jax.random.key(0), x)
+    params = random_params(module, x)
     ids = jnp.asarray([[3, 3, 3, 3, 1, 1, 2, 2, 2]])
     jacobian = jax.jit(jax.jacrev(lambda x: module.apply(params, x, ids)[0].sum(-1)))(x)[:, 0]
     size = np.abs(np.asarray(jacobian)).max(-1)
@@ -52,7 +52,7 @@ def test_every_token_sees_its_segment_and_no_other():
 def test_a_classifier_takes_it_and_a_language_model_does_not():
     slot = partial(Bidirectional, mixer=gla)
     model = Classifier(3, WIDTH, mixers=(slot,) * 2)
-    params = jax.jit(model.init)(jax.random.key(0), draw(5))
+    params = random_params(model, draw(5))
     assert jax.jit(model.apply)(params, draw(5)).shape == (2, 3)
     with pytest.raises(TypeError, match="looks at the whole sequence; give mixers that have a state"):
         jax.eval_shape(LanguageModel(11, WIDTH, (slot,)).init, jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
@@ -60,7 +60,7 @@ def test_a_classifier_takes_it_and_a_language_model_does_not():
 
 def test_split_time_is_refused():
     module, x = Bidirectional(WIDTH, gla), draw(8)
-    params = jax.jit(module.init)(jax.random.key(0), x)
+    params = random_params(module, x)
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     time = jax.sharding.PartitionSpec(None, "sequence")
     split = jax.shard_map(lambda x: module.apply(params, x), mesh=mesh, in_specs=time, out_specs=time)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 from sampled import by_default
 from scipy.signal import convolve
 
@@ -33,13 +33,6 @@ def drawn(shape=(2, 7, 3, 4), seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def initialised(module, x):
-    """Parameters far enough from their start that every one of them matters."""
-    params = jax.jit(module.init)(jax.random.key(0), x)
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    return jax.tree.map(lambda p: p + 0.5 * jax.random.normal(next(keys), p.shape, p.dtype), params)
-
-
 def run(module, params, x, state=None, segment_ids=None):
     return module.apply(params, x, state, segment_ids, method="prefill")
 
@@ -48,7 +41,7 @@ def run(module, params, x, state=None, segment_ids=None):
 def test_the_whole_is_its_parts_and_its_steps(name):
     """And segments are grids of their own."""
     module, x = Chimera(4, state_size=3, **FIELDS[name]), drawn()
-    params = initialised(module, x)
+    params = random_params(module, x)
 
     @jax.jit
     def forms(params, x):
@@ -70,7 +63,7 @@ def test_the_whole_is_its_parts_and_its_steps(name):
 @pytest.mark.parametrize("coupling", by_default(["both"], ["both", "time"]))
 def test_gradients_pass_the_state(coupling):
     module, x = Chimera(4, state_size=3, coupling=coupling, **ONE_WAY), drawn()
-    params = initialised(module, x)
+    params = random_params(module, x)
 
     def in_parts(params, x):
         first, state = run(module, params, x[:, :3])
@@ -86,7 +79,7 @@ def test_without_coupling_it_is_a_selective_scan_of_each_axis(coupling):
     """With b̄ = Δ b: Mamba's recurrence over the steps of each variate, and beside it over the variates of each step."""
     x = drawn()
     module = Chimera(4, state_size=3, coupling=coupling, discretisation="euler", bidirectional=False)
-    params = initialised(module, x)
+    params = random_params(module, x)
     p = {name.removeprefix("forwards_"): value for name, value in params["params"].items()}
 
     def scanned(axis, rows):
@@ -104,7 +97,7 @@ def test_without_coupling_it_is_a_selective_scan_of_each_axis(coupling):
 def test_constant_coefficients_are_a_convolution():
     """Of both axes, with the response to an impulse: the data-independent S4 of two dimensions."""
     module, x = Chimera(4, state_size=3, input_dependent=False, bidirectional=False), drawn((1, 9, 6, 4))
-    params, run = initialised(module, x), jax.jit(module.apply)
+    params, run = random_params(module, x), jax.jit(module.apply)
     kernel = run(params, jnp.zeros_like(x).at[0, 0, 0].set(1.0))[0]
     each = [convolve(x[0, ..., d], kernel[..., d])[:9, :6] for d in range(4)]
     assert_close(run(params, x)[0], np.stack(each, axis=-1), "mixer")
@@ -113,7 +106,7 @@ def test_constant_coefficients_are_a_convolution():
 def test_both_directions_have_no_order():
     """Variates in reverse, and the two models for one another: the same outputs in reverse."""
     module, x = Chimera(4, state_size=3), drawn()
-    params = initialised(module, x)
+    params = random_params(module, x)
     other = {"forwards": "backwards", "backwards": "forwards"}
     swapped = {name.replace(way, other[way]): p for name, p in params["params"].items() for way in other if way in name}
     run = jax.jit(module.apply)
@@ -124,7 +117,7 @@ def test_both_directions_have_no_order():
 def test_it_is_causal_and_its_slopes_are_finite(name):
     """Also where steps are so large or small that a gate is shut or open."""
     module, x = Chimera(4, state_size=3, **FIELDS[name]), drawn((2, 5, 3, 4))
-    params = initialised(module, x)
+    params = random_params(module, x)
     slopes = jax.jit(jax.grad(lambda params, x: module.apply(params, x)[:, 3].sum(), (0, 1)))
     of_x = slopes(params, x)[1]
     assert (of_x[:, 4:] == 0).all() and (of_x[:, :4] != 0).all(axis=(0, 2, 3)).all()
@@ -138,7 +131,7 @@ def test_it_is_causal_and_its_slopes_are_finite(name):
 def test_states_stay_small(name):
     """200 steps of 50 variates."""
     module = Chimera(4, state_size=3, **FIELDS[name])
-    params = initialised(module, drawn())
+    params = random_params(module, drawn())
     y, state = jax.jit(partial(run, module))(params, drawn((1, 200, 50, 4)))
     assert all(np.isfinite(a).all() and np.abs(a).max() < 1e3 for a in (y, *state))
 
@@ -147,7 +140,7 @@ def test_states_stay_small(name):
 def test_states_of_held_inputs_are_bounded(scale):
     """By max |b x| / (rate (1 − ρ)), over both axes, whatever the parameters."""
     module, x = Chimera(4, state_size=3, input_dependent=False, rho=0.9, **ONE_WAY), drawn((1, 40, 20, 4))
-    params = jax.tree.map(lambda p: scale * p, initialised(module, x))
+    params = jax.tree.map(lambda p: scale * p, random_params(module, x))
     p = {name.removeprefix("forwards_"): np.asarray(value) for name, value in params["params"].items()}
     most = [np.abs(p[f"b_{axis}"] / np.exp(p[f"A_{axis}"])).max() * np.abs(x).max() for axis in ("time", "variates")]
     step = jax.jit(lambda state, x: module.apply(params, x, state, method="step")[1])
@@ -160,7 +153,7 @@ def test_states_of_held_inputs_are_bounded(scale):
 def test_bfloat16_is_near():
     x = drawn()
     module = Chimera(4, state_size=3, **ONE_WAY)
-    params = initialised(module, x)
+    params = random_params(module, x)
     y = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(params, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert_close(y, jax.jit(module.apply)(params, x), "mixer bfloat16")
@@ -172,7 +165,7 @@ HEADS = dict(trend=partial(HEAD, coupling="time"), season=partial(HEAD, coupling
 
 def test_the_forecaster_keeps_scale_and_level():
     x, model = drawn((2, 12, 3)), ChimeraForecaster(5, partial(ChimeraGrid, 4, 1, **HEADS))
-    params = jax.jit(model.init)(jax.random.key(0), x)
+    params = random_params(model, x)
     forecast = jax.jit(model.apply)
     y = forecast(params, x)
     assert y.shape == (2, 5, 3)
@@ -185,7 +178,7 @@ def test_the_forecaster_keeps_scale_and_level():
 
 def test_the_classifier_leaves_out_padding():
     x, model = drawn((2, 9, 3)), ChimeraClassifier(4, partial(ChimeraGrid, 4, 1, **HEADS))
-    params = jax.jit(model.init)(jax.random.key(0), x)
+    params = random_params(model, x)
     logits, lengths = jax.jit(model.apply), jnp.asarray([5, 9])
     first, last = logits(params, x, lengths), logits(params, x.at[0, 5:].set(7.0), lengths)
     assert first.shape == (2, 4)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import random_params
 
 from jaxseq import Attention, LanguageModel, Mamba
 from jaxseq.decode import Sampling, generate, sample, stream
@@ -14,7 +15,7 @@ from jaxseq.decode import Sampling, generate, sample, stream
 @pytest.fixture(scope="module")
 def hybrid():
     model = LanguageModel(37, 16, mixers=(Mamba, partial(Attention, num_heads=2)), ngrams=(2, 3))
-    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    return model, random_params(model, jnp.zeros((1, 4), jnp.int32))
 
 
 def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(hybrid, key):

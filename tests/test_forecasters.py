@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import random_params
 from recorded import load, recorded
 from sampled import by_default
 
@@ -97,7 +98,7 @@ def itransformer(horizon, num_heads=4, dropout=0.1):
 def test_itransformer_takes_any_number_of_variates():
     model = itransformer(5)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 3)), jnp.float32)
-    params, apply = jax.jit(model.init)(jax.random.key(0), x), jax.jit(model.apply)
+    params, apply = random_params(model, x), jax.jit(model.apply)
     assert apply(params, jnp.concatenate([x, x], axis=2)).shape == (2, 5, 6)
     dropped = [apply(params, x, rngs={"dropout": jax.random.key(n)}) for n in range(2)]
     assert np.abs(dropped[0] - dropped[1]).max() > 1e-3
@@ -128,7 +129,7 @@ MODELS = {
 def test_forecasters(name):
     """Where windows are normalised, one that is shifted and scaled gives the forecast that is."""
     model, x = MODELS[name], windows()
-    params = jax.jit(model.init)(jax.random.key(0), x)
+    params = random_params(model, x)
     y = jax.jit(model.apply)(params, x)
     assert y.shape == (2, 6, 3)
     with jax.numpy_dtype_promotion("standard"):  # flax's own norms promote
@@ -142,7 +143,7 @@ def test_forecasters(name):
 def test_variates_by_themselves(name):
     """What one variate does says nothing of the others."""
     model, x = MODELS[name], windows()
-    params, apply = jax.jit(model.init)(jax.random.key(0), x), jax.jit(model.apply)
+    params, apply = random_params(model, x), jax.jit(model.apply)
     other = x.at[:, :, 1].multiply(-3)
     y, z = (apply(params, a) for a in (x, other))
     np.testing.assert_allclose(y[..., [0, 2]], z[..., [0, 2]], atol=1e-6)

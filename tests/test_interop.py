@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import random_params
 from recorded import REFERENCE, assert_near, load, recorded
 from sampled import by_default
 
@@ -212,7 +213,7 @@ def saved(tmp_path_factory):
     def of(name):
         if name not in kept:
             model, folder = MODELS[name], tmp_path_factory.mktemp(name)
-            save_huggingface(model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)), folder)
+            save_huggingface(model, random_params(model, jnp.zeros((1, 1), jnp.int32)), folder)
             kept[name] = folder
         return kept[name], json.loads((kept[name] / "config.json").read_text())
 
@@ -229,7 +230,7 @@ def edited(folder, source, config):
 def test_any_model_comes_back(name, tmp_path):
     """Also in two shards with an index, in bfloat16 on disk, and with other defaults."""
     model = MODELS[name]
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = random_params(model, jnp.zeros((1, 1), jnp.int32))
     save_huggingface(model, params, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name
     again, same = load_huggingface(tmp_path)
@@ -441,7 +442,7 @@ def test_what_the_model_does_not_hold_goes_along(saved, tmp_path):
         (theirs / name).write_text(text)
 
     other = MODELS["mamba"].clone(mixers=(partial(Mamba, state_size=2),) * 2)
-    params = jax.jit(other.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))
+    params = random_params(other, jnp.zeros((1, 1), jnp.int32))
     ours = tmp_path / "ours"
     save_huggingface(other, params, ours, like=theirs)
     written = everything(ours)

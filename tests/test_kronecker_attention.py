@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import load, recorded
@@ -198,7 +198,7 @@ def test_where_all_is_seen_order_does_not_matter():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 8)), jnp.float32)
     for fields in ({}, {"degree": 2}):
         module = KroneckerAttention(8, num_heads=2, causal=False, **fields)
-        params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
+        params, apply = random_params(module, x), jax.jit(module.apply)
         order = np.random.default_rng(1).permutation(9)
         np.testing.assert_allclose(apply(params, x[:, order]), apply(params, x)[:, order], atol=1e-6)
         with pytest.raises(NotImplementedError, match=r"KroneckerAttention\(causal=False\) looks ahead"):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close, cast
+from families import assert_close, cast, random_params
 from sampled import by_default
 
 from jaxseq.layers.decays import lightning_log_decays
@@ -290,7 +290,7 @@ def test_silu_also_without_a_convolution(kind):
     """A convolution that takes its own token alone changes nothing: queries, keys and values are SiLU's either way."""
     module = kind(8, num_heads=2, conv_window=4)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 8)), jnp.float32)
-    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    params = random_params(module, x)["params"]
     for name, leaf in params.items():
         if name.endswith("_conv"):
             leaf["kernel"] = jnp.zeros_like(leaf["kernel"]).at[-1].set(1)
@@ -316,7 +316,7 @@ def test_the_starts_of_rwkv():
 def test_a_decay_beyond_all_numbers_is_no_new_segment():
     """exp(w) would be infinite: the bonus still reads what the token before wrote, and gradients are numbers."""
     module, x = RWKV6(8, num_heads=2), jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 8)), jnp.float32)
-    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    params = random_params(module, x)["params"]
     biased = lambda w: {"params": params | {"decay_up": params["decay_up"] | {"bias": jnp.full(8, w)}}}
     apply = jax.jit(module.apply)
     assert_close(apply(biased(200.0), x), apply(biased(20.0), x), "mixer")

@@ -415,7 +415,7 @@ def test_both_directions(kind):
     """Every output sees every input, segments stay apart, and there is no state; nor a language model."""
     module = kind(WIDTH, state_size=4, bidirectional=True)
     x = draw(9)
-    params = jax.jit(module.init)(jax.random.key(0), x)
+    params = random_params(module, x)
     apply = jax.jit(module.apply)
     reached = jax.jit(jax.jacobian(lambda x: module.apply(params, x)[0, :, 0]))(x)[:, 0]
     assert (np.abs(reached).sum(-1) > 0).all()
@@ -439,7 +439,7 @@ GROUPED = [GLA, GSA, RetNet, LinearAttention, Attention, PaTHAttention]
 def test_keys_that_heads_share(kind):
     """Fewer heads of keys and values are as many as of queries, written several times."""
     x, grouped, full = draw(9), kind(WIDTH, num_heads=4, num_kv_heads=2), kind(WIDTH, num_heads=4)
-    params = jax.jit(grouped.init)(jax.random.key(0), x)
+    params = random_params(grouped, x)
 
     def repeated(leaf, wanted):
         if leaf.shape == wanted.shape:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 from recorded import load, recorded
 from sampled import by_default
 
@@ -154,7 +154,7 @@ def test_lag_correlation_refuses():
 
 def built(length=9, **fields):
     module = Orchid(WIDTH, **fields)
-    return module, jax.jit(module.init)(jax.random.key(0), draw(2, length, WIDTH))
+    return module, random_params(module, draw(2, length, WIDTH))
 
 
 def shift_error(length, **fields):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 from sampled import by_default
 
 from jaxseq import S4D, Attention, Classifier
@@ -71,7 +71,7 @@ def drawn(*shape, seed=0):
 def test_a_padded_row_is_the_row_alone(name):
     """In value and in all gradients, whatever the padding holds: that has none, and neither have other rows."""
     mixer, batch = AHEAD[name](d_model=WIDTH), drawn(2, LENGTH, WIDTH) * jnp.where(KEPT, 1, 9)[..., None]
-    params = jax.tree.map(lambda x: 3 * x, jax.jit(mixer.init)(jax.random.key(0), batch))
+    params = jax.tree.map(lambda x: 3 * x, random_params(mixer, batch))
     ids, inputs = past_padding(mixer, None, KEPT)
     together = lambda params, batch: mixer.apply(params, batch, ids, **inputs)[:1, :SHORT]
     alone = lambda params, batch: mixer.apply(params, batch[:1, :SHORT])
@@ -102,7 +102,7 @@ def test_models_hand_lengths_to_their_layers(model):
     """To those that take a mask, to those that take segments, and to causal ones between."""
     model = model.clone(mixers=(AHEAD["attention"], AHEAD["linformer"], partial(Attention, num_heads=2)), mlp=None)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, LENGTH)), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    params = random_params(model, tokens)
     padded = jax.jit(model.apply)(params, tokens, lengths=jnp.asarray([SHORT, LENGTH]))[:1]
     alone = jax.jit(model.apply)(params, tokens[:1, :SHORT])
     assert_close(padded[:, :SHORT] if isinstance(model, Tagger) else padded, alone, "mixer")
@@ -113,7 +113,7 @@ def test_packed_rows_may_be_padded():
     ids = jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 1], [3] * LENGTH])
     np.testing.assert_array_equal(padded_segments(ids, KEPT), [[0, 0, 0, 2, 2, 2, -1, -1], [6] * LENGTH])
     mixer, x = AHEAD["attention"](d_model=WIDTH), drawn(2, LENGTH, WIDTH)
-    params, apply = jax.jit(mixer.init)(jax.random.key(0), x), jax.jit(mixer.apply)
+    params, apply = random_params(mixer, x), jax.jit(mixer.apply)
     found = apply(params, x, past_padding(mixer, ids, KEPT)[0])[:1, :SHORT]
     assert_close(found, apply(params, x[:1, :SHORT], ids[:1, :SHORT]), "mixer")
 
@@ -129,7 +129,7 @@ def test_what_is_causal_is_left_as_it_is():
 @pytest.mark.parametrize("name", ["performer", "kronecker, polynomial", "linformer", "synthesizer", "reformer"])
 def test_a_row_of_padding_alone_makes_no_nan(name):
     module, x = AHEAD[name](d_model=WIDTH), drawn(1, LENGTH, WIDTH)
-    params = jax.jit(module.init)(jax.random.key(0), x)
+    params = random_params(module, x)
     total = lambda x: jnp.sum(module.apply(params, x, mask=jnp.zeros((1, LENGTH), bool)))
     assert all(np.isfinite(part).all() for part in jax.jit(jax.value_and_grad(total))(x))
 

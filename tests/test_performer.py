@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 from recorded import load, recorded
 
 from jaxseq.layers.feature_maps import elu_plus_one
@@ -128,7 +128,7 @@ def test_the_mixer_is_its_equation(causal):
     with jax.enable_x64(True):
         module = Performer(8, num_heads=2, num_features=6, causal=causal, seed=3, param_dtype=jnp.float64)
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 11, 8)))
-        params = jax.jit(module.init)(jax.random.key(0), x)
+        params = random_params(module, x)
         w = orthogonal_features(jax.random.key(3), 6, 4).astype(jnp.float64)
         weights = params["params"]
         q, k, v = (split_heads(x @ weights[f"{name}_proj"]["kernel"], 4) for name in "qkv")
@@ -141,7 +141,7 @@ def test_later_keys_change_nothing_and_large_ones_overflow_nothing():
     """Also where a later key is the largest by far: other implementations divide by it."""
     module = Performer(8, num_heads=1, num_features=16)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 8)), jnp.float32)
-    params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
+    params, apply = random_params(module, x), jax.jit(module.apply)
     y = apply(params, x)
     moved = apply(params, x.at[:, -1].multiply(300.0))
     np.testing.assert_allclose(moved[:, :-1], y[:, :-1], atol=1e-6)
@@ -152,7 +152,7 @@ def test_later_keys_change_nothing_and_large_ones_overflow_nothing():
 def test_features_are_drawn_again_with_a_key():
     module = Stack(8, (partial(Performer, num_heads=2, num_features=4),) * 2, mlp=None)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 8)), jnp.float32)
-    params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
+    params, apply = random_params(module, x), jax.jit(module.apply)
     at = lambda n: apply(params, x, rngs={"features": jax.random.key(n)})[0]
     np.testing.assert_array_equal(at(1), at(1))
     assert jnp.abs(at(1) - at(2)).max() > 1e-4
@@ -161,7 +161,7 @@ def test_features_are_drawn_again_with_a_key():
 
 def linformer(x, **fields):
     module = Linformer(8, num_heads=2, **fields)
-    return module, jax.jit(module.init)(jax.random.key(0), x)
+    return module, random_params(module, x)
 
 
 def test_as_many_mixtures_as_tokens_are_attention():
@@ -206,7 +206,7 @@ def test_synthesizer_is_its_equation(kind):
     """A shorter sequence uses the first places; what the mask leaves out may hold anything."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8)), jnp.float32)
     module = Synthesizer(8, num_heads=2, max_length=12, kind=kind, rank=3)
-    params, apply = jax.jit(module.init)(jax.random.key(0), x), jax.jit(module.apply)
+    params, apply = random_params(module, x), jax.jit(module.apply)
     w = jax.tree.map(lambda a: 10 * a, params["params"])
     if kind == "dense":
         hidden = jax.nn.relu(x @ w["hidden_proj"]["kernel"] + w["hidden_proj"]["bias"][None, None])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from families import assert_close
+from families import assert_close, random_params
 from jax.nn.initializers import normal
 from recorded import load, recorded
 from sampled import by_default
@@ -43,7 +43,7 @@ def test_lstm_is_the_peers():
 def test_gru_is_flax_s():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 8)), jnp.float32)
     theirs = nn.RNN(nn.GRUCell(8, bias_init=nn.initializers.normal()))
-    params = jax.jit(theirs.init)(jax.random.key(0), x)
+    params = random_params(theirs, x)
     cell = params["params"]["cell"]
     side_by_side = lambda name, *gates: jnp.concatenate([cell[gate][name] for gate in gates], axis=-1)
     ours = {

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import random_params
 
 from jaxseq.layers.self_attention import SelfAttention
 
@@ -11,7 +12,7 @@ from jaxseq.layers.self_attention import SelfAttention
 def made(length: int, **fields):
     module = SelfAttention(8, num_heads=2, **fields)
     x = jax.random.normal(jax.random.key(0), (1, length, 8))
-    return module, jax.jit(module.init)(jax.random.key(1), x), x
+    return module, random_params(module, x), x
 
 
 def test_no_square_is_kept_where_nothing_is_dropped():

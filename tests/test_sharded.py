@@ -17,6 +17,7 @@ from families import (
     cast,
     initialised,
     normals,
+    random_params,
     segments,
 )
 from jax.sharding import AxisType
@@ -186,7 +187,7 @@ def test_a_classifier_pools_all_of_the_time(pool):
     model = Classifier(3, WIDTH, mixers=(partial(S4D, state_size=4),), pool=pool)
     rng = np.random.default_rng(0)
     x, lengths = jnp.asarray(rng.standard_normal((2, LENGTH, 5)), jnp.float32), jnp.asarray([20, LENGTH])
-    params = jax.jit(model.init)(jax.random.key(0), x)
+    params = random_params(model, x)
     for inputs, specs in (((x,), (IN_TIME,)), ((x, lengths), (IN_TIME, P()))):
         apart = split(lambda *args: model.apply(*args), 4, (P(), *specs), P())
         assert_close(jax.jit(apart)(params, *inputs), jax.jit(model.apply)(params, *inputs), "mixer")

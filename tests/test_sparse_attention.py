@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import WIDTH, assert_close
+from families import WIDTH, assert_close, random_params
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from recorded import load, recorded
@@ -52,7 +52,7 @@ def inputs(length, seed=0):
 
 def initialised(module, length=29):
     """Parameters with every map of a size that matters."""
-    params = jax.jit(module.init)(jax.random.key(0), inputs(length))
+    params = random_params(module, inputs(length))
     return jax.tree.map(lambda x: 20 * x, params)
 
 
@@ -299,7 +299,7 @@ def test_parameters_of_full_attention_load_into_any_schedule():
     full, depth = partial(Attention, num_heads=2), 4
     model = lambda slots: LanguageModel(5, WIDTH, slots, remat=False)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 9)), jnp.int32)
-    params = jax.tree.map(lambda x: 9 * x, jax.jit(model((full,) * depth).init)(jax.random.key(0), tokens))
+    params = jax.tree.map(lambda x: 9 * x, random_params(model((full,) * depth), tokens))
     expected = jax.jit(model((full,) * depth).apply)(params, tokens)
     schedules = {"bottom": bottom(1), "middle": middle(2), "every": every(2), "none": ()}
     for fields, name in (

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import WIDTH, assert_close
+from families import WIDTH, assert_close, random_params
 from recorded import load, recorded
 from sampled import by_default
 
@@ -192,7 +192,7 @@ def draw(length, seed=0):
 
 def built(**fields):
     module = SubsampledAttention(WIDTH, num_heads=2, **fields)
-    return module, jax.tree.map(lambda x: 20 * x, jax.jit(module.init)(jax.random.key(0), draw(16)))
+    return module, jax.tree.map(lambda x: 20 * x, random_params(module, draw(16)))
 
 
 def test_evaluation_is_dense_attention():
@@ -350,7 +350,7 @@ def test_layers_draw_their_own_subsets():
     slots = lambda **fields: (partial(SubsampledAttention, num_heads=2, ratio=2, **fields),) * 3
     model, training = LanguageModel(5, WIDTH, slots()), LanguageModel(5, WIDTH, slots(subsample=True))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 16)), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    params = random_params(model, tokens)
     logits = jax.jit(lambda key: training.apply(params, tokens, rngs={"subsample": key}))
     assert np.abs(logits(jax.random.key(1)) - logits(jax.random.key(2))).max() > 0
 
