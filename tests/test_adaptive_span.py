@@ -55,9 +55,10 @@ def test_a_span_of_everything_is_attention():
     params, x = drawn(0)
     plain = {"params": {name: leaf for name, leaf in params["params"].items() if name != "span"}}
     wide = {"params": plain["params"] | {"span": jnp.ones(HEADS)}}
-    expected = Attention(WIDTH, num_heads=HEADS).apply(plain, x)
-    assert_close(build(max_span=13).apply(wide, x), expected, "mixer")
-    assert np.abs(build().apply(params, x) - expected).max() > 1e-3
+    run = lambda module, params: jax.jit(module.apply)(params, x)
+    expected = run(Attention(WIDTH, num_heads=HEADS), plain)
+    assert_close(run(build(max_span=13), wide), expected, "mixer")
+    assert np.abs(run(build(), params) - expected).max() > 1e-3
 
 
 def test_the_cache_is_as_long_as_the_longest_span():

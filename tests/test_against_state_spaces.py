@@ -38,36 +38,35 @@ def inner(mixer):
 # ---- S4D -----------------------------------------------------------------------------------------------------------
 
 
+@partial(jax.jit, static_argnums=0)
+def of_s4d(rule, A, B, C, dt, D, u, state):
+    """By the names of the recorded outputs, and eight steps; compiled once for all groups of a shape."""
+    log_A, B = DISCRETISATIONS[rule](A, B, dt.astype(A.dtype))
+    run = partial(ops.diagonal_state_space, log_A=log_A, B=B, C=C)
+    step = lambda state, u: run(u[:, None], initial_state=state)[::-1]
+    (y, final), (y0, final0) = run(u), run(u, initial_state=state)
+    (z, z_final), skip = run(u, initial_state=state, impl="sequential"), D[None, None] * u
+    eight = jax.lax.scan(step, jnp.zeros_like(state), u[:, :8].swapaxes(0, 1))[1][:, :, 0].swapaxes(0, 1)
+    return {
+        "A_bar": jnp.exp(log_A),
+        "B_bar": B,
+        "K_fp64": ops.diagonal_kernel(log_A, B, C, u.shape[1]).T,
+        "y": (y + skip).swapaxes(1, 2),
+        "final_state": final,
+        "y_state0": [(y0 + skip).swapaxes(1, 2), (z + skip).swapaxes(1, 2)],
+        "final_state_state0": [final0, z_final],
+    }, (eight + skip[:, :8]).swapaxes(1, 2)
+
+
 @recorded
 @pytest.mark.parametrize("group", groups("s4_kernels", "s4d_"))
 def test_s4d_kernel_and_recurrence(group):
     """In float64 from the stored A, B, C, dt: discretisation, kernel, convolution, states and eight steps."""
     z = load("s4_kernels", group)
-    rule = DISCRETISATIONS["bilinear" if "bilinear" in group else "zoh"]
-
-    @jax.jit
-    def everything(A, B, C, dt, D, u, state):
-        log_A, B = rule(A, B, dt.astype(A.dtype))
-        run = partial(ops.diagonal_state_space, log_A=log_A, B=B, C=C)
-        step = lambda state, u: run(u[:, None], initial_state=state)[::-1]
-        (y, final), (y0, final0) = run(u), run(u, initial_state=state)
-        (z, z_final), skip = run(u, initial_state=state, impl="sequential"), D[None, None] * u
-        eight = jax.lax.scan(step, jnp.zeros_like(state), u[:, :8].swapaxes(0, 1))[1][:, :, 0].swapaxes(0, 1)
-        return {
-            "A_bar": jnp.exp(log_A),
-            "B_bar": B,
-            "K_fp64": ops.diagonal_kernel(log_A, B, C, u.shape[1]).T,
-            "y": (y + skip).swapaxes(1, 2),
-            "final_state": final,
-            "y_state0": [(y0 + skip).swapaxes(1, 2), (z + skip).swapaxes(1, 2)],
-            "final_state_state0": [final0, z_final],
-        }, (eight + skip[:, :8]).swapaxes(1, 2)
-
     with jax.enable_x64(True):
         operands = cast([z[name] for name in ("A", "B", "C", "dt", "D")], jnp.float64)
-        actual, eight = everything(
-            *operands, jnp.asarray(z["u"].swapaxes(1, 2), jnp.float64), jnp.asarray(z["state0"], jnp.complex128)
-        )
+        u, state = jnp.asarray(z["u"].swapaxes(1, 2), jnp.float64), jnp.asarray(z["state0"], jnp.complex128)
+        actual, eight = of_s4d("bilinear" if "bilinear" in group else "zoh", *operands, u, state)
     assert_near(actual, {k: [z[k]] * len(v) if isinstance(v, list) else z[k] for k, v in actual.items()}, 1e-10)
     np.testing.assert_allclose(eight, z["step8_fp32"], atol=1e-5)
 
@@ -331,7 +330,8 @@ def test_a_growing_softmax_is_finite():
 
 def test_both_steps_of_dss_start_alike():
     """One draw a channel, for the real and the imaginary part of Λ."""
-    of = lambda separate: DSS(5, 2, separate_dt=separate).init(jax.random.key(0), jnp.zeros((1, 1, 5)))["params"]
+    start = lambda module: jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, 5)))["params"]
+    of = lambda separate: start(DSS(5, 2, separate_dt=separate))
     log_dt = of(True)["log_dt"]
     assert log_dt.shape == (5, 2) and of(False)["log_dt"].shape == (5, 1)
     np.testing.assert_array_equal(log_dt[:, 0], log_dt[:, 1])
@@ -399,7 +399,7 @@ def test_lru(group):
 def test_white_noise_keeps_its_power_in_the_lru():
     """On the ring of 0.9 to 0.999 the normalised state has the power of its input; without γ 24 times as much."""
     T, module = 5000, LRU(1, 256, r_min=0.9, r_max=0.999)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 1, 1)))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, 1)))["params"]
     u = jnp.asarray(np.random.default_rng(0).standard_normal((T, 256)))
     decay = jnp.exp(jax.lax.complex(-jnp.exp(params["nu_log"]), jnp.exp(params["theta_log"])))
     power = {}

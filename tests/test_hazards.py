@@ -25,8 +25,8 @@ def lowered_gradient(function, *args):
 
 
 SOLVERS = ("delta_rule per channel", "dplr_recurrence", "delta_product", "mesa", "path_attention")
-#: The delta rule is in its product; `mesa` takes conjugate gradients of linear attention.
-ONE_OF_EACH = ("dplr_recurrence", "delta_product", "path_attention")
+#: The delta rule is in its product, whose inverse attention along a path takes; `mesa` takes conjugate gradients.
+ONE_OF_EACH = ("dplr_recurrence", "delta_product")
 
 
 def test_the_pattern_sees_lapack():

@@ -163,13 +163,11 @@ def test_matrix_states_on_a_gpu(name, on_a_gpu):
     check(op, shared(inputs), ids)
 
 
-FILLED_UP = [(name, 12, 20) for name in ("gla per channel", "gla per head", "gla per value", "delta_rule per head")]
-FILLED_UP += [("gla per value", 1, 8), ("delta_rule per head", 8, 1)]
+FILLED_UP = [(name, 12, 20) for name in ("gla per channel", "gla per value", "gla per head", "delta_rule per head")]
+FILLED_UP += [("delta_rule per head", 8, 1), ("gla per value", 1, 8)]
 
 
-@pytest.mark.parametrize(
-    "name, K, V", by_default([case for case in FILLED_UP if case not in (FILLED_UP[1], FILLED_UP[4])], FILLED_UP)
-)
+@pytest.mark.parametrize("name, K, V", by_default([*FILLED_UP[:2], FILLED_UP[4]], FILLED_UP))
 def test_widths_that_are_no_power_of_two_on_a_gpu(name, K, V, on_a_gpu):
     op, decay = MATRIX[name]
     check(op, *matrix_inputs(op, 33, decay, B=1, K=K, V=V))
@@ -194,12 +192,10 @@ def test_keys_that_heads_share_are_not_repeated(impl):
     assert repeated not in str(jax.make_jaxpr(run)(shared(inputs)))
 
 
-# Each kernel at one width.
+# Of each kind of decay, and of each op, one.
 @pytest.mark.parametrize(
     "name, K, V",
-    by_default(
-        [(n, K, V) for n, K, V in WIDTHS if V == 3 or n not in ("gla per value", "delta_rule per head")], WIDTHS
-    ),
+    by_default([(n, K, V) for n, K, V in WIDTHS if V == 3 or n in ("gla per channel", "dplr_recurrence")], WIDTHS),
 )
 def test_single_tokens(name, K, V, monkeypatch):
     """On both kinds of accelerator, the state in several parts, with gradients; one of the sequences restarts."""
@@ -238,7 +234,7 @@ BLOCKS = [(name, length) for name in ("gla per channel", "delta_rule per channel
 
 @pytest.mark.parametrize(
     "name, length",
-    by_default([(name, n) for name, n in BLOCKS if n in (1, *((64, 65) if name[0] == "g" else (63,)))], BLOCKS),
+    by_default([("gla per channel", 65), ("delta_rule per channel", 1), ("delta_rule per channel", 63)], BLOCKS),
 )
 def test_lengths_of_chunks_in_use(name, length):
     op, decay = MATRIX[name]
@@ -303,7 +299,9 @@ TRANSFORMED = {"vmap": jax.vmap, "checkpoint": lambda f: jax.vmap(jax.checkpoint
 
 
 @pytest.mark.parametrize("transformation", by_default(["checkpoint"], TRANSFORMED))
-@pytest.mark.parametrize("name", ["delta_rule", "selective_scan", "attention"])
+@pytest.mark.parametrize(
+    "name", by_default(["delta_rule", "linear_recurrence", "attention"], ["delta_rule", *CHANNELS, "attention"])
+)
 def test_kernels_under_transformations(name, transformation):
     """Of the gradient too: each example by itself."""
     if name == "attention":

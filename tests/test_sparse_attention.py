@@ -50,12 +50,6 @@ def inputs(length, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((2, length, WIDTH)), jnp.float32)
 
 
-def initialised(module, length=29):
-    """Parameters with every map of a size that matters."""
-    params = random_params(module, inputs(length))
-    return jax.tree.map(lambda x: 20 * x, params)
-
-
 def by_mask(module, params, x, mask):
     """The module without rotary positions, as four matrices and a mask."""
     maps = {name: np.asarray(part["kernel"], np.float64) for name, part in params["params"].items()}
@@ -152,7 +146,7 @@ def test_spans_are_masks(name, packed):
     """In one call, in parts and token by token, through several turns of the ring; documents start blocks anew."""
     fields, rule = SPANS[name]
     module = Attention(WIDTH, num_heads=2, rotary_base=None, **fields)
-    params, x = initialised(module), inputs(29)
+    params, x = random_params(module, inputs(1)), inputs(29)
     ids = IDS if packed else np.zeros_like(IDS)
     same, place = in_segments(ids)
     i, j = pairs(29)
@@ -184,7 +178,7 @@ def test_spans_are_masks(name, packed):
 def test_blocks_over_devices(name):
     """Time split over four devices, with a document that starts on the second and goes on to the last."""
     module = Attention(WIDTH, num_heads=2, **SPANS[name][0])
-    params, x = initialised(module), inputs(32)
+    params, x = random_params(module, inputs(1)), inputs(32)
     ids = jnp.asarray(np.arange(32) >= 11, jnp.int32)[None].repeat(2, axis=0)
     mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,))
     time = P(None, "sequence")
@@ -196,7 +190,7 @@ def test_blocks_over_devices(name):
 @pytest.mark.parametrize("impl", by_default(["chunked"], ["sequential", "parallel", "chunked"]))
 def test_every_form_looks_back(impl):
     module = lambda impl: Attention(WIDTH, num_heads=2, block_size=5, look_back=1, impl=impl)
-    params = initialised(module(None))
+    params = random_params(module(None), inputs(1))
     gradients = lambda impl: jax.jit(jax.grad(lambda p: jnp.sum(module(impl).apply(p, inputs(29)) ** 2)))(params)
     assert_close(gradients(impl), gradients("parallel"), "mixer")
 
@@ -299,7 +293,7 @@ def test_parameters_of_full_attention_load_into_any_schedule():
     full, depth = partial(Attention, num_heads=2), 4
     model = lambda slots: LanguageModel(5, WIDTH, slots, remat=False)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 9)), jnp.int32)
-    params = jax.tree.map(lambda x: 9 * x, random_params(model((full,) * depth), tokens))
+    params = random_params(model((full,) * depth), tokens)
     expected = jax.jit(model((full,) * depth).apply)(params, tokens)
     schedules = {"bottom": bottom(1), "middle": middle(2), "every": every(2), "none": ()}
     for fields, name in (
@@ -348,7 +342,11 @@ def test_longformer_is_a_mask(length, causal, packed):
     tokens = () if causal else tuple(t for t in (0, 8) if t < length)
     fields = dict(num_heads=2, window=3, dilation=(1, 2), global_tokens=tokens, causal=causal, rotary_base=None)
     module = Longformer(WIDTH, **fields)
-    params, x, ids = initialised(module, length), inputs(length), IDS[:, :length] if packed else np.zeros((2, length))
+    params, x, ids = (
+        random_params(module, inputs(length)),
+        inputs(length),
+        IDS[:, :length] if packed else np.zeros((2, length)),
+    )
     same, _ = in_segments(ids)
     i, j = pairs(length)
     lag, g = i - j, np.isin(np.arange(length), tokens)
@@ -365,7 +363,7 @@ def test_longformer_is_a_mask(length, causal, packed):
 def test_longformer_that_sees_all_is_dense():
     x = inputs(13)
     module = Longformer(WIDTH, num_heads=2, window=13)
-    params = initialised(module)
+    params = random_params(module, inputs(1))
     full = Attention(WIDTH, num_heads=2)
     assert_close(jax.jit(module.apply)(params, x), jax.jit(full.apply)(params, x), "mixer")
 
@@ -373,7 +371,7 @@ def test_longformer_that_sees_all_is_dense():
 def test_longformer_in_parts():
     """The cache holds w d tokens; a cut leaves parts of lengths that the dilation does not divide."""
     module = Longformer(WIDTH, num_heads=2, window=2, dilation=(1, 3))
-    params, x = initialised(module), inputs(29)
+    params, x = random_params(module, inputs(1)), inputs(29)
     assert module.init_state(2).key.shape[1] == 6
     parts, whole = jax.jit(partial(in_parts, module))(params, x, module.init_state(2))
     assert_close(parts, whole, "mixer")
@@ -410,7 +408,11 @@ def blocks_seen(module, ids):
 )
 def test_big_bird_is_a_mask(length, causal, packed):
     module = bird(causal=causal, rotary_base=None)
-    params, x, ids = initialised(module, length), inputs(length), IDS[:, :length] if packed else np.zeros((2, length))
+    params, x, ids = (
+        random_params(module, inputs(length)),
+        inputs(length),
+        IDS[:, :length] if packed else np.zeros((2, length)),
+    )
     seen = blocks_seen(module, ids[0])
     i, j = pairs(length)
     mask = np.asarray([[c // 3 in seen[t // 3] for c in range(length)] for t in range(length)])
@@ -433,7 +435,7 @@ def test_random_blocks():
 def test_big_bird_in_front_of_others_is_alone(causal):
     """What comes behind a sequence adds blocks, and changes none of those that it sees."""
     module = BigBird(WIDTH, num_heads=2, block_size=2, num_window_blocks=1, num_global_blocks=0, causal=causal)
-    params, x, run = initialised(module), inputs(21), jax.jit(module.apply)
+    params, x, run = random_params(module, inputs(1)), inputs(21), jax.jit(module.apply)
     ids = jnp.asarray(np.repeat([0, 1, 2], [11, 5, 5]))[None].repeat(2, axis=0)
     assert_close(run(params, x, ids)[:, :11], run(params, x[:, :11]), "mixer")
 
@@ -441,14 +443,14 @@ def test_big_bird_in_front_of_others_is_alone(causal):
 def test_big_bird_that_sees_all_is_dense():
     x, full = inputs(13), Attention(WIDTH, num_heads=2)
     module = BigBird(WIDTH, num_heads=2, block_size=2, num_window_blocks=13)
-    params = initialised(module)
+    params = random_params(module, inputs(1))
     assert_close(jax.jit(module.apply)(params, x), jax.jit(full.apply)(params, x), "mixer")
 
 
 def test_big_bird_in_parts():
     """Runs of queries that start inside a block, and inside of a cache with room to spare."""
     module = bird()
-    params, x = initialised(module), inputs(29)
+    params, x = random_params(module, inputs(1)), inputs(29)
     parts, whole = jax.jit(partial(in_parts, module))(params, x, module.init_state(2, max_length=40))
     assert_close(parts, whole, "mixer")
 
@@ -467,7 +469,7 @@ BUILT = {
 @pytest.mark.parametrize("name", by_default(["longformer", "big bird encoder"], BUILT))
 def test_bfloat16_and_causality(name):
     module, half = BUILT[name](), BUILT[name](dtype=jnp.bfloat16)
-    params, x = initialised(module), inputs(13)
+    params, x = random_params(module, inputs(1)), inputs(13)
     y = jax.jit(half.apply)(params, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert_close(y, jax.jit(module.apply)(params, x), "mixer bfloat16")
@@ -482,7 +484,7 @@ def test_bfloat16_and_causality(name):
 @pytest.mark.parametrize("name", ["longformer encoder", "big bird encoder"])
 def test_what_looks_ahead_has_no_state(name):
     module, causal = BUILT[name](), BUILT[name.removesuffix(" encoder")]()
-    params = initialised(module)
+    params = random_params(module, inputs(1))
     with pytest.raises(NotImplementedError, match=r"causal=False. looks ahead: it has no state"):
         module.init_state(2)
     with pytest.raises(NotImplementedError, match="has no state"):

@@ -159,8 +159,8 @@ def multiplications(jaxpr) -> int:
 def test_it_costs_what_it_says(mode):
     """The products of scores and of values; scores of all pairs over the ratio, but for each query's own."""
     B, T, H, K, ratio = 2, 512, 4, 6, 4
-    q = jnp.ones((B, T, H, K))
-    sets = ops.subsets(jax.random.key(0), T, ratio=ratio, mode=mode)
+    q = jax.ShapeDtypeStruct((B, T, H, K), jnp.float32)
+    sets = jax.eval_shape(lambda key: ops.subsets(key, T, ratio=ratio, mode=mode), jax.random.key(0))
     run = lambda q, sets: ops.subsampled_attention(q, q, q, sets, queries_too=mode in BY_TOKENS, impl="parallel")
     counted = multiplications(jax.make_jaxpr(run)(q, sets).jaxpr)
     scores = num_scores(T, ratio=ratio, mode=mode)
@@ -192,7 +192,7 @@ def draw(length, seed=0):
 
 def built(**fields):
     module = SubsampledAttention(WIDTH, num_heads=2, **fields)
-    return module, jax.tree.map(lambda x: 20 * x, random_params(module, draw(16)))
+    return module, random_params(module, draw(16))
 
 
 def test_evaluation_is_dense_attention():
@@ -200,11 +200,9 @@ def test_evaluation_is_dense_attention():
     _, params = built(subsample=True)
     full, x = Attention(WIDTH, num_heads=2), draw(16)
     module, _ = built()
-    expected = full.apply(params, x)
-    np.testing.assert_array_equal(module.apply(params, x, rngs={"subsample": jax.random.key(1)}), expected)
-    np.testing.assert_array_equal(
-        built(subsample=True, ratio=1)[0].apply(params, x, rngs={"subsample": jax.random.key(1)}), expected
-    )
+    expected = jax.jit(full.apply)(params, x)
+    for same in (module, built(subsample=True, ratio=1)[0]):
+        np.testing.assert_array_equal(jax.jit(same.apply)(params, x, rngs={"subsample": jax.random.key(1)}), expected)
 
 
 @pytest.mark.parametrize("mode", by_default(("local",), SUBSETS))
@@ -301,7 +299,7 @@ def test_decoding_by_subsets(mode):
         return jnp.concatenate(parts, axis=1)
 
     expected = by_masks(params, x, mask)
-    for cuts, room in (((), 13), ((5,), 20), ((1, 9, 10), 13)):
+    for cuts, room in (((), 13), ((1, 9, 10), 20)):
         assert_close(run(module, cuts, x, module.init_state(2, max_length=room)), expected, "mixer")
     step = lambda state, x: module.apply(params, x, state, method="step", rngs=rngs)[::-1]
     steps = jax.jit(lambda x: jax.lax.scan(step, module.init_state(2, max_length=T), x)[1])(x.swapaxes(0, 1))
