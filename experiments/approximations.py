@@ -230,8 +230,7 @@ def measure(run: Run[Config]) -> None:
         },
         threshold={f"error at the most over the least, {name}": most for name, most in MOST.items()}
         | {"error of trigonometric over positive features, size 1": GAIN},
-        holds=all(parts.values()),
-        parts=parts,
+        holds=parts,
         errors={name: {str(budget): value for budget, value in points.items()} for name, points in errors.items()},
         parameters_digest=digest(params),
     )

@@ -403,7 +403,7 @@ def verdict(run: Run[Config], table: list[list[Timing]]) -> None:
         measured={name: value for name, (value, _) in checks.items()},
         baseline=1,
         threshold={name: threshold for name, (_, threshold) in checks.items()},
-        holds=all(value >= threshold for value, threshold in checks.values()),
+        holds={name: value >= threshold for name, (value, threshold) in checks.items()},
     )
 
 

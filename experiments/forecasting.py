@@ -352,8 +352,7 @@ def verdict(run: Run, config: Config, table: Table, scores, params, series: Seri
         measured={"mse": mse, "mae": over(scores, "mae")},
         baseline={name: value for name, value in mse.items() if name not in CLAIMED},
         threshold={what: most for what, (_, most) in limits.items()},
-        holds=all(parts.values()) if parts else None,
-        parts=parts,
+        holds=parts,
         spread={key: over(scores, key, np.std) for key in ("mse", "mae")},
         by_horizon={
             n: {key: over(rows, key) for key in ("mse", "mae")} for n, rows in zip(horizons, every, strict=True)

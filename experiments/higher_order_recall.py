@@ -269,8 +269,7 @@ def verdict(run: Run[Config], table, hand: float, parameters_digest: str) -> Non
         baseline={"keys": mean["keys"]},
         threshold={"pairs of keys": LEAST, "keys": MOST, "errors": {str(beta): fall for beta, fall in FALLS.items()}}
         | {"exact": CUBIC, "polynomial": LINEAR},
-        holds=all(parts.values()),
-        parts=parts,
+        holds=parts,
         accuracies=of,
         errors=errors,
         times={"exact": exact, "polynomial": linear},

@@ -332,8 +332,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]], parameters_digest: str
         measured=measured,
         baseline=baseline,
         threshold={"gap": GAP, "norm": NORM, "errors": ERRORS, "lipschitz": LIPSCHITZ},
-        holds=all(parts.values()),
-        parts=parts,
+        holds=parts,
         rows=rows,
         parameters_digest=parameters_digest,
     )

@@ -226,7 +226,7 @@ def measure(run: Run[Config]) -> None:
         measured={name: mean[name] for name in config.names()},
         baseline={name: mean[name] for name in ("majority", *RULES)},
         threshold=limits,
-        holds=bool(limits) and all(mean["chimera"] >= least for least in limits.values()),
+        holds={name: mean["chimera"] >= least for name, least in limits.items()},
         seeds=found,
         spread={name: float(np.std([s["accuracy"] for s in found[name]])) for name in config.names()},
         macro_f1={name: float(np.mean([s["macro F1"] for s in each])) for name, each in found.items()},

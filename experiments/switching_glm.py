@@ -311,7 +311,7 @@ def _finish(run: Run[Config], table: dict[tuple[str, int], Row], parameters_dige
         measured={name: value for name, (value, _) in checks.items()},
         baseline={f"nats of {name}": of[name].nats_per_bin for name in ("hmm-glm", "glm")},
         threshold={name: least for name, (_, least) in checks.items()},
-        holds=all(value > least for value, least in checks.values()),
+        holds={name: value > least for name, (value, least) in checks.items()},
         parameters_digest=parameters_digest,
         table=[{"model": name, "sequences": n} | row._asdict() for (name, n), row in table.items()],
     )

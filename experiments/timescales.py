@@ -302,8 +302,7 @@ def verdict(run: Run[Config], rows: list[dict[str, Any]]) -> None:
         measured=measured,
         baseline={"accuracy by chance": 0.5},
         threshold={"N": REACHES, "single-head, at most": FORGETS, "multi-head, at least": KEEPS},
-        holds=all(parts.values()),
-        parts=parts,
+        holds=parts,
         rows=rows,
         parameters_digest=digest(saved),
     )

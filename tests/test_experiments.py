@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -327,17 +326,23 @@ def test_mqar_builds_every_mixer(name):
         assert logits.shape == (*tokens.shape, config.vocab_size)
 
 
-def test_mqar_judges_what_has_limits():
+def test_mqar_judges_what_has_limits(tmp_path):
     """The mixers that it asks something of are there; of each task what the paper says of it, of others nothing."""
     assert {*mqar.FIXED, *mqar.ORDER, *itertools.chain(*mqar.LIMITS.values())} <= set(MQAR_NAMES)
 
+    run = Run(replace(mqar.PRESETS["gpu"], test_examples=64), "mqar", tmp_path)
+
     def judged(setting, beyond=None, **accuracies):
-        sizes, found = dict(zip(("width", "length", "pairs"), setting, strict=True)), {}
-        row = lambda name, x: {"mixer": name, "accuracy": x, "beyond": (beyond or {}).get(name, {})} | sizes
+        sizes = dict(zip(("width", "length", "pairs"), setting, strict=True))
+        facts = lambda name: {"mixer": name, "beyond": (beyond or {}).get(name, {}), "state_bytes": 2048}
+        row = lambda name, x: facts(name) | {"accuracy": x} | sizes
         table = {name: row(name, x) for name, x in accuracies.items()}
-        mqar.verdict(SimpleNamespace(finish=lambda **result: found.update(result)), table)
+        mqar.verdict(run, table)
+        found = json.loads((tmp_path / "result.json").read_text())
+        why.update({part.partition(" (")[0]: reason for part, reason in found["why"].items()})
         return found["holds"], [part.partition(" (")[0] for part, true in found["parts"].items() if not true]
 
+    why = {}
     small = dict(attention=1.0, hyena=0.2, deltanet=0.9, mamba2=0.3)
     far = {"deltanet": {"128-16": 0.5, "128-32": 0.3}, "mamba2": {"128-16": 0.3, "128-32": 0.1}}
     assert judged(mqar.SMALL, far, **small) == (True, [])
@@ -347,6 +352,9 @@ def test_mqar_judges_what_has_limits():
     worse = dict(attention=0.98, baseconv=0.6, based16=0.8)
     assert judged((128, 256, 16), **worse) == (False, ["attention", "baseconv", "based16 leads baseconv"])
     assert judged((64, 512, 64), attention=0.1) == (None, [])
+    assert why["in the order of the authors"] == "deltanet 0.400 with 2.0 KiB, mamba2 0.600 with 2.0 KiB"
+    assert judged(mqar.SMALL, attention=1.0, blocks=0.5) == (False, ["blocks"])
+    assert why["blocks"].startswith("0.500, of 0.6") and "hyena" not in why
 
 
 @pytest.mark.slow
@@ -432,10 +440,13 @@ def test_the_gap_of_recall_is_of_any_mixer():
     """Those written out there and those of the library, as long as the context; another name is refused."""
     config = replace(recall_gap.PRESETS["debug"], depth=2, data=recall_gap.DataConfig(context=1100))
     tokens = jnp.zeros((1, config.data.context), jnp.int32)
-    for name in (*recall_gap.MIXERS, "hyena", "rwkv7"):
+    for name in (*recall_gap.MIXERS, "hyena", "rwkv7", "gla+rwkv7+attention"):
         jax.eval_shape(recall_gap.build(config, name).init, jax.random.key(0), tokens)
     assert replace(config, models="hyena,gla,hyena").names() == ["attention", "convolution", "hyena", "gla"]
     assert replace(config, models="").names() == list(recall_gap.MIXERS)
+    assert replace(config, models="rwkv7 + gla").names() == ["attention", "convolution", "rwkv7+gla"]
+    in_turn = recall_gap.build(config, "gla+rwkv7+attention").mixers[1::2]
+    assert [mixer.func.__name__ for mixer in in_turn] == ["GLA", "RWKV7", "Attention"]
     message = "none is called 'transformer'; choose attention, convolution, gla, mamba2, hybrid, abc, baseconv"
     with pytest.raises(ValueError, match=f"models=transformer: {message}"):
         replace(config, models="transformer")

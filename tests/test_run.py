@@ -400,3 +400,17 @@ def test_a_row_is_made_once_and_a_figure_is_whole(tmp_path):
         figure.subplots().plot([1, 2])
     assert (tmp_path / "run" / "plots" / "line.png").read_bytes()[1:4] == b"PNG"
     assert [file.name for file in (tmp_path / "run" / "plots").iterdir()] == ["line.png"]
+
+
+def test_a_claim_of_parts_tells_which_fail_and_why(tmp_path, capsys):
+    run = open_run(Config(), "line", tmp_path / "run")
+    shown = dict(claim="Both.", measured=1, baseline=2, threshold=3)
+    reasons = {"up": "not told, as it holds", "down": "by 0.2"}
+    result = run.finish(**shown, holds={"up": np.True_, "down": np.False_, "level": False}, why=reasons)
+    assert result == json.loads((tmp_path / "run/result.json").read_text())
+    assert result["holds"] is False and result["parts"] == {"up": True, "down": False, "level": False}
+    assert result["why"] == {"down": "by 0.2"}
+    lines = capsys.readouterr().out.splitlines()
+    assert "  not: down (by 0.2)" in lines and "  not: level" in lines and not any("not: up" in line for line in lines)
+    assert run.finish(**shown, holds={"up": True})["holds"] is True
+    assert run.finish(**shown, holds={})["holds"] is None  # nothing was to be compared

@@ -6,7 +6,7 @@ import os
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -151,11 +151,21 @@ class Run(Generic[Config]):
         measured,
         baseline,
         threshold,
-        holds: bool | None,
+        holds: bool | Mapping[str, bool] | None,
+        why: Mapping[str, str] | None = None,
         parameters_digest: str | None = None,
         **more,
     ) -> dict[str, Any]:
-        """Write result.json, `more` included, and print a summary. `holds` is None where nothing was to be compared."""
+        """Write result.json, `more` included, and print a summary.
+
+        `holds` is None where nothing was to be compared, or tells of the claim's `parts` by name: it holds where all of
+        them do. `why` says of a part what was measured that tells the reason; of those that fail it is kept.
+        """
+        if isinstance(holds, Mapping):
+            parts = {name: bool(true) for name, true in holds.items()}
+            reasons = {name: why[name] for name, true in parts.items() if not true and why and name in why}
+            more = {"parts": parts, "why": reasons} | more
+            holds = all(parts.values()) if parts else None
         result = {"experiment": self.experiment, "claim": claim, "measured": measured, "baseline": baseline}
         result |= {
             "threshold": threshold,
@@ -217,7 +227,11 @@ def summary(result: dict[str, Any]) -> str:
     verdict = {True: "holds", False: "does not hold", None: "is of nothing that ran"}[result["holds"]]
     numbers = "  ".join(f"{name} {_brief(result[name])}" for name in ("measured", "baseline", "threshold"))
     spent = f"{duration(result['seconds'])} on {result['device']}, jax {result['jax_version']}"
-    return f"{result['experiment']}: the claim {verdict}\n  {result['claim']}\n  {numbers}\n  {spent}"
+    lines = [f"{result['experiment']}: the claim {verdict}", result["claim"], numbers]
+    for name in (name for name, true in result.get("parts", {}).items() if not true):
+        reason = result.get("why", {}).get(name)
+        lines.append(f"not: {name}" + (f" ({reason})" if reason else ""))
+    return "\n  ".join([*lines, spent])
 
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:
