@@ -4,7 +4,7 @@ Claim   Decoding T tokens one by one, by a mixer and by a language model of two,
         value, and takes time that grows slower than T^1.3 up to 16,384 tokens, where a window each step grows as T^2.
 Source  Flash Inference (arXiv 2410.12982), whose tiles these are; Hyena (2302.10866) and long convolutions (2302.06646)
         are what decodes.
-Expect  Exponents of 1.1, the window's 1.8 and more, in two minutes on 2 CPU cores.
+Expect  Exponents of 1.0 to 1.25, the window's 2.0, in three minutes on 2 CPU cores.
 Run     python -m experiments.long_convolution [--preset cpu|gpu] [--lengths 1024 4096 16384]
 """
 

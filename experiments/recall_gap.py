@@ -11,7 +11,7 @@ Run     python -m experiments.recall_gap [--preset cpu|gpu] [--data.path FILE_OR
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from jaxseq.train.files import read_arrays, read_json, write_arrays, write_json
 
 #: What the gap is between; every run has both.
 ENDS = ("attention", "convolution")
+#: How much of the gap a model closes, on all tokens and on the hits.
+CLOSED = ("closed", "closed on hits")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Config:
     width: int = 128
     """Width of the model."""
     depth: int = 1
-    """Pairs of layers: a short convolution, and the mixer; one of each mixer at least."""
+    """Pairs of layers, of all models: a short convolution, and the mixer; as many at least as any has mixers."""
     heads: int = 2
     """Heads of the mixers that have them."""
     selection_loss: float = 1e-3
@@ -93,6 +95,9 @@ class Config:
         asked = self.models or ",".join(MIXERS)
         chosen("models", asked.replace("+", ","), known)
         return list(dict.fromkeys((*ENDS, *asked.replace(" ", "").split(","))))
+
+    def pairs(self) -> int:
+        return max(self.depth, *(name.count("+") + 1 for name in self.names()))
 
 
 #: The mixer above a short convolution, where it is not the library's of that name as it is. Attention has no positions,
@@ -131,20 +136,19 @@ PRESETS = {
 def slots(config: Config, name: str) -> tuple[Any, ...]:
     """A mixer for each layer that it may stand in."""
     if name in MIXERS:
-        return (MIXERS[name](config),) * config.depth
-    named = ModelConfig(mixers=name, heads=config.heads, depth=config.depth)
+        return (MIXERS[name](config),) * config.pairs()
+    named = ModelConfig(mixers=name, heads=config.heads, depth=config.pairs(), conv_window=None)
     return named.slots(max_length=config.data.context)
 
 
 def build(config: Config, name: str, **fields) -> LanguageModel:
     """The model of a name; `fields` go to its mixers that select."""
     names = name.split("+")
-    config = replace(config, depth=max(config.depth, len(names)))
     each = [slots(config, of) for of in names]
     pairs: list[Any] = []
-    for layer in range(config.depth):
+    for layer in range(config.pairs()):
         mixer = each[layer % len(each)][layer]
-        selects = names[layer % len(each)] in ("hybrid", "selectiveattention")
+        selects = mixer.func is SelectiveAttention
         pairs += partial(BaseConv, kernel_size=3), partial(mixer, **fields) if selects else mixer
     return LanguageModel(config.data.vocabulary, config.width, tuple(pairs), mlp=None, tied=True)
 
@@ -223,7 +227,7 @@ def verdict(run: Run[Config], found, facts, hits_by_limit: dict[int, np.ndarray]
         # A part of a gap that may be none is no number.
         if name not in ENDS and table["convolution"]["gap"]["low"] > 0:
             closed = partial(gap_closed, x, convolution, attention, groups=groups)
-            table[name] |= as_dicts({"closed": closed(), "closed on hits": closed(where=hits)})
+            table[name] |= as_dicts(dict(zip(CLOSED, (closed(), closed(where=hits)), strict=True)))
     show(table)
     by_limit = {
         most: as_dicts(share_of_gap(convolution, attention, mask, groups=groups))
@@ -233,7 +237,8 @@ def verdict(run: Run[Config], found, facts, hits_by_limit: dict[int, np.ndarray]
     of = table["convolution"]
     run.finish(
         claim="recall hits are a larger share of a gated convolution's gap to attention than of the tokens",
-        measured={"share of the gap": of["share"]},
+        measured={"share of the gap": of["share"]}
+        | {f"{part}, {name}": row[part] for name, row in table.items() for part in CLOSED if part in row},
         baseline={"share of the tokens": of["tokens"]},
         threshold={"lower ends of the gap and of share of the gap − share of the tokens": 0},
         holds={"attention is ahead": of["gap"]["low"] > 0, "hits' share of the gap": of["excess"]["low"] > 0},
@@ -258,16 +263,16 @@ def show(table: dict[str, dict[str, Any]]) -> None:
     print(f"{'perplexity':<34}{'all':>8}{'hits':>9}{'other':>8}" + "".join(f"   {head:<22}" for head in heads))
     for name, row in table.items():
         text = f"{name:<34}" + "".join(f"{value:>8.2f}" for value in row["perplexity"].values())
-        for key in ("gap", "share", "closed", "closed on hits"):
+        for key in ("gap", "share", *CLOSED):
             told = key in row and (key != "share" or row["gap"]["low"] > 0)
             text += f"   {'{value:.3f} [{low:.3f}, {high:.3f}]'.format(**row[key]) if told else '':<22}"
         print(text.rstrip(), flush=True)
 
 
 def draw(run: Run, table: dict[str, dict[str, Any]]) -> None:
-    """Perplexity on recall hits and on other tokens, and the hits' share of the gap beside that of the tokens."""
-    with run.figure("recall_gap", figsize=(10, 4)) as figure:
-        left, right = figure.subplots(1, 2)
+    """Perplexity on recall hits and on other tokens, the hits' share of the gap, and how much of it each closes."""
+    with run.figure("recall_gap", figsize=(14, 4)) as figure:
+        left, right, last = figure.subplots(1, 3)
         for part, color in (("hits", "#d1602f"), ("other", "#3b6fb6")):
             left.plot([row["perplexity"][part] for row in table.values()], list(table), "o", color=color, label=part)
         left.set(xscale="log", xlabel="test perplexity")
@@ -279,6 +284,15 @@ def draw(run: Run, table: dict[str, dict[str, Any]]) -> None:
             right.plot(share["value"], name, "o", color="#3b6fb6")
             right.axvline(row["tokens"]["value"], color="black", linestyle=":")
         right.set(xlim=(-0.05, 1.05), xlabel="hits' share of the gap (dotted: of the tokens)")
+        for part, color, height in zip(CLOSED, ("#3b6fb6", "#d1602f"), (0.1, -0.1), strict=True):
+            those = [(name, row[part]) for name, row in table.items() if part in row]
+            places = np.arange(len(those)) + height
+            last.hlines(places, [of["low"] for _, of in those], [of["high"] for _, of in those], color)
+            last.plot([of["value"] for _, of in those], places, "o", color=color, label=part)
+            last.set_yticks(range(len(those)), [name for name, _ in those])
+        last.set(xlabel="part of the gap that is closed")
+        last.axvline(1, color="black", linestyle=":")
+        last.legend()
 
 
 if __name__ == "__main__":

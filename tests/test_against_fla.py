@@ -166,8 +166,8 @@ OPS = {
 LONG_SUMS = {"fla_mamba2_ssd": 1e-5}
 #: Their other words for ops that are met here by default.
 SAME = (
-    "fla_simple_gla", "fla_lightning", "fla_linear_attn", "fla_mamba2_ssd", "fla_delta_rule", "fla_gated_delta_rule",
-    "fla_gdn2", "fla_comba", "fla_dplr", "fla_gsa",
+    "fla_lightning", "fla_linear_attn", "fla_mamba2_ssd", "fla_delta_rule", "fla_gated_delta_rule",
+    "fla_gdn2", "fla_comba", "fla_dplr",
 )  # fmt: skip
 #: By default the chunks in float64; other forms, and float32, are those of tests/test_ops.py.
 PRECISIONS = [

@@ -239,7 +239,7 @@ def test_under_vmap(jacobian):
 
 
 SHAPES, WAYS = [(1, 4), (2, 1), (2, 2)], [{}, {"jacobian": "diagonal"}, {"max_iterations": 1}]
-SPLIT = [((1, 4), {"max_iterations": 1}), ((2, 2), {"jacobian": "diagonal"})]
+SPLIT = [((1, 4), {}), ((1, 4), {"max_iterations": 1}), ((2, 2), {"jacobian": "diagonal"})]
 
 
 @pytest.mark.parametrize("shape, options", by_default(SPLIT, product(SHAPES, WAYS)), ids=str)

@@ -34,9 +34,9 @@ def inertial_recordings(folder: str | os.PathLike[str]) -> list[Path]:
     """
     folder = Path(folder).expanduser()
     inside = sorted(path for path in folder.glob("*") if path.is_dir())
-    if _has(folder, IMU):
+    if _path_of(folder, IMU):
         return [folder]
-    if not (found := [path for path in inside if _has(path, IMU)]):
+    if not (found := [path for path in inside if _path_of(path, IMU)]):
         raise FileNotFoundError(f"{folder} and its folders hold none of {', '.join(IMU)}, nor one with .gz behind.")
     return found
 
@@ -85,13 +85,13 @@ def _known(times: np.ndarray, measured: np.ndarray, values: np.ndarray, largest_
     return np.where(inside & (gaps <= largest_gap), np.interp(times, measured, values), np.nan)
 
 
-def _has(folder: Path, names: tuple[str, ...]) -> Path | None:
+def _path_of(folder: Path, names: tuple[str, ...]) -> Path | None:
     paths = (folder / f"{name}{end}" for name in names for end in ("", ".gz"))
     return next((path for path in paths if path.is_file()), None)
 
 
 def _found(folder: Path, names: tuple[str, ...]) -> Path:
-    if (path := _has(folder, names)) is None:
+    if (path := _path_of(folder, names)) is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}, nor one with .gz behind.")
     return path
 

@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax
 
+from .projection import Dense
+
 #: Names of the gated linear units at the end of a state space layer, as S5's authors have them.
 GATED_OUTPUTS = ("full_glu", "half_glu1", "half_glu2", "gelu", "identity")
 
@@ -21,7 +23,7 @@ def gated_output(module: nn.Module, y: jax.Array, kind: str = "full_glu", approx
         return g
     full = kind == "full_glu"
     features = 2 * width if full else width
-    z = nn.Dense(features, dtype=module.dtype, param_dtype=module.param_dtype, name="out_proj")(g)
+    z = Dense(features, dtype=module.dtype, param_dtype=module.param_dtype, name="out_proj")(g)
     if full:
         return z[..., :width] * nn.sigmoid(z[..., width:])
     return (g if kind == "half_glu1" else y).astype(z.dtype) * nn.sigmoid(z)

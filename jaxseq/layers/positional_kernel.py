@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..shapes import Array, Float, typed
+from .projection import Dense
 
 
 class PositionalKernel(nn.Module):
@@ -30,7 +31,7 @@ class PositionalKernel(nn.Module):
         lags = (lags / span)[:, None]
         waves = 2 * np.pi * lags * jnp.arange(1, self.bands + 1, dtype=lags.dtype)[None]
         x = jnp.concatenate([lags, jnp.cos(waves), jnp.sin(waves)], axis=-1)
-        dense = lambda width, name: nn.Dense(width, param_dtype=self.param_dtype, name=name)
+        dense = lambda width, name: Dense(width, param_dtype=self.param_dtype, name=name)
         for i in range(2):
             x = jnp.sin(self.frequency * dense(self.hidden, f"hidden_{i}")(x))
         rates = -np.log(0.01) / np.linspace(0.3, 1.5, self.features)

@@ -84,10 +84,11 @@ class MLSTM(Mixer):
             "input_gate": nn.initializers.normal(0.1),
         }
         f, i = (
-            nn.Dense(self.num_heads, True, self.dtype, self.param_dtype, kernel_init=nn.initializers.zeros,
-                     bias_init=bias, name=name)(qkv).astype(accumulator(qkv.dtype))
+            projection(self.num_heads, name, self, True, nn.initializers.zeros, bias)(qkv).astype(
+                accumulator(qkv.dtype)
+            )
             for name, bias in first.items()
-        )  # fmt: skip
+        )
         return jax.nn.log_sigmoid(f), i
 
     @nn.nowrap

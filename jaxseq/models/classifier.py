@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
+from ..layers.projection import Dense
 from ..mixers.s4d import S4D
 from ..shapes import Array, Float, Int, typed
 from ..sharded import devices, first_position, sum_over_time
@@ -51,7 +52,7 @@ class Classifier(nn.Module):
         if self.vocab_size is not None:
             x = nn.Embed(self.vocab_size, self.d_model, param_dtype=self.param_dtype, name="encoder")(x)
         else:
-            x = nn.Dense(self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, name="encoder")(x)
+            x = Dense(self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, name="encoder")(x)
         names = ("d_model", "mixers", "mlp", "norm", "norm_eps", "prenorm", "dropout", "remat", "shared", "reversible")
         fields = {name: getattr(self, name) for name in (*names, "dtype", "param_dtype")}
         x, _ = Stack(**fields, name="stack")(x, lengths=lengths)
@@ -62,4 +63,4 @@ class Classifier(nn.Module):
         counted = counted.astype(x.dtype)
         count = jnp.maximum(sum_over_time(counted.sum(-1, keepdims=True)), 1)
         pooled = sum_over_time(jnp.einsum("btd,bt->bd", x, counted)) / count
-        return nn.Dense(self.num_classes, name="head")(pooled)
+        return Dense(self.num_classes, name="head")(pooled)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.mixer import Mixer, at_least
+from ..layers.projection import Dense
 from ..mixers.mamba import Mamba
 from ..mixers.s4 import S4
 from ..shapes import Array, Bool, Float, Int, known, typed
@@ -54,11 +55,11 @@ class HiSS(nn.Module):
     def setup(self):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         (low, low_width), (high, width) = self._slots()
-        self.embed = nn.Dense(low_width, **dtypes)
+        self.embed = Dense(low_width, **dtypes)
         self.low_model = low(d_model=low_width, **dtypes)
-        self.feature = nn.Dense(width, **dtypes)
+        self.feature = Dense(width, **dtypes)
         self.high_model = high(d_model=width, **dtypes)
-        self.head = nn.Dense(self.outputs, **dtypes)
+        self.head = Dense(self.outputs, **dtypes)
 
     @typed
     def __call__(self, x: Float[Array, "B L F"]) -> Float[Array, "B n _"]:
@@ -158,10 +159,10 @@ class FlatRegressor(nn.Module):
         check_fitted(self, "embed", x.shape[2], "channels")
         check_window(self, x)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h = nn.Dense(self.d_model, name="embed", **dtypes)(x)
+        h = Dense(self.d_model, name="embed", **dtypes)(x)
         h, _ = _run(self.model(d_model=self.d_model, name="model", **dtypes), h, None)
         read = h[:, self.chunk - 1 :: self.chunk] if self.readout == "last" else h[:, :: self.chunk]
-        return nn.Dense(self.outputs, name="head", **dtypes)(read)
+        return Dense(self.outputs, name="head", **dtypes)(read)
 
 
 def _run(model: nn.Module, x: Array, state: Any) -> tuple[Array, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..layers.gated_mlp import GatedMLP
 from ..layers.ngram_embedding import NgramEmbedding
+from ..layers.projection import Dense
 from ..mixers.gla import GLA
 from ..shapes import Array, Float, Int, typed
 from .block import Slot, Stack
@@ -83,9 +84,9 @@ class LanguageModel(nn.Module):
         x, layers = self._stack()(x, states and states.layers, segment_ids)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         if self.tied:
-            logits = embed.attend(x)
+            logits = embed.attend(x.reshape(-1, self.d_model)).reshape(*tokens.shape, self.vocab_size)  # see `by_rows`
         else:
-            logits = nn.Dense(self.vocab_size, use_bias=False, kernel_init=normal, name="head")(x)
+            logits = Dense(self.vocab_size, use_bias=False, kernel_init=normal, name="head")(x)
         return logits, LanguageModelState(ngram, layers)
 
     @typed

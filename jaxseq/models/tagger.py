@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.gated_mlp import GatedMLP
+from ..layers.projection import Dense
 from ..layers.self_attention import SelfAttention
 from ..layers.sinusoids import sinusoids
 from ..shapes import Array, Float, Int, typed
@@ -55,4 +56,4 @@ class Tagger(nn.Module):
         names = ("d_model", "mixers", "mlp", "remat", "remat_policy", "dtype", "param_dtype")
         x, _ = Stack(**{name: getattr(self, name) for name in names}, name="stack")(x, None, segment_ids, lengths)
         x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-        return nn.Dense(self.num_classes, name="head")(x)
+        return Dense(self.num_classes, name="head")(x)

@@ -159,12 +159,18 @@ class Run(Generic[Config]):
         """Write result.json, `more` included, and print a summary.
 
         `holds` is None where nothing was to be compared, or tells of the claim's `parts` by name: it holds where all of
-        them do. `why` says of a part what was measured that tells the reason; of those that fail it is kept.
+        them do, and is None where there are none. `why` says of a part what was measured that tells the reason; of
+        those that fail it is kept.
+
+        Raises:
+          ValueError: `why` is of parts that there are not.
         """
+        if strangers := set(why or {}) - set(holds if isinstance(holds, Mapping) else {}):
+            raise ValueError(f"why tells of {', '.join(sorted(strangers))}; holds has no such parts.")
         if isinstance(holds, Mapping):
             parts = {name: bool(true) for name, true in holds.items()}
-            reasons = {name: why[name] for name, true in parts.items() if not true and why and name in why}
-            more = {"parts": parts, "why": reasons} | more
+            reasons = {name: text for name, text in (why or {}).items() if not parts[name]}
+            more |= {"parts": parts, "why": reasons}
             holds = all(parts.values()) if parts else None
         result = {"experiment": self.experiment, "claim": claim, "measured": measured, "baseline": baseline}
         result |= {
