@@ -445,8 +445,10 @@ def test_the_gap_of_recall_is_of_any_mixer():
     assert replace(config, models="hyena,gla,hyena").names() == ["attention", "convolution", "hyena", "gla"]
     assert replace(config, models="").names() == list(recall_gap.MIXERS)
     assert replace(config, models="rwkv7 + gla").names() == ["attention", "convolution", "rwkv7+gla"]
-    in_turn = recall_gap.build(config, "gla+rwkv7+attention").mixers[1::2]
-    assert [mixer.func.__name__ for mixer in in_turn] == ["GLA", "RWKV7", "Attention"]
+    three = replace(config, models="gla+rwkv7+attention")
+    of = lambda name: [mixer.func.__name__ for mixer in recall_gap.build(three, name).mixers[1::2]]
+    assert of("gla+rwkv7+attention") == ["GLA", "RWKV7", "Attention"]
+    assert of("convolution") == ["BaseConv"] * 3 and of("rwkv7") == ["RWKV7"] * 3  # all are as deep
     message = "none is called 'transformer'; choose attention, convolution, gla, mamba2, hybrid, abc, baseconv"
     with pytest.raises(ValueError, match=f"models=transformer: {message}"):
         replace(config, models="transformer")

@@ -83,12 +83,8 @@ class MLSTM(Mixer):
             "forget_gate": nn.initializers.constant(np.linspace(3.0, 6.0, self.num_heads)),
             "input_gate": nn.initializers.normal(0.1),
         }
-        f, i = (
-            projection(self.num_heads, name, self, True, nn.initializers.zeros, bias)(qkv).astype(
-                accumulator(qkv.dtype)
-            )
-            for name, bias in first.items()
-        )
+        gate = lambda name, bias: projection(self.num_heads, name, self, True, nn.initializers.zeros, bias)(qkv)
+        f, i = (gate(name, bias).astype(accumulator(qkv.dtype)) for name, bias in first.items())
         return jax.nn.log_sigmoid(f), i
 
     @nn.nowrap
