@@ -342,11 +342,8 @@ def test_longformer_is_a_mask(length, causal, packed):
     tokens = () if causal else tuple(t for t in (0, 8) if t < length)
     fields = dict(num_heads=2, window=3, dilation=(1, 2), global_tokens=tokens, causal=causal, rotary_base=None)
     module = Longformer(WIDTH, **fields)
-    params, x, ids = (
-        random_params(module, inputs(length)),
-        inputs(length),
-        IDS[:, :length] if packed else np.zeros((2, length)),
-    )
+    params, x = random_params(module, inputs(length)), inputs(length)
+    ids = IDS[:, :length] if packed else np.zeros((2, length))
     same, _ = in_segments(ids)
     i, j = pairs(length)
     lag, g = i - j, np.isin(np.arange(length), tokens)
@@ -408,11 +405,8 @@ def blocks_seen(module, ids):
 )
 def test_big_bird_is_a_mask(length, causal, packed):
     module = bird(causal=causal, rotary_base=None)
-    params, x, ids = (
-        random_params(module, inputs(length)),
-        inputs(length),
-        IDS[:, :length] if packed else np.zeros((2, length)),
-    )
+    params, x = random_params(module, inputs(length)), inputs(length)
+    ids = IDS[:, :length] if packed else np.zeros((2, length))
     seen = blocks_seen(module, ids[0])
     i, j = pairs(length)
     mask = np.asarray([[c // 3 in seen[t // 3] for c in range(length)] for t in range(length)])
