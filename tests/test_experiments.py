@@ -225,17 +225,20 @@ def test_bench_scan_measures_every_op_at_two_lengths(run, tmp_path):
 
 @pytest.mark.slow
 def test_orchid_meets_its_ablation(run, tmp_path):
-    """On sequences to recall, and on digits where there are any."""
+    """On sequences to recall, and on digits where there are any, or on digits alone."""
     write_digits(tmp_path, np.random.default_rng(0))
     digits = ("--data.path", str(tmp_path), "--data.pool", "2")
-    done = run("experiments.orchid", "--preset", "debug", *digits, "--out", str(tmp_path / "r"))
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "r" / "result.json").read_text())
-    kinds = itertools.product(("recall", "digits"), ("correlation", "magnitude"))
-    assert set(result["measured"]) == {f"{task}-{kind}" for task, kind in kinds}
-    assert set(result["baseline"]) == {"recall-none", "digits-none"} and not result["holds"]
-    assert all(len(of_seeds) == 3 for of_seeds in result["accuracies"].values())
-    assert (tmp_path / "r" / "plots" / "accuracy.png").stat().st_size > 1000
+    for asked, tasks in (((), ("recall", "digits")), (("--tasks", "digits"), ("digits",))):
+        out = tmp_path / "-".join(tasks)
+        done = run("experiments.orchid", "--preset", "debug", *digits, *asked, "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        result = json.loads((out / "result.json").read_text())
+        kinds = itertools.product(tasks, ("correlation", "magnitude"))
+        assert set(result["measured"]) == {f"{task}-{kind}" for task, kind in kinds}
+        assert set(result["baseline"]) == {f"{task}-none" for task in tasks} and not result["holds"]
+        assert set(result["parts"]) == set(tasks)
+        assert all(len(of_seeds) == 3 for of_seeds in result["accuracies"].values())
+        assert (out / "plots" / "accuracy.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
