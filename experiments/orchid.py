@@ -173,7 +173,8 @@ def measure(run: Run[Config]) -> None:
             init = ensemble_init(partial(model.init, x=jnp.asarray(test["inputs"][:1])), config.seeds)
             loss = ensemble_loss(partial(classify, model))
             trained = run.fit(loss, init, batches, optimizer=optimizer, part=part)
-            params[part], seconds[part] = trained.params, trained.seconds
+            params[part] = trained.params
+            seconds[part] = trained.training_seconds / max(1, trained.step - trained.first_step)
             metrics = tested(model, params[part], test)
             accuracies[part] = metrics["accuracy"].tolist()
             accuracy[part] = float(np.mean(accuracies[part]))
@@ -194,7 +195,7 @@ def measure(run: Run[Config]) -> None:
         holds=parts,
         why=why,
         accuracies=accuracies,
-        seconds_of_training=seconds,
+        seconds_a_step=seconds,
         parameters_digest=digest(params),
     )
 
