@@ -1,8 +1,10 @@
 """A file imports only from lower floors, so that each could be read, or deleted, without what stands on it."""
 
 import ast
+import builtins
 import importlib
 import inspect
+import symtable
 from pathlib import Path
 
 import flax.linen as nn
@@ -84,6 +86,31 @@ def test_imports_come_from_lower_floors(path):
 )
 def test_a_breach_is_seen(name, source):
     assert complaints(name, source)
+
+
+def undefined(source: str) -> set[str]:
+    """Names that a file uses and does not have. Linters are told to pass over them: shapes are words in annotations."""
+    whole = symtable.symtable(source, "file", "exec")
+    had = {s.get_name() for s in whole.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+
+    def used(table):
+        for symbol in table.get_symbols():
+            if symbol.is_referenced() and (symbol.is_global() or table is whole):
+                yield symbol.get_name()
+        for child in table.get_children():
+            yield from used(child)
+
+    return set(used(whole)) - had - set(dir(builtins)) - {"__file__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_names_are_defined(path):
+    assert not undefined(path.read_text())
+
+
+def test_a_name_that_is_missing_is_seen():
+    assert undefined("import jax\n\ndef f(x):\n    return lambda: Dense(x) + jax.nn.relu(x)\n\ng = h") == {"Dense", "h"}
+    assert not undefined("def f(x: 'B T'):\n    return print(x, __name__)")
 
 
 @pytest.mark.parametrize("package", ["ops", "layers", "mixers", "models", "decode", "segments"])
