@@ -4,9 +4,9 @@ Claim   Orchid, its kernel made of the sequence, recalls at least 0.95 of the va
         same model with the positional kernel alone; on digits it is right 0.01 more often. The better of the two
         conditioning networks counts. Of digits it is asked where `data.path` is given.
 Source  Orchid (arXiv 2402.18508), associative recall of 20 letters and image classification; the ablation is ours.
-Expect  Not the claim: which kernel learns to recall, and when, depends on the seed and the steps, and on digits the
-        positional kernel alone is level; experiments/README.md has runs. The preset's 64 tokens and 32 channels are
-        half of what a CPU is to learn by the papers' setting, at which both kernels learn alike.
+Expect  A lead of 0.3 in recall, by the magnitude's kernel, which one model in three has learned after 2,000 steps; on
+        digits the positional kernel alone is level. Ten minutes a kernel on 2 CPU cores. The preset's 64 tokens and 32
+        channels are half of the paper's, at which both kernels learn alike in steps that a CPU affords.
 Run     python -m experiments.orchid [--data.path FOLDER] [--tasks digits] [--preset cpu|gpu|gpu-8k|debug]
         FOLDER holds the four idx files of MNIST.
 """
@@ -95,7 +95,7 @@ class Config:
 #: The kernels that depend on the sequence, and the one that does not.
 ADAPTIVE, ABLATION = ("correlation", "magnitude"), "none"
 #: The least accuracy asked of the better adaptive kernel, and its least lead.
-LEAST = {"recall": 0.95, "digits": 0.0}
+LEAST = {"recall": 0.95}
 LEAD = {"recall": 0.2, "digits": 0.01}
 
 
@@ -184,14 +184,15 @@ def measure(run: Run[Config]) -> None:
     plot(run, accuracy, list(tasks))
     best = {task: max(accuracy[f"{task}-{kind}"] for kind in ADAPTIVE) for task in tasks}
     static = {task: accuracy[f"{task}-{ABLATION}"] for task in tasks}
-    parts = {task: best[task] >= max(LEAST[task], static[task] + LEAD[task]) for task in tasks}
+    parts = {f"{task} ahead of the ablation": best[task] >= static[task] + LEAD[task] for task in tasks}
+    parts |= {f"{task} learned": best[task] >= least for task, least in LEAST.items() if task in tasks}
     told = lambda part: f"{part} {min(accuracies[part]):.3f} to {max(accuracies[part]):.3f}"
-    why = {task: ", ".join(told(f"{task}-{kind}") for kind in (*ADAPTIVE, ABLATION)) for task in tasks}
+    why = {name: ", ".join(told(f"{name.split()[0]}-{kind}") for kind in (*ADAPTIVE, ABLATION)) for name in parts}
     run.finish(
-        claim="a kernel that depends on the sequence is ahead of a positional kernel alone, by the lead in threshold",
+        claim="a kernel that depends on the sequence learns to recall, and is ahead of a positional kernel alone",
         measured={part: value for part, value in accuracy.items() if not part.endswith(ABLATION)},
         baseline={f"{task}-{ABLATION}": value for task, value in static.items()},
-        threshold={task: {"accuracy": LEAST[task], "lead": LEAD[task]} for task in tasks},
+        threshold={"lead": {task: LEAD[task] for task in tasks}, "accuracy": LEAST},
         holds=parts,
         why=why,
         accuracies=accuracies,
