@@ -94,7 +94,7 @@ class Config:
 
 #: The kernels that depend on the sequence, and the one that does not.
 ADAPTIVE, ABLATION = ("correlation", "magnitude"), "none"
-#: The least accuracy asked of the better adaptive kernel, and its least lead.
+#: The least accuracy asked of the better adaptive kernel, and its least lead over the ablation.
 LEAST = {"recall": 0.95}
 LEAD = {"recall": 0.2, "digits": 0.01}
 
