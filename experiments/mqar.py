@@ -74,8 +74,6 @@ SIGHT = {
 }
 #: By how much Based of 16 features is ahead of BaseConv on the paper's grid, where it has limits.
 LEAD = 0.3
-#: Mixers that have a short convolution of their own, come what may.
-OWN_CONVOLUTION = ("hyena", "mamba", "mamba2", "mlstm", "pathattention", "rglru", "rodimus")
 #: What accuracy is drawn against, and the unit of it.
 SIZES = {"width": 1, "state_bytes": 1024}
 #: One for every ten mixers, which are as many colours.
@@ -118,9 +116,8 @@ def slots(name: str, width: int, heads: int, length: int) -> tuple:
         "slidingwindowattention": {"window": WINDOW},
     }
     kind = VARIANTS.get(name, name)
-    without = {"rotary_base", *(() if kind in OWN_CONVOLUTION else ("conv_window",))}
-    options = dict.fromkeys(without & slot_fields(kind)) | sizes.get(name, {})
-    second: Any = ModelConfig(mixers=kind, heads=heads, depth=1).slots(max_length=length)[0]
+    options = dict.fromkeys({"rotary_base"} & slot_fields(kind)) | sizes.get(name, {})
+    second: Any = ModelConfig(mixers=kind, heads=heads, depth=1, conv_window=None).slots(max_length=length)[0]
     return partial(BaseConv, kernel_size=3), partial(second, **options)
 
 
@@ -305,8 +302,8 @@ def verdict(run: Run[Config], table: dict[str, dict[str, Any]]) -> None:
         baseline[where] = fixed | {"chance": 1 / pairs}
         threshold[where] = {name: limits[name] for name in limits if name in rows}
         claims = {name: low <= accuracy[name] <= high for name, (low, high) in threshold[where].items()}
-        sight = in_sight(run.config, length, pairs)
         seen = SIGHT.keys() & claims.keys()
+        sight = in_sight(run.config, length, pairs) if seen else {}
         reasons = {name: f"{accuracy[name]:.3f}, of {sight[name]:.3f} that it sees" for name in seen}
         if setting == SMALL:
             # Without more pairs all that recall are alike; the order is that of the mean over all that were tested.

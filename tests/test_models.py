@@ -333,6 +333,10 @@ def test_every_named_mixer_has_a_layer():
     first, second, third = (slot(d_model=WIDTH) for slot in ModelConfig(mixers="rwkv6,gla,lightning", depth=3).slots())
     assert [(m.layer, m.num_layers) for m in (first, third)] == [(0, 3), (2, 3)]
     assert isinstance(second, GLA)
+    without = ModelConfig(mixers="gla,deltanet,mamba", depth=3, conv_window=None).slots()
+    assert [slot(d_model=WIDTH).conv_window for slot in without] == [None, None, 4]  # Mamba is not without
+    (own,) = ModelConfig(mixers="kroneckerattention", depth=1).slots()
+    assert own(d_model=WIDTH).max_length == 1024
     one, other = ModelConfig(mixers="gla", depth=2).slots()
     assert one is other  # depth is a scan over equal slots
 

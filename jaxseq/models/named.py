@@ -3,7 +3,8 @@
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
@@ -27,7 +28,7 @@ class ModelConfig:
     heads: int = 2
     """Heads of the mixers that have them."""
     conv_window: int | None = 4
-    """Window of the convolution in front of the mixers that have one."""
+    """Window of the convolution in front of the mixers that have one; none where a mixer can do without."""
     ngrams: tuple[int, ...] = ()
     """Sizes of the n-grams whose hashed embeddings are added to the tokens' own."""
     ngram_buckets: int = 2**15
@@ -57,7 +58,8 @@ class ModelConfig:
         for name in names:
             if name not in known:
                 raise ValueError(f"model.mixers={self.mixers}: no mixer is called {name!r}; choose {', '.join(known)}.")
-        options = {"num_heads": self.heads, "conv_window": self.conv_window, "max_length": max_length}
+        options = {"num_heads": self.heads, "conv_window": self.conv_window}
+        options |= {} if max_length is None else {"max_length": max_length}
         slots: dict[str, Any] = {name: _with_options(known[name], options) for name in names}
         depth = max(self.depth, len(names))
 
@@ -99,6 +101,8 @@ def _known() -> dict[str, Any]:
 
 
 def _with_options(kind, options) -> Slot:
-    """The mixer with those options that it has a field for."""
+    """The mixer with those options that it has a field for; None where the field allows it."""
     fields = inspect.signature(kind).parameters
-    return partial(kind, **{name: value for name, value in options.items() if name in fields and value is not None})
+    taken = {name: value for name, value in options.items() if name in fields}
+    optional = {name for name in taken if NoneType in get_args(fields[name].annotation)}
+    return partial(kind, **{name: value for name, value in taken.items() if value is not None or name in optional})
