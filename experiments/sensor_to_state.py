@@ -146,6 +146,14 @@ def synthetic(config: Config) -> Data:
     return Data(*(jax.device_get(draw(key, num_examples=number)) for key, number in parts))
 
 
+class Cut(NamedTuple):
+    """Which chunks of a recording are for what: those between the first and the last validate."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
 def recorded(config: Config) -> Data:
     """Windows of every recording, which overlap by three quarters to train on and lie end to end for the rest.
 
@@ -158,41 +166,45 @@ def recorded(config: Config) -> Data:
     for folder, other in others:
         if other != names:
             raise ValueError(f"{folder} has the channels {', '.join(other)}; {first} has {', '.join(names)}.")
-    parts = {folder: cut(of, folder, motion.seconds) for folder, motion in flights.items()}
-    early = lambda name: np.concatenate([getattr(motion, name)[parts[f]["train on"]] for f, motion in flights.items()])
-    seen, moved = early("inputs"), early("targets")
-    seen = seen.reshape(-1, len(names))
+    cuts = {folder: cut(of, folder, motion.seconds) for folder, motion in flights.items()}
+    seen = np.concatenate([motion.inputs[cuts[f].train] for f, motion in flights.items()]).reshape(-1, len(names))
+    moved = np.concatenate([motion.targets[cuts[f].train] for f, motion in flights.items()])
     where = f"{of.path}: in data.train_seconds={of.train_seconds} from the start"
     if (same := (seen == seen[:1]).all(axis=0)).any():
         raise ValueError(f"{where} {names[int(same.argmax())]!r} never changes.")
     if np.isnan(moved).all() or not np.nanstd(moved) > 0:
         raise ValueError(f"{where} no motion is known.")
 
-    def windows(what, stride):
-        inputs, targets = [], []
-        for folder, motion in flights.items():
-            at = np.flatnonzero(parts[folder][what])
-            if len(at) < of.chunks:
-                raise ValueError(
-                    f"data.chunks={of.chunks}: {folder} has {len(at)} chunks to {what}; lower it, or change "
-                    f"data.train_seconds={of.train_seconds} or data.test_seconds={of.test_seconds}."
-                )
-            rows = np.arange(at[0], at[-1] - of.chunks + 2, stride)[:, None] + np.arange(of.chunks)
-            scaled = (motion.inputs - seen.mean(axis=0)) / seen.std(axis=0)
-            inputs.append(scaled[rows].reshape(len(rows), -1, len(names)))
-            targets.append(motion.targets[rows] / np.nanstd(moved))
-        return np.concatenate(inputs), np.concatenate(targets)
+    def part(of_cut: Callable[[Cut], np.ndarray], stride: int):
+        rows = [windows(np.flatnonzero(of_cut(c)), of.chunks, stride) for c in cuts.values()]
+        of_all = lambda arrays: np.concatenate([a[r] for a, r in zip(arrays, rows, strict=True)])
+        inputs = of_all((motion.inputs - seen.mean(axis=0)) / seen.std(axis=0) for motion in flights.values())
+        targets = of_all(motion.targets / np.nanstd(moved) for motion in flights.values())
+        return inputs.reshape(len(inputs), -1, len(names)), targets
 
-    strides = max(1, of.chunks // 4), of.chunks, of.chunks
-    return Data(*(windows(what, stride) for what, stride in zip(next(iter(parts.values())), strides, strict=True)))
+    stride = max(1, of.chunks // 4)
+    return Data(
+        part(lambda c: c.train, stride), part(lambda c: c.validation, of.chunks), part(lambda c: c.test, of.chunks)
+    )
 
 
-def cut(of: DataConfig, folder: Path, seconds: np.ndarray) -> dict[str, np.ndarray]:
-    """Which chunks of a recording are for what."""
+def cut(of: DataConfig, folder: Path, seconds: np.ndarray) -> Cut:
     early, late = seconds < of.train_seconds, seconds >= seconds[-1] - of.test_seconds
     if (early & late).any():
         raise ValueError(f"data.test_seconds={of.test_seconds}: the last of {folder} overlap the first to train on.")
-    return {"train on": early, "choose a step by": ~(early | late), "test on": late}
+    parts = Cut(early, ~(early | late), late)
+    for name, rows in parts._asdict().items():
+        if rows.sum() < of.chunks:
+            raise ValueError(
+                f"data.chunks={of.chunks}: the {name} part of {folder} has {rows.sum()} chunks; lower it, or change "
+                f"data.train_seconds={of.train_seconds} or data.test_seconds={of.test_seconds}."
+            )
+    return parts
+
+
+def windows(at: np.ndarray, length: int, stride: int) -> np.ndarray:
+    """Rows of windows within a run of chunks."""
+    return np.arange(at[0], at[-1] - length + 2, stride)[:, None] + np.arange(length)
 
 
 def build(config: Config, name: str, outputs: int) -> nn.Module:
