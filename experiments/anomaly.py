@@ -68,14 +68,17 @@ class DataConfig:
     """Its class that is normal."""
     only: str = ""
     """What is in the names of the recordings to use; all where none is given."""
+    missing: Literal["raise", "forward"] = "raise"
+    """Whether missing values of the Numenta benchmark are an error, or the last ones before them again."""
 
     def read(self, seed: int) -> list[Recording]:
         if self.path is None:
             raise ValueError("data.path is needed: the folder of the recordings.")
         if self.kind == "class":
             return one_class_recordings(self.path, self.name, self.normal, seed=seed)
-        read = nab_recordings if self.kind == "nab" else smd_recordings
-        return read(self.path, only=self.only)
+        if self.kind == "nab":
+            return nab_recordings(self.path, only=self.only, missing=self.missing)
+        return smd_recordings(self.path, only=self.only)
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,19 @@ def test_the_forecaster_keeps_scale_and_level():
         jax.eval_shape(model.apply, params, x[..., :0])
 
 
+def test_ablations_of_a_block():
+    """The slow model alone, or no gate, have fewer parameters; computed again in the backward pass nothing changes."""
+    x = drawn((2, 6, 3))
+    build = lambda **options: ChimeraForecaster(5, partial(ChimeraGrid, 4, 1, **HEADS | options))
+    whole, params = build(), random_params(build(), x)
+    kept = {"no season": dict(season=None), "no gate": dict(gated=False)}
+    blocks = {name: random_params(build(**options), x)["params"]["grid"]["block_0"] for name, options in kept.items()}
+    assert set(params["params"]["grid"]["block_0"]) - set(blocks["no season"]) == {"season"}
+    assert set(params["params"]["grid"]["block_0"]) - set(blocks["no gate"]) == {"gate_proj"}
+    slope = lambda model: jax.jit(jax.value_and_grad(lambda params: jnp.sum(jnp.sin(model.apply(params, x)))))(params)
+    assert_close(slope(build(remat=True)), slope(whole), "mixer")
+
+
 def test_the_classifier_leaves_out_padding():
     x, model = drawn((2, 9, 3)), ChimeraClassifier(4, partial(ChimeraGrid, 4, 1, **HEADS))
     params = random_params(model, x)
@@ -187,6 +200,8 @@ def test_the_classifier_leaves_out_padding():
     assert np.abs(logits(params, x, jnp.asarray([9, 9]))[0] - first[0]).max() > 1e-3
     with pytest.raises(ValueError, match="x has 2 variates; the parameters of this ChimeraClassifier are for 3"):
         jax.eval_shape(model.apply, params, x[..., :2])
+    with pytest.raises(ValueError, match=r"lengths\[1\]=10; a row of 9 tokens has 0 to 9 that count"):
+        model.apply(params, x, jnp.asarray([9, 10]))
     with pytest.raises(ValueError, match=r"x is nan at \[0, 0, 0\]; ChimeraClassifier takes finite numbers"):
         model.apply(params, x.at[0, 0, 0].set(jnp.nan))
 
@@ -205,6 +220,15 @@ BAD = {
 def test_bad_input_is_named(message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(Chimera(**{"d_model": 4} | BAD[message]).init, jax.random.key(0), drawn())
+
+
+@pytest.mark.parametrize("coupling", ["both", "time"])
+def test_an_empty_grid_is_named(coupling):
+    init = lambda x: jax.eval_shape(Chimera(4, coupling=coupling).init, jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 0, 3, 4\); Chimera takes at least one step of time"):
+        init(jnp.zeros((2, 0, 3, 4)))
+    with pytest.raises(ValueError, match="variates=0; Chimera takes 1 or more"):
+        init(jnp.zeros((2, 5, 0, 4)))
 
 
 @pytest.mark.parametrize("coupling", ["both", "time"])

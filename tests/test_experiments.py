@@ -391,12 +391,13 @@ def test_forecasting_of_ones_own_table(run_here, tmp_path):
     rows = [f"{str(hour).replace('T', ' ')},{100 + n % 24},{np.sin(n):.3f}" for n, hour in enumerate(hours)]
     table.write_text("\n".join(["date,load,oil", *rows]))
     command = ("experiments.forecasting", "--preset", "debug", "--data.csv", str(table), "--horizon", "6")
-    command = (*command, "--models", "season,rlinear,itransformer", "--data.marks", "--horizons", "3")
+    command = (*command, "--models", "season,rlinear,itransformer,chimera-trend", "--data.marks", "--horizons", "3")
+    command = (*command, "--inverted", "mingru", "--variates", "0.5")
     done = run_here(*command, "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert "300 rows of 2 variates" in done.stdout and f"{out / 'forecast.csv'} is by " in done.stdout
+    assert "300 rows of 2 variates (load, oil)" in done.stdout and f"{out / 'forecast.csv'} is by " in done.stdout
     result = json.loads((out / "result.json").read_text())
-    assert set(result["measured"]["mse"]) == {"season", "rlinear", "itransformer"}
+    assert set(result["measured"]["mse"]) == {"season", "rlinear", "itransformer", "chimera-trend"}
     assert result["by_horizon"]["6"]["mse"] == result["measured"]["mse"] and set(result["by_horizon"]) == {"6", "3"}
     with open(out / "forecast.csv") as file:
         forecast = list(csv.DictReader(file))
@@ -405,6 +406,9 @@ def test_forecasting_of_ones_own_table(run_here, tmp_path):
     assert all(90 < float(row["load"]) < 130 for row in forecast)
     assert (out / "plots" / "forecast.png").stat().st_size > 1000
 
+    table.write_text("\n".join(["date,load,oil", *rows, "2020-01-13 12:00:00,100,0.5"]))
+    refused = run_here(*command, "--out", str(out))  # a table that has grown is another one
+    assert refused.returncode == 2 and "began with another table" in refused.stderr
     table.write_text("date,load\n2020-01-01,1\n2020-01-01,2\n")
     refused = run_here(*command, "--out", str(tmp_path / "s"))
     assert refused.returncode == 2 and "comes twice" in refused.stderr and refused.stderr.count("\n") == 1

@@ -200,6 +200,12 @@ def test_wrong_windows_are_named(name):
         jax.eval_shape(model.apply, init(model, windows()), other)
 
 
+@pytest.mark.parametrize("method", ["step", "init_state"])
+def test_a_window_has_no_state(method):
+    with pytest.raises(NotImplementedError, match=f"{method}: ITransformer .* keeps nothing of a window"):
+        MODELS["itransformer"].apply({}, windows(), method=method)
+
+
 def test_wrong_fields_are_named():
     init = lambda model: model.init(jax.random.key(0), windows())
     with pytest.raises(ValueError, match="window=4; LinearForecaster takes an odd number"):

@@ -111,6 +111,19 @@ def test_many_recordings(tmp_path):
         inertial_recordings(tmp_path / "flight 2")
 
 
+@pytest.mark.parametrize("tracker", ["vicon0", "state_groundtruth_estimate0"])
+def test_other_trackers(tmp_path, tracker):
+    """What a room has in place of leica0, with more columns behind the position."""
+    write(tmp_path, samples(200), positions(np.arange(0, 1, 0.05)), "mav0/imu0/data.csv")
+    expected = inertial_motion(tmp_path)
+    (tmp_path / "leica0_data.csv.gz").unlink()
+    rows = [",".join(map(str, (*row, 1, 0, 0, 0))) for row in positions(np.arange(0, 1, 0.05))]
+    path = tmp_path / "mav0" / tracker / "data.csv"
+    path.parent.mkdir()
+    path.write_text("\n".join(["#timestamp,p,p,p,q,q,q,q", *rows]))
+    np.testing.assert_array_equal(inertial_motion(tmp_path).targets, expected.targets)
+
+
 @needs_data
 def test_the_recorded_flight():
     """184 s at 200 Hz, with seven rows of remarks at the end; the numbers of the file beside it."""

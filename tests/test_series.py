@@ -1,6 +1,7 @@
 """Tables over time: what is read, how it is split and scaled, and one clear line for each bad table."""
 
 import gzip
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -108,6 +109,11 @@ BAD = {
     "python's own": ("a\n1_000\n", "line 2: 'a' is '1_000', which is no number"),
     "no times": ("date,a\n01.02.2020,1\n", "line 2: '01.02.2020' is no time as 2016-07-01 00:00:00"),
     "dates alone": ("date\n2020-01-01\n", "has no column beside 'date'"),
+    "seconds since 1970": (
+        "timestamp,a\n1577836800,1\n1577836801,2\n",
+        "'timestamp' counts up in plain numbers; write times as 2016-07-01 00:00:00, name the column in leave_out",
+    ),
+    "two bytes a character": ("a\n1\n".encode("utf-16"), "is no text; save it .* set encoding to its own, as 'utf-16'"),
 }
 
 
@@ -203,7 +209,7 @@ def test_the_column_of_times_is_found(written, name):
 
 
 def test_the_column_of_times_may_be_named(written):
-    """One called `time` that counts seconds is a variate."""
+    """One called `time` is a variate where it does not rise from row to row."""
     table = read_table(written("time,when\n0.5,2020-01-01\n1.0,2020-01-02\n"), date="when")
     assert table.names == ("time",) and table.dates is not None
     table = read_table(written("time,a\n,1\n0.5,1\n1.0,2\n"), missing="forward")
@@ -234,6 +240,8 @@ def test_columns_may_be_left_out(written):
 def test_wrong_arguments_are_named(written, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; name a table"):
         read_table(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="is a folder; name a table"):
+        read_table(tmp_path)
     with pytest.raises(ValueError, match="encoding='cp99' is none that Python knows"):
         read_table(written(GOOD), encoding="cp99")
     with pytest.raises(ValueError, match="missing='drop'"):
@@ -277,6 +285,48 @@ def test_the_forecast_goes_on_in_calendar_months(written, tmp_path):
     forecasting.write_forecast(tmp_path / "forecast.csv", table, series, last, ())
     lines = (tmp_path / "forecast.csv").read_text().split()
     assert lines == ["date,a", "2023-05-01", "00:00:00,38", "2023-06-01", "00:00:00,39"]
+
+
+def test_the_forecast_goes_on_from_the_last_row(written, tmp_path):
+    """Whatever the parts for training and test; in digits that tell a small movement at a high level."""
+    days, a = np.arange("2020-01-01", "2020-02-10", dtype="M8[D]"), 12_345_678 + np.sin(np.arange(40))
+    path = written("date,a,b\n" + "".join(f"{days[n]},{a[n]},{2e6 * n}\n" for n in range(40)))
+    table = read_table(path)
+    series = forecasting_series(table, 4, 2, Borders(20, 5, 5), marks=True)
+    assert series.latest["marks"].shape == (1, 4, 4)
+    last = lambda params, batch, key: batch["inputs"][:, -2:] + 0 * batch["marks"][:, -2:, :1]
+    forecasting.write_forecast(tmp_path / "forecast.csv", table, series, last, ())
+    lines = (tmp_path / "forecast.csv").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines[1:]] == ["2020-02-10", "2020-02-11"]
+    cells = np.array([line.split(",")[1:] for line in lines[1:]], float)
+    np.testing.assert_allclose(cells[:, 0], a[-2:], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(cells[:, 1], [76e6, 78e6], rtol=1e-5)
+
+
+def test_a_share_of_the_variates():
+    """The same for inputs and targets, another one each step, and a function of the step."""
+    table = Table(np.random.default_rng(0).standard_normal((100, 6)), tuple("abcdef"), None)
+    whole = forecasting_series(table, 6, 4).train.batches(8, seed=0)
+    some = forecasting.thinned(whole, 0.5, seed=0)
+    at = lambda step: [
+        np.flatnonzero([(x == y).all() for y in np.moveaxis(whole(step)["inputs"], 2, 0)])[0]
+        for x in np.moveaxis(some(step)["inputs"], 2, 0)
+    ]
+    assert len(set(at(0))) == 3 and at(0) == at(0) and len({tuple(sorted(at(step))) for step in range(8)}) > 1
+    np.testing.assert_array_equal(some(2)["targets"], whole(2)["targets"][..., at(2)])
+
+
+def test_what_is_asked_of_forecasters():
+    """Of the first horizon, and of the mean where all four were forecast; of a table of one's own no paper's figure."""
+    data = replace(forecasting.DataConfig(), csv=Path("ETTh1.csv.gz"))
+    config = forecasting.Config(horizon=96, horizons=(192, 336, 720), data=data)
+    mse = {"last value": 1.0, "dlinear": 0.4, "itransformer": 0.39, "chimera": 0.41}
+    asked = forecasting.asked(config, mse, {name: 0.45 for name in mse})
+    assert asked["itransformer: the paper's of 96 and 3 %"] == (0.39, round(1.03 * 0.386, 6))
+    assert asked["chimera: the paper's of 96, 192, 336, 720 and 3 %"] == (0.45, round(1.03 * 0.405, 6))
+    assert asked["chimera: the best linear map and 3 %"] == (0.41, 0.412) and len(asked) == 7
+    own = replace(config, horizons=(), data=replace(data, csv=Path("mine.csv")))
+    assert set(forecasting.asked(own, mse, mse)) == {name for name in asked if "paper" not in name}
 
 
 def test_later_parts_forecast_nothing_seen_before():

@@ -33,11 +33,13 @@ class Recording(NamedTuple):
 
 
 def nab_recordings(
-    folder: str | os.PathLike[str], *, only: str = "", labels: str = "combined_windows.json"
+    folder: str | os.PathLike[str], *, only: str = "", labels: str = "combined_windows.json", missing: str = "raise"
 ) -> list[Recording]:
     """The series of the Numenta Anomaly Benchmark that a file of `labels` names, with its windows of time.
 
     Those with `only` in their names, as "realTweets", where it is given.
+
+    Values that are `missing` raise, or take the last one before them ("forward"), as in `read_table`.
 
     The folder is that of a release, with `data` and `labels` in it, or holds both kinds of files itself; series may be
     gzipped. The first 15 % of a series, 750 rows at most, are not scored: there is no anomaly in them by design. Two
@@ -55,7 +57,7 @@ def nab_recordings(
         windows = windows_of[name]
         file = _existing(*(at / f"{name}{zipped}" for at in (folder / "data", folder) for zipped in ("", ".gz")))
         # Clocks were set back in some of the series, and rows are missing in others.
-        table = read_table(file, date="timestamp", unordered="keep", uneven="keep")
+        table = read_table(file, date="timestamp", missing=missing, unordered="keep", uneven="keep")
         if table.dates is None or table.names != ("value",):
             raise ValueError(f"{file} has columns {', '.join(table.names)}; its header has to be timestamp,value.")
         probation = min(int(PROBATION[0] * table.length), PROBATION[1])

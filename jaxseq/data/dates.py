@@ -128,7 +128,8 @@ def read_dates(path: Path, cells: list[tuple[int, str]], *, unordered: str, unev
         try:
             time = time_of(cell)
         except ValueError:
-            raise ValueError(f"{path}, line {line}: {cell[:40]!r} is no time as 2016-07-01 00:00:00.") from None
+            hint = "write it so, or name the column in leave_out"
+            raise ValueError(f"{path}, line {line}: {cell[:40]!r} is no time as 2016-07-01 00:00:00; {hint}.") from None
         if unordered == "raise" and times and time <= times[-1]:
             fault = "comes twice" if time == times[-1] else f"comes after {times[-1]}"
             raise ValueError(f"{path}, line {line}: {time} {fault}; times must go on from row to row.")

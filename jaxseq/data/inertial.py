@@ -13,7 +13,11 @@ from .table import number, plain_text
 
 #: Where a release has its tables, and where a folder of two files has them.
 IMU = ("mav0/imu0/data.csv", "imu0/data.csv", "imu0_data.csv")
-POSITION = ("mav0/leica0/data.csv", "leica0/data.csv", "leica0_data.csv")
+POSITION = tuple(
+    f"{before}{tracker}{after}"
+    for tracker in ("leica0", "vicon0", "state_groundtruth_estimate0")
+    for before, after in (("mav0/", "/data.csv"), ("", "/data.csv"), ("", "_data.csv"))
+)
 
 
 class Motion(NamedTuple):
@@ -42,7 +46,10 @@ def inertial_recordings(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def inertial_motion(folder: str | os.PathLike[str], *, chunk: int = 10, largest_gap: float = 0.2) -> Motion:
-    """Chunks of a recording, and how far it moved in each: of imu0 and leica0 in a folder, which may be gzipped.
+    """Chunks of a recording, and how far it moved in each: of two tables in a folder, which may be gzipped.
+
+    They are imu0, and the first that there is of leica0, vicon0 and state_groundtruth_estimate0, whose second to fourth
+    columns are positions in m: rooms have one tracker or another.
 
     Positions are interpolated between the two measurements around a time, if these are no more than `largest_gap`
     seconds apart. Rows without numbers, as the remarks some copies end with, are skipped and counted.

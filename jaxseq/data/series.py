@@ -106,6 +106,9 @@ class Series(NamedTuple):
     mean: np.ndarray  # V
     deviation: np.ndarray  # V
     names: tuple[str, ...]
+    latest: dict[
+        str, np.ndarray
+    ]  # the table's last rows as `inputs 1 L V` and `marks 1 L C`: what comes after is ahead
 
 
 def forecasting_series(
@@ -114,7 +117,7 @@ def forecasting_series(
     """Windows for training, validation and test, shifted and scaled by mean and deviation of the rows for training.
 
     The parts follow one another in time; the first windows of a later part see the last rows of the one before, and
-    forecast none of them. `borders` are 70, 10 and 20 % of the rows where None.
+    forecast none of them. Borders may end before the table does. `borders` are 70, 10 and 20 % of the rows where None.
 
     Raises:
       ValueError: a number is below 1, the parts need more rows than there are, a part is shorter than its windows, a
@@ -152,4 +155,5 @@ def forecasting_series(
     cut = lambda x, a, b: None if x is None else x[a:b]
     part = lambda a, b: Windows(series[a:b], cut(times, a, b), lookback, horizon)
     train, validation, test = (part(max(0, end - n - lookback), end) for n, end in zip(borders, ends, strict=True))
-    return Series(train, validation, test, mean, deviation, table.names)
+    latest = {"inputs": series[None, -lookback:]} | ({} if times is None else {"marks": times[None, -lookback:]})
+    return Series(train, validation, test, mean, deviation, table.names, latest)

@@ -69,7 +69,8 @@ def read_table(
         if value not in ("raise", other):
             raise ValueError(f"{name}={value!r}; choose 'raise' or {other!r}.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; name a table of numbers separated by commas.")
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {fault}; name a table of numbers separated by commas.")
     columns, body = _parted(path, _rows(path, encoding))
     left_out = {_column(path, columns, "leave_out", name) for name in leave_out}
     kept = [n for n in range(len(columns)) if n not in left_out]
@@ -123,7 +124,8 @@ def plain_text(path: Path, encoding: str | None = None) -> str:
     except UnicodeDecodeError as error:
         text, fault = content.decode("latin-1"), error
     if "\0" in text:
-        raise ValueError(f"{path} is no text; save it as text, in UTF-8.")
+        hint = "" if encoding is None else ", or set encoding to its own, as 'utf-16'"
+        raise ValueError(f"{path} is no text; save it as text, in UTF-8{hint}.")
     if encoding is not None and fault is not None:
         line, byte = text[: fault.start].count("\n") + 1, content[fault.start]
         hint = "save it in UTF-8, or set encoding to its own, as 'cp1252'"
@@ -197,10 +199,26 @@ def _column(path: Path, names: list[str], argument: str, name: str) -> int:
 def _date_column(path: Path, names: list[str], body: list[tuple[int, list[str]]], date: str | None) -> int | None:
     if date is not None:
         return _column(path, names, "date", date)
-    # A column `time` may count seconds; of the cells the first that is there tells.
+    # Of the cells the first that is there tells.
     first = lambda n: next((row[n] for _, row in body if row[n].strip().lower() not in MISSING), "0")
     of_times = lambda cell: not _is_numbers([cell]) or _is_time(cell)
-    return next((n for n, name in enumerate(names) if name.lower() in NAMES and of_times(first(n))), None)
+    called = [n for n, name in enumerate(names) if name.lower() in NAMES]
+    found = next((n for n in called if of_times(first(n))), None)
+    for n in called if found is None else ():
+        if _rises([row[n] for _, row in body]):
+            raise ValueError(
+                f"{path}: {names[n]!r} counts up in plain numbers; write times as 2016-07-01 00:00:00, name the column "
+                "in leave_out, or call it otherwise if it is a variate."
+            )
+    return found
+
+
+def _rises(cells: list[str]) -> bool:
+    """Whether these are numbers, two or more, each above the one before, as seconds since 1970 are."""
+    try:
+        return len(cells) > 1 and bool((np.diff([number(cell) for cell in cells]) > 0).all())
+    except ValueError:
+        return False
 
 
 def _is_time(cell: str) -> bool:

@@ -69,7 +69,7 @@ class Chimera(nn.Module):
     `ChimeraForecaster` are one map of all cells), and the reconstruction loss for anomalies.
 
     Raises:
-      ValueError: a field is unknown or out of range, or x has another width.
+      ValueError: a field is unknown or out of range, x has another width, no step, or there is no variate.
       NotImplementedError: time is split over devices, unless `coupling` is "time".
     """
 
@@ -178,6 +178,8 @@ class Chimera(nn.Module):
     def init_state(self, batch_size: int, *, variates: int, dtype=jnp.float32) -> ChimeraState:
         """Zeros, in at least float32."""
         at_least(self, state_size=1)
+        if variates < 1:
+            raise ValueError(f"variates={variates}; Chimera takes 1 or more.")
         for name, choices in (("discretisation", DISCRETISATIONS), ("coupling", COUPLINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}; Chimera takes one of {', '.join(choices)}.")

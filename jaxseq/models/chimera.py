@@ -12,6 +12,7 @@ from ..layers.projection import fan_in_projection
 from ..mixers.chimera import Chimera
 from ..shapes import Array, Float, Int, accumulator, typed
 from ._checks import check_fitted, check_forecaster, check_window
+from .block import counted_tokens
 
 #: Long memories of time, and short ones.
 TREND, SEASON = partial(Chimera, dt=(1e-3, 0.05)), partial(Chimera, dt=(0.1, 1.0))
@@ -22,12 +23,14 @@ class ChimeraBlock(nn.Module):
 
         τ = trend(z)        s = season(z − τ)        x ← x + ((τ + s) ⊙ silu(z W_g)) W_o        z = RMSNorm(x)
 
-    `trend` and `season` are callables that take `d_model`.
+    `trend` and `season` are callables that take `d_model`. The paper's ablations: `season` None is the slow model
+    alone, and without `gated` there is no silu(z W_g).
     """
 
     d_model: int
     trend: Any = TREND
     season: Any = SEASON
+    gated: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -36,20 +39,28 @@ class ChimeraBlock(nn.Module):
     def __call__(self, x: Float[Array, "B T V D"]) -> Float[Array, "B T V D"]:
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         z = nn.RMSNorm(name="norm", **dtypes)(x)
-        slow = self.trend(d_model=self.d_model, name="trend", **dtypes)(z)
-        fast = self.season(d_model=self.d_model, name="season", **dtypes)(z - slow)
         dense = partial(fan_in_projection, self.d_model, module=self, fan_in=self.d_model)
-        gated = (slow + fast) * nn.silu(dense(name="gate_proj")(z))
-        return x + dense(name="out_proj")(gated).astype(x.dtype)
+        y = self.trend(d_model=self.d_model, name="trend", **dtypes)(z)
+        if self.season is not None:
+            y = y + self.season(d_model=self.d_model, name="season", **dtypes)(z - y)
+        if self.gated:
+            y = y * nn.silu(dense(name="gate_proj")(z))
+        return x + dense(name="out_proj")(y).astype(x.dtype)
 
 
 class ChimeraGrid(nn.Module):
-    """Every number of a window `B T V` as a cell of D channels, through blocks: `B T V D`."""
+    """Every number of a window `B T V` as a cell of D channels, through blocks: `B T V D`.
+
+    With `remat` blocks are computed again in the backward pass: their states, N times as large as x, are kept of one
+    block at a time.
+    """
 
     d_model: int = 16
     depth: int = 2
     trend: Any = TREND
     season: Any = SEASON
+    gated: bool = True
+    remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -60,9 +71,11 @@ class ChimeraGrid(nn.Module):
             raise ValueError(f"depth={self.depth} must be at least 1.")
         h = fan_in_projection(self.d_model, "encoder", self, 1)(x[..., None])
         h = h.astype(accumulator(h.dtype))  # what layers add to
-        names = ("d_model", "trend", "season", "dtype", "param_dtype")
+        names = ("d_model", "trend", "season", "gated", "dtype", "param_dtype")
+        fields = {name: getattr(self, name) for name in names}
+        block = nn.remat(ChimeraBlock) if self.remat else ChimeraBlock
         for layer in range(self.depth):
-            h = ChimeraBlock(**{name: getattr(self, name) for name in names}, name=f"block_{layer}")(h)
+            h = block(**fields, name=f"block_{layer}")(h)
         return nn.RMSNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(h)
 
 
@@ -98,8 +111,8 @@ class ChimeraClassifier(nn.Module):
     `grid` is that of `ChimeraForecaster`.
 
     Raises:
-      ValueError: `num_classes` is below 1; x has no step or no variate, other variates than the parameters are for, or
-        is not finite where it is known, as it is outside `jit`.
+      ValueError: `num_classes` is below 1; x has no step or no variate, or other variates than the parameters are for;
+        where they are known, as they are outside `jit`, x is not finite or a length not from 0 to T.
     """
 
     num_classes: int
@@ -115,8 +128,8 @@ class ChimeraClassifier(nn.Module):
         check_window(self, x)
         h = self.grid(dtype=self.dtype, param_dtype=self.param_dtype, name="grid")(x)
         check_fitted(self, "head", x.shape[2], "variates", each=h.shape[3])
-        lengths = jnp.full(x.shape[:1], x.shape[1]) if lengths is None else lengths
-        counted = (jnp.arange(x.shape[1])[None] < lengths[:, None]).astype(h.dtype)
+        counted = jnp.ones(x.shape[:2], bool) if lengths is None else counted_tokens(x.shape[1], lengths)
+        counted = counted.astype(h.dtype)
         pooled = jnp.einsum("btvd,bt->bvd", h, counted / jnp.maximum(counted.sum(1, keepdims=True), 1))
         pooled = pooled.reshape(len(x), -1)
         return fan_in_projection(self.num_classes, "head", self, pooled.shape[-1])(pooled)

@@ -58,3 +58,16 @@ class ITransformer(nn.Module):
         h, _ = Stack(**fields, norm="layer", norm_eps=1e-5, prenorm=False, remat=False, name="stack")(h)
         h = nn.LayerNorm(1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(h[:, :variates])
         return restored(fan_in_projection(self.horizon, "head", self, self.d_model)(h).swapaxes(1, 2))
+
+    def step(self, *args, **kwargs):
+        raise _no_state("step")
+
+    @nn.nowrap
+    def init_state(self, *args, **kwargs):
+        raise _no_state("init_state")
+
+
+def _no_state(method: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{method}: ITransformer attends over variates and keeps nothing of a window; call it on the last steps."
+    )

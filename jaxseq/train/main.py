@@ -20,16 +20,21 @@ def main(
     presets: Mapping[str, Config],
     measure: Callable[[Run[Config]], Any],
     argv: Sequence[str] | None = None,
+    *,
+    facts: Callable[[Config], Mapping[str, Any]] | None = None,
 ) -> None:
     """Run `measure(run)` with the config of the command line, in its folder `--out` (default runs/EXPERIMENT).
 
-    The same command again resumes; a finished run says so and prints its result. The module docstring of `measure` is
-    the text of --help.
+    The same command again resumes; a finished run says so and prints its result. `facts(config)` are those that the
+    config does not hold, such as a digest of a table that grows: a run that began with others is refused, a finished
+    one too. The module docstring of `measure` is the text of --help.
     """
     description = sys.modules[measure.__module__].__doc__ or experiment
     arguments = parse(presets, argv, out=f"runs/{experiment}", description=description)
     with exit_codes():
         run = open_run(arguments.config, experiment, arguments.out)
+        if facts is not None:
+            run.require_same(**facts(run.config))
         if run.result is None:
             measure(run)
         else:
