@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,9 +26,9 @@ import numpy as np
 import optax
 
 from jaxseq.analysis.timing import Case, side_by_side
-from jaxseq.data import epoch_rows, inertial_motion, inertial_recordings
+from jaxseq.data import Motion, epoch_rows, foretold_readings, inertial_motion, inertial_recordings, read_table
 from jaxseq.fields import check_counts, check_positive, chosen
-from jaxseq.mixers import LSTM, S4D, Mamba
+from jaxseq.mixers import LSTM, S4, S4D, Mamba
 from jaxseq.models import FlatRegressor, HiSS, Stack
 from jaxseq.tasks import drifting_sensor
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main
@@ -39,7 +39,13 @@ class DataConfig:
     """The sensor."""
 
     path: Path | None = None
-    """A folder with a recording, or with folders of many; a synthetic sensor where none is given."""
+    """A folder with a recording, or with folders of many; or a table of a sensor's readings with a column of times,
+    whose next chunk is foretold; a synthetic sensor where none is given."""
+    leave_out: str = ""
+    """Columns of a table by name, with commas between them, that are not read."""
+    target: Literal["displacement", "speed"] = "displacement"
+    """What is read from the sensors of a recording: where it moved, in the room's directions, which sensors that move
+    with it do not know; or how far."""
     chunk: int = 10
     """Samples to a prediction."""
     chunks: int = 40
@@ -65,7 +71,7 @@ class Config:
     seeds: int = 3
     """Models of each kind."""
     models: str = "hiss,flat,flat-first,hiss-lstm,flat-lstm"
-    """Models by name, with commas between them."""
+    """Models by name, with commas between them; all where none is given."""
     width: int = 64
     """Width of the models."""
     layers: int = 2
@@ -92,27 +98,40 @@ class Config:
 
 
 class Kind(NamedTuple):
-    levels: int
-    mixer: Callable
+    """A mixer over all samples, or one over those of a chunk and another over chunks."""
+
+    low: Callable
+    high: Callable | None = None
     readout: str = "last"
 
 
-S4D_MIXER = partial(S4D, state_size=64)
+OF_STATES, DIAGONAL = (partial(mixer, state_size=64) for mixer in (S4, S4D))
 KINDS = {
-    "hiss": Kind(2, S4D_MIXER),
-    "flat": Kind(1, S4D_MIXER),
-    "flat-first": Kind(1, S4D_MIXER, "first"),
-    "hiss-lstm": Kind(2, LSTM),
-    "flat-lstm": Kind(1, LSTM),
-    "hiss-mamba": Kind(2, Mamba),
-    "flat-mamba": Kind(1, Mamba),
+    "hiss": Kind(DIAGONAL, DIAGONAL),
+    "flat": Kind(DIAGONAL),
+    "flat-first": Kind(DIAGONAL, readout="first"),
+    "hiss-lstm": Kind(LSTM, LSTM),
+    "flat-lstm": Kind(LSTM),
+    "hiss-mamba": Kind(Mamba, Mamba),
+    "flat-mamba": Kind(Mamba),
+    "hiss-s4": Kind(OF_STATES, OF_STATES),
+    "flat-s4": Kind(OF_STATES),
+    "hiss-s4-mamba": Kind(OF_STATES, Mamba),
+}
+#: Two levels, and the flat models of their mixers.
+PAIRS = {
+    "hiss": ("flat",),
+    "hiss-lstm": ("flat-lstm",),
+    "hiss-mamba": ("flat-mamba",),
+    "hiss-s4": ("flat-s4",),
+    "hiss-s4-mamba": ("flat-s4", "flat-mamba"),
 }
 
 PRESETS = {
     "cpu": Config(),
     # With --data.path; the authors' widths and depths.
     "gpu": Config(
-        models="hiss,flat,flat-first,hiss-lstm,flat-lstm,hiss-mamba,flat-mamba", width=128, layers=4, seeds=5,
+        models="", width=128, layers=4, seeds=5,
         data=DataConfig(examples=4096),
         train=TrainConfig(steps=5000, batch_size=16, learning_rate=1e-3, log_every=100, evaluate_every=100),
     ),
@@ -146,6 +165,19 @@ def synthetic(config: Config) -> Data:
     return Data(*(jax.device_get(draw(key, num_examples=number)) for key, number in parts))
 
 
+def motions(of: DataConfig) -> dict[Path, Motion]:
+    """Of every recording."""
+    assert of.path is not None
+    if of.path.is_file():
+        left_out = [name.strip() for name in of.leave_out.split(",")] if of.leave_out else ()
+        return {of.path: foretold_readings(read_table(of.path, leave_out=left_out), chunk=of.chunk)}
+    found = {folder: inertial_motion(folder, chunk=of.chunk) for folder in inertial_recordings(of.path)}
+    if of.target == "displacement":
+        return found
+    how_far = lambda motion: np.linalg.norm(motion.targets, axis=1, keepdims=True)
+    return {folder: motion._replace(targets=how_far(motion)) for folder, motion in found.items()}
+
+
 class Cut(NamedTuple):
     """Which chunks of a recording are for what: those between the first and the last validate."""
 
@@ -160,8 +192,7 @@ def recorded(config: Config) -> Data:
     Scales are of all that is trained on.
     """
     of = config.data
-    assert of.path is not None
-    flights = {folder: inertial_motion(folder, chunk=of.chunk) for folder in inertial_recordings(of.path)}
+    flights = motions(of)
     (first, names), *others = ((folder, motion.names) for folder, motion in flights.items())
     for folder, other in others:
         if other != names:
@@ -209,11 +240,11 @@ def windows(at: np.ndarray, length: int, stride: int) -> np.ndarray:
 
 def build(config: Config, name: str, outputs: int) -> nn.Module:
     kind = KINDS[name]
-    stack = lambda depth: partial(Stack, mixers=(kind.mixer,) * depth, mlp=None, norm="layer", remat=False)
-    if kind.levels == 2:
-        level = stack(config.layers)
-        return HiSS(outputs, config.data.chunk, config.width, None, low=level, high=level)
-    return FlatRegressor(outputs, config.data.chunk, config.width, stack(2 * config.layers), kind.readout)
+    stack = lambda mixer, depth: partial(Stack, mixers=(mixer,) * depth, mlp=None, norm="layer", remat=False)
+    if kind.high is None:
+        return FlatRegressor(outputs, config.data.chunk, config.width, stack(kind.low, 2 * config.layers), kind.readout)
+    low, high = (stack(mixer, config.layers) for mixer in (kind.low, kind.high))
+    return HiSS(outputs, config.data.chunk, config.width, None, low=low, high=high)
 
 
 def squared_error(prediction, targets):
@@ -284,9 +315,10 @@ def verdict(run: Run[Config], data: Data, table, times: dict[str, float], parame
     if {"hiss", "flat-first"} <= mean.keys():
         parts["error beside the flat model read first"] = mean["hiss"] <= MOST["error, first"] * mean["flat-first"]
     if config.data.path is not None:
-        for pair in (("hiss", "flat"), ("hiss-lstm", "flat-lstm"), ("hiss-mamba", "flat-mamba")):
-            if set(pair) <= mean.keys():
-                ratios[" / ".join(pair)] = mean[pair[0]] / mean[pair[1]]
+        for name, flat in PAIRS.items():
+            if {name, *flat} <= mean.keys():
+                best = min(flat, key=mean.__getitem__)
+                ratios[f"{name} / {best}"] = mean[name] / mean[best]
         parts |= {f"{pair} below 1": ratio < 1 for pair, ratio in ratios.items()}
     if config.data.path is not None and "hiss" in mean:
         least = min([*baseline.values(), *(mean[name] for name in ("flat", "flat-first") if name in mean)])

@@ -9,7 +9,7 @@ import pytest
 from recorded import REFERENCE
 
 from experiments import sensor_to_state
-from jaxseq.data import inertial_motion, inertial_recordings
+from jaxseq.data import Table, foretold_readings, inertial_motion, inertial_recordings
 from jaxseq.tasks import drifting_sensor
 
 DATA = REFERENCE.parent / "data"
@@ -109,6 +109,43 @@ def test_many_recordings(tmp_path):
     assert np.abs(first - second).max() > 0.1
     with pytest.raises(FileNotFoundError, match="and its folders hold none of mav0/imu0/data.csv"):
         inertial_recordings(tmp_path / "flight 2")
+
+
+def test_readings_are_foretold(tmp_path):
+    """The change of each channel's mean to the next chunk; a table is one recording, cut by its times."""
+    values = np.random.default_rng(0).standard_normal((206, 2))
+    times = np.datetime64("1970-01-01T00:04:40") + np.arange(206) * np.timedelta64(20, "ms")
+    motion = foretold_readings(Table(values, ("a", "b"), times), chunk=10)
+    assert motion.inputs.shape == (19, 10, 4) and motion.names == ("a", "b", "step of a", "step of b")
+    np.testing.assert_allclose(motion.targets[3], values[40:50].mean(axis=0) - values[30:40].mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(motion.inputs[3, 0, 2:], values[30] - values[29], atol=1e-6)
+    np.testing.assert_allclose(motion.seconds, 0.2 * np.arange(19))
+    rows = (f"{time},{a},{b},0" for time, (a, b) in zip(times, values, strict=True))
+    (tmp_path / "gait.csv").write_text("\n".join(["timestamp,a,b,label", *rows]))
+    data = sensor_to_state.DataConfig(
+        path=tmp_path / "gait.csv", leave_out="label", chunks=3, train_seconds=2.0, test_seconds=0.6
+    )
+    found = sensor_to_state.recorded(sensor_to_state.Config(data=data))
+    assert [len(inputs) for inputs, _ in found] == [8, 1, 1] and found.test[1].shape == (1, 3, 2)
+    with pytest.raises(ValueError, match="no column of times"):
+        foretold_readings(Table(values, ("a", "b"), None))
+    with pytest.raises(ValueError, match="has 206 rows; two chunks of 104"):
+        foretold_readings(Table(values, ("a", "b"), times), chunk=104)
+
+
+def test_how_far_is_the_length_of_where(tmp_path):
+    write(tmp_path, samples(200), positions(np.arange(0, 1, 0.05)))
+    data = sensor_to_state.DataConfig(path=tmp_path, target="speed")
+    (motion,) = sensor_to_state.motions(data).values()
+    np.testing.assert_allclose(motion.targets[2:8], [[0.05 * 5**0.5]] * 6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sensor_to_state.KINDS)
+def test_every_kind_reads_once_a_chunk(name):
+    config = replace(sensor_to_state.PRESETS["debug"], width=8)
+    model, x = sensor_to_state.build(config, name, 3), jax.ShapeDtypeStruct((2, 20, 6), np.float32)
+    assert jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], x).shape == (2, 5, 3)
+    assert set(sensor_to_state.PAIRS.get(name, ())) <= set(sensor_to_state.KINDS)
 
 
 @pytest.mark.parametrize("tracker", ["vicon0", "state_groundtruth_estimate0"])

@@ -11,6 +11,7 @@ from .dates import dates_ahead as dates_ahead
 from .dates import season_length as season_length
 from .epochs import epoch_rows as epoch_rows
 from .inertial import Motion as Motion
+from .inertial import foretold_readings as foretold_readings
 from .inertial import inertial_motion as inertial_motion
 from .inertial import inertial_recordings as inertial_recordings
 from .labelled import Labelled as Labelled

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .table import number, plain_text
+from .table import Table, number, plain_text
 
 #: Where a release has its tables, and where a folder of two files has them.
 IMU = ("mav0/imu0/data.csv", "imu0/data.csv", "imu0_data.csv")
@@ -82,6 +82,30 @@ def inertial_motion(folder: str | os.PathLike[str], *, chunk: int = 10, largest_
     targets, seconds = np.diff(at, axis=0).astype(np.float32), imu[borders[:-1], 0]
     names = (*names[1:], *(f"step of {name}" for name in names[1:]))
     return Motion(inputs.astype(np.float32), targets, seconds, skipped + more, names)
+
+
+def foretold_readings(table: Table, *, chunk: int = 10) -> Motion:
+    """Chunks of a sensor's readings, and by how much the mean of each channel changes to the next chunk.
+
+    As `inertial_motion`, with each channel of the table and its first differences as inputs; targets `n V` are in the
+    units of the channels. To guess 0 is to say that the next chunk is as this one.
+
+    Raises:
+      ValueError: the table has no times, or fewer rows than two chunks; or `chunk` is below 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}; choose 1 or more samples.")
+    if table.dates is None:
+        raise ValueError("the table has no column of times, by which it is cut into parts.")
+    if (whole := table.length // chunk) < 2:
+        raise ValueError(f"the table has {table.length} rows; two chunks of {chunk} or more are needed.")
+    steps = np.diff(table.values, axis=0, prepend=table.values[:1])
+    inputs = np.concatenate([table.values, steps], axis=1)[: whole * chunk].reshape(whole, chunk, -1)
+    means = inputs[..., : len(table.names)].mean(axis=1)
+    seconds = (table.dates - table.dates[0])[::chunk] / np.timedelta64(1, "s")
+    names = (*table.names, *(f"step of {name}" for name in table.names))
+    targets = np.diff(means, axis=0).astype(np.float32)
+    return Motion(inputs[:-1].astype(np.float32), targets, seconds[: whole - 1], 0, names)
 
 
 def _known(times: np.ndarray, measured: np.ndarray, values: np.ndarray, largest_gap: float) -> np.ndarray:
