@@ -84,6 +84,26 @@ def test_folder_of_few_files_is_split_by_position(tmp_path):
     assert "by position" in corpus.rule
 
 
+@pytest.mark.parametrize(
+    "names, train, validation, test",
+    [
+        (("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"), "train", "valid", "test"),
+        (("README", "test.txt", "valid.txt"), "README valid", "README valid", "test"),
+        (("train.txt", "dev.txt", "more.txt"), "train more", "dev", "train more"),
+        (("test.py", "latest.txt", "trainer.txt"), *("test latest trainer",) * 3),  # of one split alone
+    ],
+)
+def test_names_of_files_tell_of_splits(tmp_path, names, train, validation, test):
+    """A test file is a test file, whole; what no name tells of is cut from what is trained on."""
+    for name in names:
+        (tmp_path / name).write_text(f"{name} is of words. " * 20)
+    corpus, expected = Corpus.from_path(tmp_path), dict(zip(SPLITS, (train, validation, test), strict=True))
+    for split, words in expected.items():
+        assert {d.name for d in getattr(corpus, split)} == {n for n in names if any(w in n for w in words.split())}
+    whole = [d for d in corpus.test if len(d.content) == len((tmp_path / d.name).read_bytes())]
+    assert bool(whole) == (test == "test") and (" names of files" in corpus.rule) == (len(set(expected.values())) > 1)
+
+
 def test_compressed_file_is_read_as_its_text(tmp_path):
     text = b"All the world's a stage. " * 40
     (tmp_path / "play.txt").write_bytes(text)

@@ -6,11 +6,12 @@ import hashlib
 import itertools
 import lzma
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from . import _tfds
@@ -18,6 +19,7 @@ from . import _tfds
 _DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 _DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # what the three raise on bad input
 _BINARY = (b"PK\x03\x04", b"%PDF", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # zip, pdf, gz, bz2, xz: may lack a NUL byte
+_SPLITS = {"train": {"train"}, "validation": {"valid", "validation", "val", "dev"}, "test": {"test"}}
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
@@ -58,6 +60,8 @@ class Corpus:
         """A text file, or every text file under a folder, hidden ones left out; .gz, .bz2 and .xz are decompressed.
 
         Twenty files or more are split by file, fewer by position in each file: train, validation, test are 90, 5, 5 %.
+        Of fewer than twenty the names may tell of two splits or three, as wiki.train.tokens and wiki.test.tokens do:
+        then the test is what they say, and what no name tells of is cut from what is left to train on.
 
         Raises:
           FileNotFoundError: nothing is there.
@@ -109,13 +113,36 @@ class Corpus:
 
     @classmethod
     def _split(cls, documents: Sequence[Document], skipped: int = 0) -> "Corpus":
-        (train, validation, test), rule = _cut(documents, held_out=2)
-        return cls(train, validation, test, rule, skipped)
+        named = _by_name(documents)
+        missing = [split for split in ("validation", "test") if split not in named]
+        parts, rule = _cut(named["train"], len(missing))
+        splits = named | dict(zip(("train", *missing), parts, strict=True))
+        if len(missing) < 2:
+            rule = "by the names of files" + "".join(f", {split} cut from train {rule}" for split in missing)
+        return cls(splits["train"], splits["validation"], splits["test"], rule, skipped)
 
 
 def joined(documents: Sequence[Document]) -> bytes:
     """The documents end to end."""
     return b"".join(document.content for document in documents)
+
+
+def _by_name(documents: Sequence[Document]) -> dict[str, tuple[Document, ...]]:
+    """A few documents by the split that a word of their names tells of, and all for training where they tell of none.
+
+    Where none is for training, those for validation are; so is what no word tells of.
+    """
+    found: dict[str, tuple[Document, ...]] = {}
+    for document in documents:
+        words = set(re.findall("[a-z]+", PurePath(document.name).name.lower()))
+        told = next((split for split, names in _SPLITS.items() if words & names), "")
+        found[told] = (*found.get(told, ()), document)
+    if len(documents) >= 20 or len(found.keys() & _SPLITS.keys()) < 2:
+        return {"train": tuple(documents)}
+    if "train" not in found:
+        found["train"] = found.pop("validation")
+    found["train"] += found.pop("", ())
+    return found
 
 
 def _cut(documents: Sequence[Document], held_out: int) -> tuple[list[tuple[Document, ...]], str]:
