@@ -103,6 +103,24 @@ def test_constant_coefficients_are_a_convolution():
     assert_close(run(params, x)[0], np.stack(each, axis=-1), "mixer")
 
 
+def test_exponential_smoothing_is_a_special_case():
+    """One state of time, a held input, b the rate: y(t) = a y(t−1) + (1 − a) x(t)."""
+    module = Chimera(1, state_size=1, input_dependent=False, coupling="time", bidirectional=False)
+    x, rate = drawn((2, 12, 3, 1)), 0.7
+    fixed = {"A_time": np.log(rate), "b_time": rate, "c_time": 1.0}
+    start = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    params = {
+        name: p if "dt_" in name else jnp.full_like(p, fixed[name.removeprefix("forwards_")])
+        for name, p in start.items()
+    }
+    a = np.exp(-rate * np.asarray(jax.nn.softplus(params["forwards_dt_time_bias"])))
+    smooth, y = np.zeros((2, 3, 1)), []
+    for t in range(12):
+        smooth = a * smooth + (1 - a) * np.asarray(x[:, t])
+        y.append(smooth)
+    assert_close(jax.jit(module.apply)({"params": params}, x), np.stack(y, axis=1), "mixer")
+
+
 def test_both_directions_have_no_order():
     """Variates in reverse, and the two models for one another: the same outputs in reverse."""
     module, x = Chimera(4, state_size=3), drawn()

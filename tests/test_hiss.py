@@ -234,6 +234,8 @@ def test_other_channels_than_the_parameters_are_for_are_named():
             jax.eval_shape(model.apply, known, x[..., :4])
     with pytest.raises(ValueError, match="x has 4 channels; the parameters of this HiSS are for 6"):
         module.apply(params, x[:, 0, :4], module.init_state(3), method="step")
+    with pytest.raises(ValueError, match=r"state.low has shape \(2, .*\); a step of x \(3, 6\) takes \(3, "):
+        module.apply(params, x[:, 0], module.init_state(2), method="step")
 
 
 def test_a_number_that_is_missing_is_named():

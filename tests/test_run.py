@@ -31,6 +31,7 @@ from jaxseq.train import (
     read_config,
     read_metrics,
 )
+from jaxseq.train.command_line import parse
 from jaxseq.train.files import read_arrays, read_json, write_arrays
 from jaxseq.train.plots import points_and_mean, saved_figure
 from jaxseq.train.rows import grouped, mean_of, where
@@ -215,6 +216,16 @@ def test_help_explains_every_field(capsys):
     for option in ("train.steps", "train.batch-size", "train.learning-rate", "checkpoint.every", "mesh.fsdp", "seed"):
         assert f"--{option} " in out
     assert "What is learned." in out and "Peak learning rate." in out
+
+
+def test_help_keeps_the_paragraphs_of_a_docstring(capsys):
+    """Claim, Source, Expect and Run begin lines."""
+    with pytest.raises(SystemExit):
+        parse(
+            {"cpu": Config()}, ["--help"], out="runs/x", description="What.\n\nClaim   One\n        line.\nSource  Two."
+        )
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines.index("Source  Two.") > next(n for n, line in enumerate(lines) if line.startswith("Claim   One"))
 
 
 def test_folders_that_are_refused_are_left_alone(capsys, finished, tmp_path):

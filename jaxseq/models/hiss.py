@@ -82,10 +82,18 @@ class HiSS(nn.Module):
 
     @typed
     def step(self, x: Float[Array, "B F"], state: HiSSState) -> tuple[Float[Array, "B _"], Bool[Array, ""], HiSSState]:
-        """`(y, done, state)` after one sample: y is an output where it is `done` with a chunk, else zeros."""
+        """`(y, done, state)` after one sample: y is an output where it is `done` with a chunk, else zeros.
+
+        Raises:
+          ValueError: x is of other channels than the parameters are for, or not finite where it is known; the state is
+            of another batch.
+        """
         check_fitted(self, "embed", x.shape[1], "channels")
         check_finite("HiSS", x=x)
         fresh = self.init_state(x.shape[0], max_length=0).low
+        for new, old in zip(jax.tree.leaves(fresh), jax.tree.leaves(state.low), strict=True):
+            if new.shape != old.shape:
+                raise ValueError(f"state.low has shape {old.shape}; a step of x {x.shape} takes {new.shape}.")
         low = jax.tree.map(
             lambda new, old: jnp.where(state.position == 0, new.astype(old.dtype), old), fresh, state.low
         )

@@ -41,6 +41,8 @@ def parse(
     if preset not in presets:
         refuse(f"--preset {preset} does not exist; choose {', '.join(presets)}.")
     base = Arguments(presets[preset], preset, Path(out))
+    # Claim, Source, Expect and Run begin lines; only blank ones part paragraphs here.
+    description = re.sub(r"\n+(?=\S)", "\n\n", description)
     description = f"{description}\n\nPresets: {', '.join(presets)}. Defaults shown are those of {preset}.".strip()
     return command_line(Arguments[type(base.config)], argv, default=base, description=description)  # type: ignore
 
