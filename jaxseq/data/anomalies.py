@@ -11,7 +11,7 @@ from .dates import time_of
 from .labelled import Labelled
 from .labelled_series import labelled_series
 from .scale import deviations
-from .table import Table, plain_text, read_table
+from .table import Table, archive_text, read_table
 
 #: What the Numenta benchmark leaves unscored at the start of a series: a share of the rows, and so many at most.
 PROBATION = 0.15, 750
@@ -167,7 +167,7 @@ def _existing(*paths: Path) -> Path:
 
 def _windows(path: Path) -> dict[str, list[tuple[np.datetime64, np.datetime64]]]:
     try:
-        content = json.loads(plain_text(path))
+        content = json.loads(archive_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from None
     lists = isinstance(content, dict) and all(isinstance(windows, list) for windows in content.values())

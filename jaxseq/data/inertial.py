@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .table import Table, number, plain_text
+from .table import Table, archive_text, number
 
 #: Where a release has its tables, and where a folder of two files has them.
 IMU = ("mav0/imu0/data.csv", "imu0/data.csv", "imu0_data.csv")
@@ -131,7 +131,7 @@ def _table(folder: Path, files: tuple[str, ...], columns: int) -> tuple[np.ndarr
     """Rows by time, in seconds; the names of the columns; and how many rows held no numbers."""
     path = _found(folder, files)
     try:
-        reader = csv.reader(io.StringIO(plain_text(path), newline=""))
+        reader = csv.reader(io.StringIO(archive_text(path), newline=""))
         header = next(reader, [])
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:

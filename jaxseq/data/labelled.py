@@ -14,7 +14,7 @@ import numpy as np
 
 from ..tasks.listops import VOCABULARY, padded
 from .epochs import epoch_rows
-from .table import DAMAGED, plain_text
+from .table import DAMAGED, archive_text
 
 
 class Labelled(NamedTuple):
@@ -125,7 +125,7 @@ def listops_table(path: str | os.PathLike[str], *, test_share: float = 0.2) -> t
         raise FileNotFoundError(f"{path} does not exist; name a table Source<TAB>Target.")
     tokens = {word: i for i, word in enumerate(VOCABULARY)}
     try:
-        table = csv.DictReader(io.StringIO(plain_text(path), newline=""), delimiter="\t")
+        table = csv.DictReader(io.StringIO(archive_text(path), newline=""), delimiter="\t")
         rows = [(row["Source"], int(row["Target"])) for row in table]
         trees = [[tokens[word] for word in source.replace("(", "").replace(")", "").split()] for source, _ in rows]
     except (KeyError, ValueError, TypeError, csv.Error) as error:

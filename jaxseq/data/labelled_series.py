@@ -8,7 +8,7 @@ import numpy as np
 
 from .labelled import Labelled
 from .scale import deviations
-from .table import filled_forward, number, plain_text
+from .table import archive_text, filled_forward, number
 
 ENDINGS = (".ts", ".txt", ".tsv")
 
@@ -91,7 +91,7 @@ def _order(label: str) -> tuple:
 
 
 def _read(path: Path, missing: str) -> list[_Series]:
-    text = plain_text(path)
+    text = archive_text(path)
     found = _of_headers(path, text) if path.name.removesuffix(".gz").endswith(".ts") else _of_rows(path, text)
     if not found:
         raise ValueError(f"{path} holds no series.")

@@ -104,32 +104,47 @@ def filled_forward(values: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, np.where(last < 0, there.argmax(axis=0)[None], last), axis=0)
 
 
-def plain_text(path: Path, encoding: str | None = None) -> str:
-    """The text of a file, which may be gzipped; where `encoding` is None in UTF-8, or else a character for each byte.
-
-    The latter is for archives whose remarks alone are in other encodings.
+def plain_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a file, which may be gzipped.
 
     Raises:
       ValueError: it is damaged, no text, or not in `encoding`.
     """
+    content = _unpacked(path)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except DAMAGED as error:
-        raise ValueError(f"{path} is damaged ({error}).") from None
-    fault = None
-    try:
-        text = content.decode(encoding or "utf-8")
+        return _checked(path, content.decode(encoding), ", or set encoding to its own, as 'utf-16'")
     except LookupError:
         raise ValueError(f"encoding={encoding!r} is none that Python knows, as 'utf-8' and 'cp1252' are.") from None
-    except UnicodeDecodeError as error:
-        text, fault = content.decode("latin-1"), error
-    if "\0" in text:
-        hint = "" if encoding is None else ", or set encoding to its own, as 'utf-16'"
-        raise ValueError(f"{path} is no text; save it as text, in UTF-8{hint}.")
-    if encoding is not None and fault is not None:
-        line, byte = text[: fault.start].count("\n") + 1, content[fault.start]
+    except UnicodeDecodeError as fault:
+        before = _checked(path, content.decode("latin-1"), ", or set encoding to its own, as 'utf-16'")[: fault.start]
+        line, byte = before.count("\n") + 1, content[fault.start]
         hint = "save it in UTF-8, or set encoding to its own, as 'cp1252'"
-        raise ValueError(f"{path}, line {line}: the byte {byte:#04x} is not in {encoding}; {hint}.")
+        raise ValueError(f"{path}, line {line}: the byte {byte:#04x} is not in {encoding}; {hint}.") from None
+
+
+def archive_text(path: Path) -> str:
+    """The same of an archive's file, whose remarks alone may not be in UTF-8: then a character for each byte.
+
+    Raises:
+      ValueError: it is damaged or no text.
+    """
+    content = _unpacked(path)
+    try:
+        return _checked(path, content.decode("utf-8"))
+    except UnicodeDecodeError:
+        return _checked(path, content.decode("latin-1"))
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged ({error}).") from None
+
+
+def _checked(path: Path, text: str, hint: str = "") -> str:
+    if "\0" in text:
+        raise ValueError(f"{path} is no text; save it as text, in UTF-8{hint}.")
     return text.removeprefix("\ufeff")
 
 
