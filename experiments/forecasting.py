@@ -235,11 +235,12 @@ PRESETS = {
     ),
     # The exchange rates of eight countries, and weekly counts of the ill.
     "exchange": Config(
-        horizon=96, period=5, halve_every_epoch=True, data=DataConfig(csv=Path("exchange_rate.txt")),
+        horizon=96, horizons=(192, 336, 720), period=5, halve_every_epoch=True,
+        data=DataConfig(csv=Path("exchange_rate.txt")),
         train=TrainConfig(steps=1600, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
     "illness": Config(
-        lookback=104, horizon=24, period=52, data=DataConfig(csv=Path("national_illness.csv")),
+        lookback=104, horizon=24, horizons=(36, 48, 60), period=52, data=DataConfig(csv=Path("national_illness.csv")),
         train=TrainConfig(steps=400, batch_size=32, learning_rate=5e-4, weight_decay=0.0, evaluate_every=50),
     ),
     "gpu": Config(
