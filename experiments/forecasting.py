@@ -31,10 +31,10 @@ from jaxseq.data import (
     ETT_MINUTES,
     Series,
     Table,
+    TableConfig,
     Windows,
     dates_ahead,
     forecasting_series,
-    read_table,
     season_length,
 )
 from jaxseq.fields import check_counts, check_positive, chosen
@@ -61,43 +61,21 @@ from jaxseq.train.files import atomically
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The table."""
+class DataConfig(TableConfig):
+    """The table; 32 delayed copies of 4 series where none is given."""
 
-    csv: Path | None = None
-    """A table separated by commas, which may be gzipped; 32 delayed copies of 4 series where none is given."""
-    date: str | None = None
-    """The column of times; where none is given one called date, time, timestamp or datetime, if there is one."""
-    leave_out: str = ""
-    """Columns by name, with commas between them, that are not read."""
-    encoding: str = "utf-8"
-    """What the table is written in: cp1252, cp1251 or cp932, say, where it is not UTF-8."""
     borders: Literal["shares", "ett", "ett-minutes"] = "shares"
     """70, 10 and 20 % of the rows for training, validation and test, or the customary months of the ETT tables, which
     have a row an hour or a quarter of one."""
     marks: bool = False
     """Whether the hour, and the day of week, month and year, are tokens of the inverted transformer; the minute too
     where it changes."""
-    missing: Literal["raise", "forward"] = "raise"
-    """Whether missing values are an error, or the last ones before them again."""
-    unordered: Literal["raise", "keep"] = "raise"
-    """Whether times that come twice or go back are an error, or stay, as where clocks were set back."""
-    uneven: Literal["raise", "keep"] = "raise"
-    """Whether times that step unevenly are an error, or rows are taken as steps all the same."""
     generated: int = 4000
     """Rows where no table is given."""
 
     def table(self, seed: int) -> Table:
         if self.csv is not None:
-            return read_table(
-                self.csv,
-                date=self.date,
-                leave_out=[name.strip() for name in self.leave_out.split(",")] if self.leave_out else (),
-                encoding=self.encoding,
-                missing=self.missing,
-                unordered=self.unordered,
-                uneven=self.uneven,
-            )
+            return self.read()
         values = lagged_copies(seed, self.generated)
         return Table(values, tuple(f"series {n}" for n in range(values.shape[1])), None)
 

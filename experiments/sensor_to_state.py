@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from jaxseq.analysis.timing import Case, side_by_side
-from jaxseq.data import Motion, epoch_rows, foretold_readings, inertial_motion, inertial_recordings, read_table
+from jaxseq.data import Motion, TableConfig, epoch_rows, foretold_readings, inertial_motion, inertial_recordings
 from jaxseq.fields import check_counts, check_positive, chosen
 from jaxseq.mixers import LSTM, S4, S4D, Mamba
 from jaxseq.models import FlatRegressor, HiSS, Stack
@@ -35,14 +35,12 @@ from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest,
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The sensor."""
+class DataConfig(TableConfig):
+    """A folder of recordings, or a table of a sensor's readings with a column of times, of which each next chunk is
+    foretold; a synthetic sensor where neither is given."""
 
     path: Path | None = None
-    """A folder with a recording, or with folders of many; or a table of a sensor's readings with a column of times,
-    whose next chunk is foretold; a synthetic sensor where none is given."""
-    leave_out: str = ""
-    """Columns of a table by name, with commas between them, that are not read."""
+    """A folder with a recording, or with folders of many."""
     target: Literal["displacement", "speed"] = "displacement"
     """What is read from the sensors of a recording: where it moved, in the room's directions, which sensors that move
     with it do not know; or how far."""
@@ -60,6 +58,12 @@ class DataConfig:
     def __post_init__(self):
         check_counts(self, "chunk", "chunks", "examples", section="data.")
         check_positive(self, "train_seconds", "test_seconds", section="data.")
+        if self.path is not None and self.csv is not None:
+            raise ValueError(f"data.path={self.path} and data.csv={self.csv} are both given; choose one.")
+
+    @property
+    def source(self) -> Path | None:
+        return self.path or self.csv
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,8 @@ def synthetic(config: Config) -> Data:
 
 def motions(of: DataConfig) -> dict[Path, Motion]:
     """Of every recording."""
-    assert of.path is not None
-    if of.path.is_file():
-        left_out = [name.strip() for name in of.leave_out.split(",")] if of.leave_out else ()
-        return {of.path: foretold_readings(read_table(of.path, leave_out=left_out), chunk=of.chunk)}
+    if of.path is None:
+        return {of.csv: foretold_readings(of.read(), chunk=of.chunk)} if of.csv else {}
     found = {folder: inertial_motion(folder, chunk=of.chunk) for folder in inertial_recordings(of.path)}
     if of.target == "displacement":
         return found
@@ -200,7 +202,7 @@ def recorded(config: Config) -> Data:
     cuts = {folder: cut(of, folder, motion.seconds) for folder, motion in flights.items()}
     seen = np.concatenate([motion.inputs[cuts[f].train] for f, motion in flights.items()]).reshape(-1, len(names))
     moved = np.concatenate([motion.targets[cuts[f].train] for f, motion in flights.items()])
-    where = f"{of.path}: in data.train_seconds={of.train_seconds} from the start"
+    where = f"{of.source}: in data.train_seconds={of.train_seconds} from the start"
     if (same := (seen == seen[:1]).all(axis=0)).any():
         raise ValueError(f"{where} {names[int(same.argmax())]!r} never changes.")
     if np.isnan(moved).all() or not np.nanstd(moved) > 0:
@@ -255,7 +257,7 @@ def squared_error(prediction, targets):
 
 def measure(run: Run[Config]) -> None:
     config = run.config
-    data = synthetic(config) if config.data.path is None else recorded(config)
+    data = synthetic(config) if config.data.source is None else recorded(config)
     (inputs, targets), validation, test = data
     size = config.train.batch_size
     print(f"{len(inputs)} sequences of {inputs.shape[1]} samples to train on, {len(test[0])} to test on", flush=True)
@@ -314,13 +316,13 @@ def verdict(run: Run[Config], data: Data, table, times: dict[str, float], parame
         parts["time beside the flat model"] = times["hiss"] <= MOST["time"] * times["flat"]
     if {"hiss", "flat-first"} <= mean.keys():
         parts["error beside the flat model read first"] = mean["hiss"] <= MOST["error, first"] * mean["flat-first"]
-    if config.data.path is not None:
+    if config.data.source is not None:
         for name, flat in PAIRS.items():
             if {name, *flat} <= mean.keys():
                 best = min(flat, key=mean.__getitem__)
                 ratios[f"{name} / {best}"] = mean[name] / mean[best]
         parts |= {f"{pair} below 1": ratio < 1 for pair, ratio in ratios.items()}
-    if config.data.path is not None and "hiss" in mean:
+    if config.data.source is not None and "hiss" in mean:
         least = min([*baseline.values(), *(mean[name] for name in ("flat", "flat-first") if name in mean)])
         parts["ahead of all"] = mean["hiss"] < least
     for name, value in baseline.items():

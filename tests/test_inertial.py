@@ -123,7 +123,7 @@ def test_readings_are_foretold(tmp_path):
     rows = (f"{time},{a},{b},0" for time, (a, b) in zip(times, values, strict=True))
     (tmp_path / "gait.csv").write_text("\n".join(["timestamp,a,b,label", *rows]))
     data = sensor_to_state.DataConfig(
-        path=tmp_path / "gait.csv", leave_out="label", chunks=3, train_seconds=2.0, test_seconds=0.6
+        csv=tmp_path / "gait.csv", leave_out="label", chunks=3, train_seconds=2.0, test_seconds=0.6
     )
     found = sensor_to_state.recorded(sensor_to_state.Config(data=data))
     assert [len(inputs) for inputs, _ in found] == [8, 1, 1] and found.test[1].shape == (1, 3, 2)

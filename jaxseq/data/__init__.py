@@ -3,6 +3,7 @@ from .anomalies import nab_recordings as nab_recordings
 from .anomalies import one_class_recordings as one_class_recordings
 from .anomalies import smd_recordings as smd_recordings
 from .compression import baselines as baselines
+from .config import TableConfig as TableConfig
 from .config import TextConfig as TextConfig
 from .corpus import Corpus as Corpus
 from .corpus import Document as Document
