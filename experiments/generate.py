@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from jaxseq.data import VOCABULARY
+from jaxseq.data import VOCABULARY, TextConfig
 from jaxseq.decode import byte_text, stream
 from jaxseq.interop import load_huggingface, tokenizer_text
 from jaxseq.models import ModelConfig, named_language_model
@@ -21,6 +21,7 @@ class Trained:
     """What of the run's config says how to read its checkpoint."""
 
     model: ModelConfig
+    data: TextConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def main() -> None:
     options = command_line(Options, description=__doc__)
     with exit_codes():
         if options.hf is None:
-            model = named_language_model(read_config(options.run, Trained).model, VOCABULARY)
+            trained = read_config(options.run, Trained)
+            model = named_language_model(trained.model, VOCABULARY, trained.data.context)
             params, text = restore_parameters(options.run / "checkpoints"), byte_text()
         else:
             (model, params), text = load_huggingface(options.hf), tokenizer_text(options.hf)

@@ -22,7 +22,17 @@ from jaxseq.analysis import BitsPerByte
 from jaxseq.data import VOCABULARY, TextConfig, TextWindows, baselines, decode, encode, evaluation_windows
 from jaxseq.decode import generate
 from jaxseq.models import ModelConfig, named_language_model
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, device_mesh, digest, main
+from jaxseq.train import (
+    CheckpointConfig,
+    MeshConfig,
+    Run,
+    TrainConfig,
+    cross_entropy,
+    device_mesh,
+    digest,
+    main,
+    with_sown,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ PRESETS = {
 
 def measure(run: Run[Config]) -> None:
     config, context = run.config, run.config.data.context
-    text, model = config.data.corpus(), named_language_model(config.model, VOCABULARY)
+    text, model = config.data.corpus(), named_language_model(config.model, VOCABULARY, context)
     windows = TextWindows(text.train, context, config.train.batch_size, config.seed, packed=config.data.packed)
     held_out = {split: evaluation_windows(getattr(text, split), context) for split in ("validation", "test")}
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
@@ -88,8 +98,9 @@ def measure(run: Run[Config]) -> None:
     print(f"{config.model.mixers} with {size:,} parameters")
 
     def loss(params, batch, key):
-        logits = model.apply(params, batch["inputs"], batch.get("segment_ids"))
-        return cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
+        logits, sown = with_sown(model, params, batch["inputs"], batch.get("segment_ids"))
+        nats, metrics = cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
+        return nats + sown, metrics
 
     every = max(1, len(held_out["validation"]) // config.data.evaluation_windows)
     at_once = config.train.batch_size * -(-16 // config.train.batch_size)  # the same devices divide it

@@ -45,8 +45,10 @@ class Config:
 
     def __post_init__(self):
         check_counts(self, "width", "batch", "window_length", "repeats")
-        if len(self.lengths) < 2 or min(self.lengths) < 2:
-            raise ValueError(f"lengths={self.lengths}; give two or more, each of 2 tokens or more.")
+        if len(set(self.lengths)) < 2 or min(self.lengths) < 2:
+            raise ValueError(f"lengths={self.lengths}; give two or more that differ, each of 2 tokens or more.")
+        if sum(length <= self.window_length for length in set(self.lengths)) < 2:
+            raise ValueError(f"window_length={self.window_length}; two of lengths={self.lengths} are to be within it.")
 
 
 PRESETS = {

@@ -20,7 +20,17 @@ from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
 from jaxseq.models import ModelConfig, mixer_names, named_language_model
 from jaxseq.models.named import slot_fields
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, device_mesh, digest, main
+from jaxseq.train import (
+    CheckpointConfig,
+    MeshConfig,
+    Run,
+    TrainConfig,
+    cross_entropy,
+    device_mesh,
+    digest,
+    main,
+    with_sown,
+)
 
 
 @dataclass(frozen=True)
@@ -131,8 +141,9 @@ def figures(run: Run[Config], name: str, windows: TextWindows, test: np.ndarray,
     model = of_size(replace(config.model, mixers=name), config.parameters, step=whole_heads)
 
     def loss(params, batch, key):
-        logits = model.apply(params, batch["inputs"], batch.get("segment_ids"))
-        return cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
+        logits, sown = with_sown(model, params, batch["inputs"], batch.get("segment_ids"))
+        nats, metrics = cross_entropy(logits, batch["targets"], bytes_per_token=1.0)
+        return nats + sown, metrics
 
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
     tokens = batch * config.data.context

@@ -45,6 +45,7 @@ from jaxseq.train import (
     make_optimizer,
     mean_metrics,
     per_member,
+    with_sown,
 )
 
 #: Tokens of a block, which sees the one before too, and of a window.
@@ -200,6 +201,8 @@ def language_model(config: Config, name: str, width: int, length: int) -> Langua
 
 def measure(run: Run[Config]) -> None:
     config, table = run.config, {}
+    for task in (*config.tasks, *config.beyond):  # before the first of them has been trained on
+        jax.eval_shape(partial(_drawn, config.vocab_size, 1, *task), jax.random.key(0))
     print(
         f"{'mixer':<24}{'width':>6}{'length':>7}{'pairs':>6}{'chance':>8}{'accuracy':>9}{'rate':>9}{'state, bytes':>13}"
     )
@@ -236,12 +239,21 @@ def sequences(config: Config, key, number: int, length: int, pairs: int) -> tupl
     return np.asarray(inputs), np.asarray(labels)
 
 
+def answered(model: LanguageModel, params, batch):
+    logits, sown = with_sown(model, params, batch["inputs"])
+    nats, metrics = cross_entropy(logits, batch["labels"])
+    return nats + sown, metrics
+
+
 def figures(run: Run[Config], part: str, name: str, width: int, length: int, pairs: int) -> dict[str, Any]:
     """Train one mixer at all learning rates and seeds, and test it at the learning rate that validates best."""
     config = run.config
-    beyond = [task for task in config.beyond if task[0] > length]
-    longest = max([length, *(longer for longer, _ in beyond)])
-    model = language_model(config, name, width, longest)
+    model = language_model(config, name, width, length)
+    shapes = lambda length: jax.eval_shape(
+        language_model(config, name, width, length).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    )
+    # A filter of a parameter a tap has none for what is longer.
+    beyond = [task for task in config.beyond if task[0] > length and shapes(task[0]) == shapes(length)]
     train, validation, test = keys(config)
     rates = [rate for rate in config.learning_rates for _ in range(config.seeds)]
 
@@ -249,8 +261,7 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
         key, number = jax.random.fold_in(train, step), config.train.batch_size
         return dict(zip(("inputs", "labels"), sequences(config, key, number, length, pairs), strict=True))
 
-    def loss(params, batch, key):
-        return cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])
+    loss = lambda params, batch, key: answered(model, params, batch)
 
     def init(key):
         keys = jnp.tile(jax.random.split(key, config.seeds), len(config.learning_rates))
@@ -258,10 +269,11 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
 
     optimizer = per_member([make_optimizer(replace(config.train, learning_rate=rate)) for rate in rates])
     trained = run.fit(ensemble_loss(loss), init, batches, optimizer=optimizer, part=part)
-    of_each = jax.vmap(loss, (0, None, None))
 
     def mean(key, length=length, pairs=pairs):
-        """Loss and accuracy of every learning rate, in batches of at most 2¹⁶ tokens."""
+        """Loss and accuracy of every learning rate, in batches of at most 2¹⁶ tokens; longer by a model made for it."""
+        longer = language_model(config, name, width, length)
+        of_each = jax.vmap(lambda params, batch, key: answered(longer, params, batch), (0, None, None))
         number, size = config.test_examples, max(1, 2**16 // length)
         inputs, labels = sequences(config, key, number, length, pairs)
         read = lambda rows: {"inputs": inputs[rows], "labels": labels[rows]}
@@ -280,7 +292,7 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
         "beyond": {f"{n}-{d}": float(mean(test, n, d)["accuracy"][best]) for n, d in beyond},
         "accuracies": dict(zip(map(str, config.learning_rates), tested["accuracy"].tolist(), strict=True)),
         "learning_rate": config.learning_rates[best],
-        "state_bytes": state_bytes(model, longest),
+        "state_bytes": state_bytes(model, length),
         "seconds": trained.seconds,
         "digest": digest(trained.params),
     }

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -29,7 +28,7 @@ from jaxseq.fields import check_counts, chosen
 from jaxseq.mixers import BaseConv, Mamba2, SelectiveAttention
 from jaxseq.models import ModelConfig, mixer_names
 from jaxseq.models.block import Slot
-from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
+from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, with_sown
 from jaxseq.train.files import read_arrays, read_json, write_arrays, write_json
 
 #: What the gap is between; every run has both.
@@ -194,9 +193,9 @@ def trained(run: Run[Config], name: str, stream: np.ndarray, contexts: np.ndarra
     model = build(config, name)
 
     def loss(params, batch, key):
-        logits, losses = model.apply(params, batch["inputs"], mutable=["losses"])
-        value, metrics = cross_entropy(logits, batch["targets"])
-        return value + sum(jnp.sum(x) for x in jax.tree.leaves(losses)), metrics
+        logits, sown = with_sown(model, params, batch["inputs"])
+        nats, metrics = cross_entropy(logits, batch["targets"])
+        return nats + sown, metrics
 
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
     draw = token_batches(stream, length, config.train.batch_size, config.seed)

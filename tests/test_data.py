@@ -1,6 +1,7 @@
 """Text in: what is split stays split, every byte is used once an epoch, and a batch depends on its step alone."""
 
 import gzip
+import zipfile
 
 import numpy as np
 import pytest
@@ -88,20 +89,40 @@ def test_folder_of_few_files_is_split_by_position(tmp_path):
     "names, train, validation, test",
     [
         (("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"), "train", "valid", "test"),
-        (("README", "test.txt", "valid.txt"), "README valid", "README valid", "test"),
-        (("train.txt", "dev.txt", "more.txt"), "train more", "dev", "train more"),
+        (("README", "test.txt", "valid.txt"), "valid", "valid", "test"),
+        (("train.txt", "dev.txt", "more.txt"), "train", "dev", "train"),
+        (("train/a.txt", "train/b.txt", "test/c.txt"), "train", "train", "test"),
+        (tuple(f"wiki.{split}.{n}" for split in ("train", "test") for n in range(10)), "train", "train", "test"),
         (("test.py", "latest.txt", "trainer.txt"), *("test latest trainer",) * 3),  # of one split alone
     ],
 )
 def test_names_of_files_tell_of_splits(tmp_path, names, train, validation, test):
-    """A test file is a test file, whole; what no name tells of is cut from what is trained on."""
+    """A test file is a test file, whole; a split that no name tells of is cut from what is trained on."""
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{name} is of words. " * 20)
     corpus, expected = Corpus.from_path(tmp_path), dict(zip(SPLITS, (train, validation, test), strict=True))
     for split, words in expected.items():
         assert {d.name for d in getattr(corpus, split)} == {n for n in names if any(w in n for w in words.split())}
     whole = [d for d in corpus.test if len(d.content) == len((tmp_path / d.name).read_bytes())]
     assert bool(whole) == (test == "test") and (" names of files" in corpus.rule) == (len(set(expected.values())) > 1)
+    assert corpus.skipped == len({"README", "more.txt"} & set(names))
+
+
+def test_an_archive_is_a_folder(tmp_path):
+    """As film reviews come: of many texts, beside hidden ones; damaged it is named."""
+    with zipfile.ZipFile(tmp_path / "reviews.zip", "w") as archive:
+        for n in range(30):
+            archive.writestr(f"reviews/pos/{n}.txt", f"film {n} " * 9)
+        archive.writestr("reviews/.hidden", "not read")
+        archive.writestr("reviews/poster.png", b"\x89PNG\0")
+    for path in (tmp_path, tmp_path / "reviews.zip"):
+        corpus = Corpus.from_path(path)
+        assert [len(getattr(corpus, split)) for split in SPLITS] == [27, 1, 2] and corpus.skipped == 1
+        assert all(d.name.startswith("reviews.zip/reviews/pos/") for d in corpus.train)
+    (tmp_path / "reviews.zip").write_bytes((tmp_path / "reviews.zip").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"reviews\.zip is damaged .*; fetch or pack it again"):
+        Corpus.from_path(tmp_path)
 
 
 def test_compressed_file_is_read_as_its_text(tmp_path):

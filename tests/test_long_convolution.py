@@ -67,6 +67,43 @@ def test_a_state_of_less_room_is_a_window():
         np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), direct(x, kernel[:8]), atol=1e-12)
 
 
+def test_a_few_tokens_of_a_long_state_are_steps():
+    """Wherever in a period they begin, with the slopes of the whole; segments of one token say nothing."""
+    with jax.enable_x64(True):
+        x, kernel = problem(140, 128)
+        run = jax.jit(lambda x, state: online_convolution(x, taps_of(kernel), state))
+        loss = lambda y: jnp.sum(jnp.sin(y))
+
+        def in_parts(x):
+            state, outputs = empty_convolution(2, 128, D, x.dtype), []
+            for part in jnp.split(x, [60, 62, 66, 126, 130], axis=1):
+                y, state = online_convolution(part, taps_of(kernel), state)
+                outputs.append(y)
+            return jnp.concatenate(outputs, axis=1)
+
+        np.testing.assert_allclose(jax.jit(in_parts)(x), direct(x, kernel), atol=1e-12)
+        whole = lambda x: online_convolution(x, taps_of(kernel), empty_convolution(2, 0, D, x.dtype))[0]
+        slopes = [jax.jit(jax.grad(lambda x, f=f: loss(f(x))))(x) for f in (in_parts, whole)]
+        np.testing.assert_allclose(*slopes, atol=1e-10)
+        state = run(x[:, :60], empty_convolution(2, 128, D, x.dtype))[1]
+        assert run(x[:, 60:64], state)[1].position == 4 and run(x[:, 60:65], state)[1].position == 0
+        token = jax.jit(lambda x, state: online_convolution(x, taps_of(kernel), state, jnp.ones((2, 1), jnp.int32)))
+        np.testing.assert_array_equal(token(x[:, 60:61], state)[0], run(x[:, 60:61], state)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_state_in_half_precision(dtype):
+    """Inputs are kept so, their sums in float32: steps are near the whole, through a period."""
+    mixer = LongConv(4, max_length=64)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 4)), jnp.float32)
+    params, state = jax.jit(mixer.init)(jax.random.key(0), x), mixer.init_state(2, dtype=dtype)
+    assert state.inputs.dtype == dtype and state.sums.dtype == state.ready.dtype == jnp.float32
+    step = lambda state, x: mixer.apply(params, x, state, method="step")[::-1]
+    after, y = jax.jit(partial(jax.lax.scan, step))(state, x.swapaxes(0, 1))
+    assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, state)
+    np.testing.assert_allclose(y.swapaxes(0, 1), jax.jit(mixer.apply)(params, x), atol=3e-2)
+
+
 def test_calls_and_steps_in_turn():
     """Wherever in a period a call begins."""
     with jax.enable_x64(True):

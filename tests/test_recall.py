@@ -1,5 +1,6 @@
 """Recall tasks: the golden rows, the laws of each generator, and a reader who answers everything from the sequence."""
 
+import pickle
 from functools import partial
 
 import jax
@@ -293,6 +294,23 @@ def test_the_builders_make_the_tasks_examples(builders, tmp_path):
     assert test[0]["inputs"].dtype == test[0]["labels"].dtype == np.int32
     with pytest.raises(ValueError, match="'as_supervised': True.*array_record is read as it is"):
         tfds.load("jaxseq_mqar/tiny", data_dir=tmp_path, as_supervised=True)
+    again = pickle.loads(pickle.dumps(test))  # as loaders with workers do
+    np.testing.assert_array_equal(again[1]["inputs"], test[1]["inputs"])
+
+
+def test_a_builder_knows_what_its_files_were_made_of(builders, tmp_path):
+    """Another seed or other settings under one name are refused, where the old examples would come."""
+    options = dict(name="mine", settings=dict(length=16, num_pairs=2, vocab_size=20), examples={"test": 4})
+    build = lambda **change: builders.MQAR(config=builders.TaskConfig(**options | change), data_dir=tmp_path)
+    build().download_and_prepare()
+    assert build().info.splits["test"].num_examples == 4
+    for change in ({"seed": 6}, {"settings": options["settings"] | {"vocab_size": 400}}):
+        with pytest.raises(ValueError, match="was made of .* config 'mine' has .* give it another name, or remove"):
+            build(**change)
+    with pytest.raises(ValueError, match="settings={} of 'none' have no length"):
+        builders.TaskConfig(name="none")
+    with pytest.raises(ValueError, match="no split is called 'eval'; choose train, validation, test"):
+        builders.TaskConfig(name="none", settings=options["settings"], examples={"eval": 3})
 
 
 def test_every_recall_task_has_a_builder_whose_settings_it_takes(builders):
@@ -305,6 +323,19 @@ def test_every_recall_task_has_a_builder_whose_settings_it_takes(builders):
         for config in kind.BUILDER_CONFIGS:
             drawn = jax.eval_shape(partial(kind.task, num_examples=2, **config.settings), jax.random.key(0))
             assert drawn[0].shape == (2, config.settings["length"])
+
+
+def test_many_rows_are_drawn_in_blocks():
+    """In memory that does not grow with their number, none like another, the slots' law as in one block."""
+    draw = lambda n: jax.jit(partial(tasks.mqar, num_examples=n, vocab_size=256)).lower(jax.random.key(0)).compile()
+    few, many = (draw(n).memory_analysis() for n in (1000, 20_000))
+    assert many.temp_size_in_bytes - many.output_size_in_bytes < 6 * few.temp_size_in_bytes
+    inputs, labels = draw(5000)(jax.random.key(1))
+    assert inputs.shape == (5000, 64) and len(np.unique(np.asarray(inputs), axis=0)) == 5000
+    slots = [
+        np.bincount(np.nonzero(rows >= 0)[1] // 2, minlength=32) / rows.size for rows in (labels[:2000], labels[2000:])
+    ]
+    assert np.abs(slots[0] - slots[1]).max() < 0.005
 
 
 def test_a_steep_law_asks_late():

@@ -87,17 +87,18 @@ def test_float64(drawn):
 
 
 def test_top_is_a_threshold_that_is_known_beforehand(drawn):
-    """With packed sequences and gradients: ranks count over the call, attention stays in its segment."""
+    """With gradients. Ranks are of one sequence: packed ones are refused."""
     params, x = drawn
     x = x[:1]
-    ids = jnp.asarray([[0] * 6 + [1] * 7])
     _, sown = jax.jit(partial(build().apply, mutable=["intermediates"]))(params, x)
     (chance,) = sown["intermediates"]["chance"]
     fourth, fifth = np.sort(np.asarray(chance[0]))[[-4, -5]]
-    loss = lambda module: lambda params: jnp.sum(jnp.sin(module.apply(params, x, ids)))
+    loss = lambda module: lambda params: jnp.sum(jnp.sin(module.apply(params, x)))
     forms = [build(top=4), build(threshold=float(fourth + fifth) / 2)]
     ranked, thresholded = (jax.jit(jax.value_and_grad(loss(module)))(params) for module in forms)
     assert_close(ranked, thresholded, "mixer")
+    with pytest.raises(ValueError, match="segment_ids: top=4 ranks all tokens of a row; give one sequence a row"):
+        build(top=4).apply(params, x, jnp.asarray([[0] * 6 + [1] * 7]))
 
 
 def test_unselected_tokens_take_no_room(drawn):

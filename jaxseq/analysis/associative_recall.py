@@ -17,10 +17,13 @@ def recall_hits(
     O(N T log T + M log M) for N contexts of T tokens.
 
     Raises:
-      ValueError: shapes are others, a token is negative, or `most` is.
+      ValueError: shapes are others, tokens are no whole numbers, one is negative, or `most` is.
     """
     if contexts.ndim != 2 or training.ndim != 1:
         raise ValueError(f"contexts has shape {contexts.shape}, training {training.shape}; they are N T and M.")
+    for name, tokens in (("contexts", contexts), ("training", training)):
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"{name} is of {tokens.dtype}; tokens are whole numbers.")
     if most < 0:
         raise ValueError(f"most={most}; a number of occurrences is 0 or more.")
     lowest = min(x.min(initial=0) for x in (contexts, training))
@@ -58,7 +61,7 @@ def sliced_perplexity(nats: Float[np.ndarray, "N T"], hits: Bool[np.ndarray, "N 
     """exp(mean nats) of "all" tokens, of the recall "hits" and of the "other" ones; NaN where there are none.
 
     Raises:
-      ValueError: shapes disagree.
+      ValueError: shapes disagree, or hits are not of bool.
     """
     _check_alike(nats=nats, hits=hits)
     slices = {"all": np.ones_like(hits), "hits": hits, "other": ~hits}
@@ -83,7 +86,7 @@ def share_of_gap(
     holds zero means nothing. Intervals are as in `bootstrap`.
 
     Raises:
-      ValueError: shapes disagree, or as `bootstrap` does.
+      ValueError: shapes disagree, hits are not of bool, or as `bootstrap` does.
     """
     _check_alike(nats=nats, reference=reference, hits=hits)
     lost = np.asarray(nats, np.float64) - reference
@@ -155,6 +158,10 @@ def bootstrap(
 
 
 def _check_alike(**arrays: np.ndarray) -> None:
+    """All of one shape, and what says which tokens count of true and false: numbers would be taken for rows."""
     if len({x.shape for x in arrays.values()}) > 1 or any(x.ndim != 2 for x in arrays.values()):
         shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
         raise ValueError(f"{shapes}: all are N T.")
+    for name in ("hits", "where"):
+        if name in arrays and arrays[name].dtype != bool:
+            raise ValueError(f"{name} is of {arrays[name].dtype}; it is of bool.")

@@ -8,6 +8,7 @@ import lzma
 import os
 import re
 import sysconfig
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,11 +58,12 @@ class Corpus:
 
     @classmethod
     def from_path(cls, path: str | os.PathLike[str]) -> "Corpus":
-        """A text file, or every text file under a folder, hidden ones left out; .gz, .bz2 and .xz are decompressed.
+        """A text file, or every text file under a folder, hidden ones left out.
 
-        Twenty files or more are split by file, fewer by position in each file: train, validation, test are 90, 5, 5 %.
-        Of fewer than twenty the names may tell of two splits or three, as wiki.train.tokens and wiki.test.tokens do:
-        then the test is what they say, and what no name tells of is cut from what is left to train on.
+        .gz, .bz2 and .xz are decompressed, and a .zip is a folder. Twenty files or more are split by file, fewer by
+        position in each file: train, validation, test are 90, 5, 5 %. Where the names of most files, or of the folders
+        they are in, tell of two splits or three, as wiki.train.tokens and wiki.test.tokens do, the splits are those;
+        one that is not named is cut from what is left to train on, and files of other names are skipped.
 
         Raises:
           FileNotFoundError: nothing is there.
@@ -71,6 +73,8 @@ class Corpus:
         path = Path(path).expanduser()
         if path.is_dir():
             return cls._of_files(path, list(_walk(path)))
+        if path.suffix.lower() == ".zip" and path.is_file():
+            return cls._of_files(path.parent, [path.name])
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; name a text file or a folder of text files.")
         content = _read(path)
@@ -105,7 +109,9 @@ class Corpus:
 
     @classmethod
     def _of_files(cls, folder: Path, names: Sequence[str]) -> "Corpus":
-        contents = {name: _read(folder / name) for name in sorted(names)}
+        contents: dict[str, bytes | None] = {}
+        for name in sorted(names):
+            contents |= _members(folder, name) if name.lower().endswith(".zip") else {name: _read(folder / name)}
         documents = [Document(name, content) for name, content in contents.items() if content]
         if not documents:
             raise ValueError(f"{folder} holds no text ({len(names)} files); name a folder with UTF-8 text files in it.")
@@ -114,6 +120,7 @@ class Corpus:
     @classmethod
     def _split(cls, documents: Sequence[Document], skipped: int = 0) -> "Corpus":
         named = _by_name(documents)
+        skipped += len(documents) - sum(map(len, named.values()))
         missing = [split for split in ("validation", "test") if split not in named]
         parts, rule = _cut(named["train"], len(missing))
         splits = named | dict(zip(("train", *missing), parts, strict=True))
@@ -128,20 +135,22 @@ def joined(documents: Sequence[Document]) -> bytes:
 
 
 def _by_name(documents: Sequence[Document]) -> dict[str, tuple[Document, ...]]:
-    """A few documents by the split that a word of their names tells of, and all for training where they tell of none.
+    """Documents by the split that a folder they are in is called, or that is a word of their names; all for training
+    where most tell of none.
 
-    Where none is for training, those for validation are; so is what no word tells of.
+    Where none is for training, those for validation are.
     """
     found: dict[str, tuple[Document, ...]] = {}
     for document in documents:
-        words = set(re.findall("[a-z]+", PurePath(document.name).name.lower()))
+        *folders, name = PurePath(document.name.lower()).parts
+        words = {*folders, *re.findall("[a-z]+", name)}
         told = next((split for split, names in _SPLITS.items() if words & names), "")
         found[told] = (*found.get(told, ()), document)
-    if len(documents) >= 20 or len(found.keys() & _SPLITS.keys()) < 2:
+    others = found.pop("", ())
+    if len(found) < 2 or len(others) >= len(documents) / 2:
         return {"train": tuple(documents)}
     if "train" not in found:
         found["train"] = found.pop("validation")
-    found["train"] += found.pop("", ())
     return found
 
 
@@ -172,6 +181,18 @@ def _walk(folder: Path, without: frozenset[str] = frozenset()) -> Iterator[str]:
                 yield Path(parent, name).relative_to(folder).as_posix()
 
 
+def _members(folder: Path, name: str) -> dict[str, bytes | None]:
+    """What is in an archive, hidden files left out, by the archive's name and theirs."""
+    path = folder / name
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = [each for each in archive.namelist() if not each.endswith("/")]
+            seen = [each for each in inside if not any(part.startswith((".", "__")) for part in each.split("/"))]
+            return {f"{name}/{each}": _text(archive.read(each)) for each in seen}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, *_DAMAGED) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch or pack it again.") from None
+
+
 def _read(path: Path) -> bytes | None:
     """The text, decompressed; None where there is none to read: binary, a device, a folder."""
     try:
@@ -185,6 +206,10 @@ def _read(path: Path) -> bytes | None:
             content = decompress(content)
         except _DAMAGED as error:
             raise ValueError(f"{path} is damaged ({error}); fetch or compress it again.") from None
+    return _text(content)
+
+
+def _text(content: bytes) -> bytes | None:
     return None if b"\0" in content or content.startswith(_BINARY) else content
 
 

@@ -33,11 +33,13 @@ class Orchid(nn.Module):
     "dft"; it does not with padding "zero", nor with "dct". With `ortho` the transform of the conditioning keeps the
     norm. Every output sees the whole sequence: there is no state, and `__call__` alone.
 
-    With `context`, of x's shape, the kernel is made of that (remark 3.3). What `mask` leaves out adds nothing, but its
-    length counts: a sequence padded is not the sequence alone. h₀ stretches with it.
+    With `context`, of x's shape, the kernel is made of that (remark 3.3). What `mask` leaves out of x, and
+    `context_mask` of the context, adds nothing, but its length counts: a sequence padded is not the sequence alone. h₀
+    stretches with it.
 
     Raises:
-      ValueError: a field is unknown, a window even, x is empty, or there are segments, which a transform joins.
+      ValueError: a field is unknown, a window even, x is empty, there are segments, which a transform joins, or a mask
+        of a context that there is not.
       NotImplementedError: time is split over devices, or a state is asked for.
     """
 
@@ -60,6 +62,7 @@ class Orchid(nn.Module):
         *,
         mask: Bool[Array, "B T"] | None = None,
         context: Float[Array, "B T D"] | None = None,
+        context_mask: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         check_width(x, self.d_model, "Orchid")
         check_whole("Orchid", "give every device whole sequences")
@@ -68,12 +71,15 @@ class Orchid(nn.Module):
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"conditioning={self.conditioning!r} is unknown; choose one of {', '.join(CONDITIONING)}.")
         at_least(self, window=1, short_window=1)
-        counted = lambda a: a if mask is None else jnp.where(mask[..., None], a, 0)
+        if context is None and context_mask is not None:
+            raise ValueError("context_mask: there is no context that it could leave something out of.")
+        by = lambda mask: lambda a: a if mask is None else jnp.where(mask[..., None], a, 0)
+        counted, of_context = by(mask), by(mask if context is None else context_mask)
         project = _projection(3 * self.d_model, "in_proj", self)
         streams = counted(project(x))
-        seen = streams if context is None else project(context)
+        seen = streams if context is None else of_context(project(context))
         first, second, v = jnp.split(self._convolved(streams, "short", self.short_window), 3, axis=-1)
-        spectrum = self._spectrum(seen[..., -self.d_model :], counted if context is None else lambda a: a)
+        spectrum = self._spectrum(seen[..., -self.d_model :], of_context)
         place = jnp.arange(x.shape[1], dtype=jnp.float32)
         signed = (place + x.shape[1] // 2) % x.shape[1] - x.shape[1] // 2
         z = spectral_convolution(

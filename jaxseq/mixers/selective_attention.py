@@ -70,6 +70,8 @@ class SelectiveAttention(Mixer):
         # Segments are counted from the one in progress at the start of the call.
         counts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_counts(segment_ids)
         if state is None:
+            if segment_ids is not None:
+                raise ValueError(f"segment_ids: top={self.top} ranks all tokens of a row; give one sequence a row.")
             o = self._among_top(q, k, v, counts, chance, mask)
         else:
             o, state = self._among_selected(q, k, v, counts, chance > self.threshold, state)

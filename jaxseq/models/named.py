@@ -72,10 +72,12 @@ class ModelConfig:
         return tuple(slot(layer) for layer in range(depth))
 
 
-def named_language_model(config: ModelConfig, vocab_size: int, **fields) -> LanguageModel:
-    """The language model of a config; `fields` go to `LanguageModel`."""
+def named_language_model(
+    config: ModelConfig, vocab_size: int, max_length: int | None = None, **fields
+) -> LanguageModel:
+    """The language model of a config, for `max_length` tokens as in `slots`; `fields` go to `LanguageModel`."""
     options: dict[str, Any] = {
-        "mixers": config.slots(),
+        "mixers": config.slots(max_length=max_length),
         "ngrams": config.ngrams,
         "ngram_buckets": config.ngram_buckets,
         "dtype": jnp.bfloat16 if config.bfloat16 else None,

@@ -93,9 +93,9 @@ def by_chunk(size: int, tokens: _Tokens, log_decay, kernel, before, correlation)
 
 
 def _power(log_decay, count):
-    """λ^count, with the channels last."""
+    """λ^count, with the channels last; λ⁰ is 1, also of λ = 0."""
     count = count[None, ..., None].astype(log_decay.dtype)
-    return jnp.exp(count * lax.expand_dims(log_decay, range(count.ndim - 1)))
+    return jnp.exp(jnp.where(count == 0, 0, count * lax.expand_dims(log_decay, range(count.ndim - 1))))
 
 
 @typed

@@ -23,13 +23,15 @@ from .convolution import fourier_convolution
 Taps = Callable[[int], Array]
 #: Tiles up to this size are products with a Toeplitz matrix.
 DIRECT = 8
+#: Calls of at most so many tokens, and a 32nd of P, are steps: a transform of P + T tokens takes 100 times as long.
+STEPS = 64
 
 
 class ConvolutionState(NamedTuple):
     """The last P inputs, and what they give to outputs to come: 2 P D + D numbers and a position."""
 
     inputs: Float[Array, "B P D"]  # a ring: those of this period up to the position, those of the last one from it on
-    sums: Float[Array, "B P D"]  # of this period; complete at the position
+    sums: Float[Array, "B P D"]  # of this period, in at least float32; complete at the position
     ready: Float[Array, "B D"]  # the sum at the position
     position: Int[Array, ""]
 
@@ -50,8 +52,9 @@ def empty_convolution(batch_size: int, lags: int, width: int, dtype) -> Convolut
     tokens neither: a window of P. Without room a call sees all of its own.
     """
     size = 1 << (lags - 1).bit_length() if lags else 0
-    zeros = lambda: jnp.zeros((batch_size, size, width), dtype)
-    return ConvolutionState(zeros(), zeros(), jnp.zeros((batch_size, width), dtype), jnp.zeros((), jnp.int32))
+    wide = accumulator(dtype)
+    inputs, sums = (jnp.zeros((batch_size, size, width), kind) for kind in (dtype, wide))
+    return ConvolutionState(inputs, sums, jnp.zeros((batch_size, width), wide), jnp.zeros((), jnp.int32))
 
 
 @typed
@@ -64,8 +67,8 @@ def online_convolution(
     """y_t = Σ_j taps_j ⊙ x_{t-j} from a state, in at least float32; no tap reaches across a change of `segment_ids`.
 
     `taps` is asked for as many lags as are needed: those of a long filter are not computed anew for every token. One
-    token takes a step of the tiling, several one transform of P + T tokens (O(T log² T) where they are packed), which
-    leaves the state at the start of a period.
+    token takes a step of the tiling, and so does each of a few; many take one transform of P + T tokens (O(T log² T)
+    where they are packed), which leaves the state at the start of a period.
 
     Raises:
       ValueError: T = 0, or shapes disagree.
@@ -81,9 +84,16 @@ def online_convolution(
         taps = cut(taps, size)
     if (columns := jax.eval_shape(lambda: taps(1)).shape[1]) != width:
         raise ValueError(f"taps have {columns} channels; x has {width}.")
-    if x.shape[1] == 1 and size and segment_ids is None and not is_split():
-        y, state = _step(x[:, 0].astype(state.inputs.dtype), taps, state)
-        return y[:, None].astype(x.dtype), state
+    if x.shape[1] == 1 and not is_split():
+        segment_ids = None  # the state continues the segment of the first token
+    if size and segment_ids is None and not is_split():
+        wide = x.astype(state.sums.dtype)
+        if x.shape[1] == 1:
+            y, state = _step(wide[:, 0], taps, state)
+            return y[:, None].astype(x.dtype), state
+        if x.shape[1] <= min(STEPS, size // 32):
+            state, y = lax.scan(lambda state, x: _step(x, taps, state)[::-1], state, wide.swapaxes(0, 1))
+            return y.swapaxes(0, 1).astype(x.dtype), state
     counts = None if segment_ids is None else segment_counts(segment_ids)
     if counts is not None and is_split():
         counts = lax.all_gather(counts, AXIS, axis=1, tiled=True)
@@ -91,10 +101,10 @@ def online_convolution(
     past = jnp.roll(state.inputs, -state.position, axis=1)
     kernel = taps(size + x.shape[1] * (lax.axis_size(AXIS) if is_split() else 1))
     convolve = partial(_convolve, counts=counts)
-    y, *kept = over_channels(convolve, x, kernel, past)
-    inputs, sums = (a.astype(state.inputs.dtype) for a in kept)
+    y, inputs, sums = over_channels(convolve, x, kernel, past)
+    sums = sums.astype(state.sums.dtype)
     ready = sums[:, 0] if size else state.ready
-    return y, ConvolutionState(inputs, sums, ready, jnp.zeros_like(state.position))
+    return y, ConvolutionState(inputs.astype(state.inputs.dtype), sums, ready, jnp.zeros_like(state.position))
 
 
 def _convolve(x, kernel, past, *, counts):
@@ -148,15 +158,15 @@ def _step(x: Float[Array, "B D"], taps: Taps, state: ConvolutionState):
     all sums in every step."""
     size = state.inputs.shape[1]
     y = state.ready + taps(1).astype(x.dtype) * x
-    inputs = lax.dynamic_update_slice_in_dim(state.inputs, x[:, None], state.position, 1)
+    inputs = lax.dynamic_update_slice_in_dim(state.inputs, x[:, None].astype(state.inputs.dtype), state.position, 1)
     after = state.position + 1
     level = lax.population_count((after & -after) - 1)
 
     def give(tile, sums):
         kernel = taps(2 * tile).astype(x.dtype)
         if tile == size:  # a new period
-            return _following(inputs, kernel)
-        given = _following(lax.dynamic_slice_in_dim(inputs, after - tile, tile, 1), kernel)
+            return _following(inputs.astype(x.dtype), kernel)
+        given = _following(lax.dynamic_slice_in_dim(inputs, after - tile, tile, 1).astype(x.dtype), kernel)
         given = given + lax.dynamic_slice_in_dim(sums, after, tile, 1)
         return lax.dynamic_update_slice_in_dim(sums, given, after, 1)
 

@@ -12,6 +12,7 @@ TensorFlow is installed, `tfds.load(..., builder_kwargs={"file_format": "tfrecor
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from .fuzzy_recall import fuzzy_recall
 from .recall import associative_recall, mqar, noisy_recall
 
 CHUNK = 1000
+SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass
@@ -37,21 +39,42 @@ class TaskConfig(tfds.core.BuilderConfig):
     )
     seed: int = 0
 
+    def __post_init__(self):
+        if "length" not in self.settings:
+            raise ValueError(f"settings={self.settings} of {self.name!r} have no length; give the task's arguments.")
+        if unknown := set(self.examples) - set(SPLITS):
+            raise ValueError(f"examples: no split is called {min(unknown)!r}; choose {', '.join(SPLITS)}.")
+
 
 class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Examples of `task` at the settings of the config: a function of seed and split."""
+    """Examples of `task` at the settings of the config: a function of seed and split.
+
+    Raises:
+      ValueError: the files that are there were made of other settings or another seed under the config's name.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     task: Callable
 
     def __init__(self, *, file_format: Any = "array_record", **options):
         super().__init__(file_format=file_format, **options)
+        made, due = dict(self.info.metadata or {}), self._facts()
+        if made and made != due:
+            raise ValueError(
+                f"{self.data_dir} was made of {made}; config {self.builder_config.name!r} has {due} now: give it "
+                "another name, or remove the folder."
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        config = self.builder_config
+        return json.loads(json.dumps({"settings": config.settings, "examples": config.examples, "seed": config.seed}))
 
     def _info(self) -> tfds.core.DatasetInfo:
         tokens = tfds.features.Tensor(shape=(self.builder_config.settings["length"],), dtype=np.int32)
         features = tfds.features.FeaturesDict({"inputs": tokens, "labels": tokens})
         description = " ".join((type(self).task.__doc__ or "").split())
-        return tfds.core.DatasetInfo(builder=self, description=description, features=features)
+        metadata = tfds.core.MetadataDict(self._facts())
+        return tfds.core.DatasetInfo(builder=self, description=description, features=features, metadata=metadata)
 
     def _split_generators(self, dl_manager):
         draw = jax.jit(partial(type(self).task, num_examples=CHUNK, **self.builder_config.settings))
@@ -59,7 +82,7 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def _generate_examples(self, split: str, draw: Callable) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         config = self.builder_config
-        key = jax.random.fold_in(jax.random.key(config.seed), ("train", "validation", "test").index(split))
+        key = jax.random.fold_in(jax.random.key(config.seed), SPLITS.index(split))
         for start in range(0, config.examples[split], CHUNK):
             inputs, labels = map(np.asarray, draw(jax.random.fold_in(key, start)))
             for i in range(min(CHUNK, config.examples[split] - start)):
@@ -77,15 +100,19 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         return self.as_data_source(split)
 
 
-def _builder(task: Callable, **settings: dict[str, Any]) -> type[TaskBuilder]:
-    """The builder `jaxseq_NAME` of a task, with a config for each of the settings."""
+def _builder(called: str, task: Callable, **settings: dict[str, Any]) -> type[TaskBuilder]:
+    """The builder `jaxseq_NAME` of a task, with a config for each of the settings.
+
+    It is `called` as this module calls it, by which its data sources are pickled.
+    """
     configs = [TaskConfig(name=name, settings=options) for name, options in settings.items()]
     fields = {"name": f"jaxseq_{task.__name__}", "task": staticmethod(task), "BUILDER_CONFIGS": configs}
-    return type(f"Jaxseq{task.__name__.title().replace('_', '')}", (TaskBuilder,), fields | {"__module__": __name__})
+    return type(called, (TaskBuilder,), fields | {"__module__": __name__})
 
 
 #: Zoology's grid, without filler of random tokens as in its figure 2, and a small setting.
 MQAR = _builder(
+    "MQAR",
     mqar,
     small=dict(length=64, num_pairs=8, vocab_size=256, random_non_queries=False),
     n64_d4=dict(length=64, num_pairs=4, random_non_queries=False),
@@ -95,10 +122,10 @@ MQAR = _builder(
 )
 #: Orchid's vocabularies, with the token that asks, and the first length of each task's own paper.
 AssociativeRecall = _builder(
-    associative_recall, **{f"v{v}": dict(length=128, vocab_size=v + 1) for v in (10, 20, 30, 40)}
+    "AssociativeRecall", associative_recall, **{f"v{v}": dict(length=128, vocab_size=v + 1) for v in (10, 20, 30, 40)}
 )
-NoisyRecall = _builder(noisy_recall, small=dict(length=128))
-FuzzyRecall = _builder(fuzzy_recall, small=dict(length=128))
-SelectiveCopying = _builder(selective_copying, small=dict(length=256), mamba=dict(length=4096))
-Compression = _builder(compression, small=dict(length=32))
-Induction = _builder(induction, small=dict(length=256))
+NoisyRecall = _builder("NoisyRecall", noisy_recall, small=dict(length=128))
+FuzzyRecall = _builder("FuzzyRecall", fuzzy_recall, small=dict(length=128))
+SelectiveCopying = _builder("SelectiveCopying", selective_copying, small=dict(length=256), mamba=dict(length=4096))
+Compression = _builder("Compression", compression, small=dict(length=32))
+Induction = _builder("Induction", induction, small=dict(length=256))

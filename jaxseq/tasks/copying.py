@@ -20,7 +20,8 @@ def selective_copying(
       ValueError: a number is too small, or the letters do not fit twice.
     """
     least = {"vocab_size": 3}
-    require("selective_copying", least, num_examples=num_examples, num_tokens=num_tokens, vocab_size=vocab_size)
+    sizes = dict(num_examples=num_examples, length=length, num_tokens=num_tokens, vocab_size=vocab_size)
+    require("selective_copying", least, **sizes)
     if length < 2 * num_tokens + 1:
         raise ValueError(f"length={length}; num_tokens={num_tokens} twice and the sign between take more.")
     k_letters, k_places = jax.random.split(key)

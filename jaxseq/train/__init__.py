@@ -19,6 +19,7 @@ from .fit import fit as fit
 from .interrupt import Interrupted as Interrupted
 from .losses import cross_entropy as cross_entropy
 from .losses import distillation as distillation
+from .losses import with_sown as with_sown
 from .main import exit_codes as exit_codes
 from .main import main as main
 from .metrics import MetricsWriter as MetricsWriter

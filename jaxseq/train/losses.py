@@ -1,12 +1,19 @@
 """Losses, in float32 whatever the model computes in."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxseq.shapes import Array, Bool, Float, Int, typed
+from jaxseq.shapes import Array, Bool, Float, Int, known, typed
 from jaxseq.sharded import sum_over_time
+
+
+def with_sown(model: Any, params: Any, *inputs: Any, **options: Any) -> tuple[Any, Float[Array, ""]]:
+    """`model.apply`, and the sum of what layers sow into the collection "losses", as selection and spans cost."""
+    output, sown = model.apply(params, *inputs, mutable=["losses"], **options)
+    return output, sum((jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(sown)), jnp.float32(0))
 
 
 @typed
@@ -20,14 +27,20 @@ def cross_entropy(
     """Mean of -log softmax(logits)[target] in nats, over the positions that count.
 
     `mask` weighs the positions; None counts those whose target is not negative (-100 marks "nothing is asked"). The
-    metrics are `loss`, `accuracy` and, where `bytes_per_token` is given, `bits_per_byte`.
+    metrics are `loss`, `accuracy` and, where `bytes_per_token` is given, `bits_per_byte`. Under `jit`, where targets
+    are not known, those beyond the vocabulary make the loss NaN.
+
+    Raises:
+      ValueError: a target is known to be beyond the vocabulary.
     """
+    if (values := known(targets)) is not None and values.size and values.max() >= logits.shape[-1]:
+        raise ValueError(f"targets holds {values.max()}; the vocabulary of logits is 0 to {logits.shape[-1] - 1}.")
     logits, mean = logits.astype(jnp.float32), _mean_where(targets, mask)
     index = jnp.maximum(targets, 0)
     # A sum over the vocabulary, not a gather: it stays in place where the mesh splits the vocabulary.
     here = index[..., None] == jax.lax.broadcasted_iota(index.dtype, logits.shape, logits.ndim - 1)
     chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
-    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+    nats = jnp.where(targets < logits.shape[-1], jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
     loss = mean(nats)
     right = (logits.argmax(axis=-1) == index).astype(jnp.float32)
     metrics = {"loss": loss, "accuracy": mean(right)}
