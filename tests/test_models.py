@@ -16,7 +16,7 @@ from jaxseq.analysis import nearest_in_size, num_parameters
 from jaxseq.layers import NgramEmbedding
 from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import DSS, H3, LRU, RWKV7, S4, S5, LongConv, Mamba2
-from jaxseq.models import ModelConfig, Tagger
+from jaxseq.models import ModelConfig, Tagger, named_language_model
 from jaxseq.models.block import Stack
 from jaxseq.train import TrainConfig, make_optimizer
 from jaxseq.train.paths import named_leaves
@@ -337,6 +337,9 @@ def test_every_named_mixer_has_a_layer():
     assert [slot(d_model=WIDTH).conv_window for slot in without] == [None, None, 4]  # Mamba is not without
     (own,) = ModelConfig(mixers="kroneckerattention", depth=1).slots()
     assert own(d_model=WIDTH).max_length == 1024
+    long = named_language_model(ModelConfig(mixers="hyena", depth=1, ngrams=()), 9, 2048)
+    (logits, _) = jax.eval_shape(long.init_with_output, jax.random.key(0), jnp.zeros((1, 2048), jnp.int32))
+    assert logits.shape == (1, 2048, 9)
     one, other = ModelConfig(mixers="gla", depth=2).slots()
     assert one is other  # depth is a scan over equal slots
 

@@ -148,6 +148,16 @@ def test_lag_correlation_is_its_sum():
     assert_close(y, expected, "mixer")
 
 
+def test_lag_correlation_forgets_at_once():
+    """λ = 0: each token's own products alone, in every form, with slopes."""
+    q, k, v, log_decay, h = lag_inputs(9, 4, np.float32)[:5]
+    none = jnp.full_like(log_decay, -jnp.inf)
+    run = lambda impl: lambda q: lag_correlation(q, k, v, none, h, chunk_size=4, impl=impl)[0]
+    for impl in ("sequential", "chunked"):
+        assert_close(run(impl)(q), run("sequential")(q), "mixer")
+        assert np.isfinite(jax.grad(lambda q, impl=impl: run(impl)(q).sum())(q)).all()
+
+
 def test_the_chunked_form_keeps_no_kernel_a_token():
     """No array of T · W · D numbers, forwards or backwards."""
     length, window, width = 256, 16, 2

@@ -53,6 +53,21 @@ def gaps(seed=0, rows=40, length=30):
     return rng, hits, reference
 
 
+def test_masks_are_of_bool_and_tokens_whole_numbers():
+    """Numbers 0 and 1 would be taken for rows; other tokens would be cut to whole numbers."""
+    _, hits, reference = gaps()
+    for call in (
+        lambda mask: sliced_perplexity(reference, mask),
+        lambda mask: share_of_gap(reference + 1, reference, mask),
+    ):
+        with pytest.raises(ValueError, match="hits is of int64; it is of bool"):
+            call(hits.astype(np.int64))
+    with pytest.raises(ValueError, match="where is of float64; it is of bool"):
+        gap_closed(reference, reference, reference, where=hits.astype(float))
+    with pytest.raises(ValueError, match="contexts is of float64; tokens are whole numbers"):
+        recall_hits(np.zeros((1, 3)), np.zeros(3, int), most=1)
+
+
 def test_share_is_the_equation():
     rng, hits, reference = gaps()
     nats = reference + 0.1 + 2 * hits + 0.01 * rng.standard_normal(hits.shape)

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from sampled import by_default
 
-from jaxseq import Mamba
+from jaxseq import Attention, Mamba
 from jaxseq.models import ModelConfig, named_language_model
 from jaxseq.train import (
     CheckpointConfig,
@@ -32,6 +32,7 @@ from jaxseq.train import (
     restore_parameters,
     shard_batch,
     shardings,
+    with_sown,
 )
 from jaxseq.train.optimizer import DECAYED, HIDDEN, STATE_SPACE, learning_rate
 from jaxseq.train.paths import matching, named_leaves
@@ -335,6 +336,21 @@ def test_cross_entropy_counts_what_is_asked():
     np.testing.assert_allclose(value, np.mean(np.asarray(expected)[np.asarray(targets) >= 0]), rtol=1e-5)
     np.testing.assert_allclose(metrics["bits_per_byte"], value / np.log(2) / 2, rtol=1e-6)
     np.testing.assert_allclose(cross_entropy(logits, targets, mask=targets >= 0)[0], value)
+    beyond = targets.at[0, 0].set(5)
+    with pytest.raises(ValueError, match="targets holds 5; the vocabulary of logits is 0 to 4"):
+        cross_entropy(logits, beyond)
+    assert np.isnan(jax.jit(cross_entropy)(logits, beyond)[0])
+
+
+def test_what_layers_sow_is_part_of_the_loss():
+    """The cost of a learned span; of a model that sows nothing 0."""
+    x = jnp.ones((1, 6, 8))
+    for mixer, cost in ((Attention(8, max_span=4, span_loss=0.5), 0.5 * 4 * 0.25), (Attention(8), 0.0)):
+        params = jax.jit(mixer.init)(jax.random.key(0), x)
+        params = jax.tree_util.tree_map_with_path(lambda path, p: p + 0.25 * ("span" in str(path)), params)
+        y, sown = jax.jit(partial(with_sown, mixer))(params, x)
+        np.testing.assert_allclose(sown, cost, rtol=1e-6)
+        np.testing.assert_array_equal(y, jax.jit(mixer.apply)(params, x))
 
 
 def test_metrics_in_parts_are_those_of_the_whole():
