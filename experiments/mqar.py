@@ -9,11 +9,12 @@ Claim   After 600 steps on 8 pairs in 64 tokens, a short convolution and attenti
 Source  Zoology (arXiv 2312.04927), figure 2, and its repository's recall against memory: two layers without MLP. Every
         mixer stands second, after the same short convolution, BaseConv(3), which alone tells attention the order.
         Sequences are new at every step.
-Expect  Attention, DeltaNet, RWKV-7 1.00, Based 0.89, GLA 0.58, Mamba-2 0.49; BaseConv and Hyena 0.13, which is chance;
-        the window 0.02, blocks 0.08, though they hold 0.64 of the answers, which 200 steps more would teach them. With
-        up to 60 pairs attention stays at 0.99, and the means are DeltaNet 0.64, RWKV-7 0.49, Based 0.36, GLA 0.15,
-        Mamba-2 0.13: the authors' order but for Based, whose features are few at so small a state. Fifteen minutes on 2
-        CPU cores. gpu, the paper's grid of every mixer with one batch size for all tasks, is not yet measured.
+Expect  Attention and DeltaNet 1.00, RWKV-7 and Based 0.97, GLA 0.70, Mamba-2 0.53; BaseConv 0.12, which is chance,
+        Hyena 0.06, the window 0.01, blocks 0.08, though they hold 0.64 of the answers, which 200 steps more would teach
+        them. With up to 60 pairs attention stays at 1.00, and the means are DeltaNet 0.89, Based 0.56, RWKV-7 0.39, GLA
+        0.19, Mamba-2 0.15, of states of 8 to 10 KiB; of half or twice these Based and RWKV-7 change places (--heads 4
+        or 1). Five to nine minutes on 2 CPU cores. gpu, the paper's grid of every mixer with one batch size for all
+        tasks, is not yet measured.
 Run     python -m experiments.mqar [--preset cpu|gpu] [--mixers attention,based,hyena]
 """
 
