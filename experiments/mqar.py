@@ -92,7 +92,7 @@ def slots(name: str, width: int, heads: int, length: int) -> tuple:
 
     States of matrices have about width²/heads numbers, as DeltaNet's and RWKV-7's, where mixers leave a choice; windows
     hold 12 tokens, which Longformer's heads see one, two and more apart, and blocks 16. Attention, whose cache is the
-    same with any number of heads, learns sooner with twice as many.
+    same with any number of heads and of which the most is asked, learns sooner with twice as many.
     """
     half = max(1, width // (2 * heads))
     most = lambda least, count: max(f for f in range(least, width + 2) if f == least or count(f) <= width // heads)
@@ -202,7 +202,7 @@ def language_model(config: Config, name: str, width: int, length: int) -> Langua
 
 def measure(run: Run[Config]) -> None:
     config, table = run.config, {}
-    for task in (*config.tasks, *config.beyond):  # before the first of them has been trained on
+    for task in (*config.tasks, *config.beyond):  # refuse an impossible one before training
         jax.eval_shape(partial(_drawn, config.vocab_size, 1, *task), jax.random.key(0))
     print(
         f"{'mixer':<24}{'width':>6}{'length':>7}{'pairs':>6}{'chance':>8}{'accuracy':>9}{'rate':>9}{'state, bytes':>13}"
@@ -240,7 +240,8 @@ def sequences(config: Config, key, number: int, length: int, pairs: int) -> tupl
     return np.asarray(inputs), np.asarray(labels)
 
 
-def answered(model: LanguageModel, params, batch):
+def answered(model: LanguageModel, params, batch, key):
+    """Loss and metrics of what is asked, `fit`'s loss of a model."""
     logits, sown = with_sown(model, params, batch["inputs"])
     nats, metrics = cross_entropy(logits, batch["labels"])
     return nats + sown, metrics
@@ -253,7 +254,7 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
     shapes = lambda length: jax.eval_shape(
         language_model(config, name, width, length).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
     )
-    # A filter of a parameter a tap has none for what is longer.
+    # Filters with a parameter a tap cannot read longer sequences.
     beyond = [task for task in config.beyond if task[0] > length and shapes(task[0]) == shapes(length)]
     train, validation, test = keys(config)
     rates = [rate for rate in config.learning_rates for _ in range(config.seeds)]
@@ -262,7 +263,7 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
         key, number = jax.random.fold_in(train, step), config.train.batch_size
         return dict(zip(("inputs", "labels"), sequences(config, key, number, length, pairs), strict=True))
 
-    loss = lambda params, batch, key: answered(model, params, batch)
+    loss = partial(answered, model)
 
     def init(key):
         keys = jnp.tile(jax.random.split(key, config.seeds), len(config.learning_rates))
@@ -272,9 +273,8 @@ def figures(run: Run[Config], part: str, name: str, width: int, length: int, pai
     trained = run.fit(ensemble_loss(loss), init, batches, optimizer=optimizer, part=part)
 
     def mean(key, length=length, pairs=pairs):
-        """Loss and accuracy of every learning rate, in batches of at most 2¹⁶ tokens; longer by a model made for it."""
-        longer = language_model(config, name, width, length)
-        of_each = jax.vmap(lambda params, batch, key: answered(longer, params, batch), (0, None, None))
+        """Loss and accuracy of every learning rate, by a model for this length, in batches of at most 2¹⁶ tokens."""
+        of_each = jax.vmap(partial(answered, language_model(config, name, width, length)), (0, None, None))
         number, size = config.test_examples, max(1, 2**16 // length)
         inputs, labels = sequences(config, key, number, length, pairs)
         read = lambda rows: {"inputs": inputs[rows], "labels": labels[rows]}

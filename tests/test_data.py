@@ -121,7 +121,7 @@ def test_an_archive_is_a_folder(tmp_path):
         assert [len(getattr(corpus, split)) for split in SPLITS] == [27, 1, 2] and corpus.skipped == 1
         assert all(d.name.startswith("reviews.zip/reviews/pos/") for d in corpus.train)
     (tmp_path / "reviews.zip").write_bytes((tmp_path / "reviews.zip").read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"reviews\.zip is damaged .*; fetch or pack it again"):
+    with pytest.raises(ValueError, match=r"reviews\.zip cannot be unpacked .*; fetch or pack it again"):
         Corpus.from_path(tmp_path)
 
 

@@ -135,7 +135,7 @@ def test_readings_are_foretold(tmp_path):
 
 def test_how_far_is_the_length_of_where(tmp_path):
     write(tmp_path, samples(200), positions(np.arange(0, 1, 0.05)))
-    data = sensor_to_state.DataConfig(path=tmp_path, target="speed")
+    data = sensor_to_state.DataConfig(path=tmp_path, target="distance")
     (motion,) = sensor_to_state.motions(data).values()
     np.testing.assert_allclose(motion.targets[2:8], [[0.05 * 5**0.5]] * 6, rtol=1e-4)
 
@@ -145,7 +145,8 @@ def test_every_kind_reads_once_a_chunk(name):
     config = replace(sensor_to_state.PRESETS["debug"], width=8)
     model, x = sensor_to_state.build(config, name, 3), jax.ShapeDtypeStruct((2, 20, 6), np.float32)
     assert jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], x).shape == (2, 5, 3)
-    assert set(sensor_to_state.PAIRS.get(name, ())) <= set(sensor_to_state.KINDS)
+    flat = {"hiss": {"flat"}, "hiss-s4-mamba": {"flat-s4", "flat-mamba"}, "flat-lstm": set()}
+    assert sensor_to_state.flat_of(name) == flat.get(name, sensor_to_state.flat_of(name))
 
 
 @pytest.mark.parametrize("tracker", ["vicon0", "state_groundtruth_estimate0"])

@@ -100,7 +100,7 @@ def test_a_state_in_half_precision(dtype):
     assert state.inputs.dtype == dtype and state.sums.dtype == state.ready.dtype == jnp.float32
     step = lambda state, x: mixer.apply(params, x, state, method="step")[::-1]
     after, y = jax.jit(partial(jax.lax.scan, step))(state, x.swapaxes(0, 1))
-    assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, state)
+    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
     np.testing.assert_allclose(y.swapaxes(0, 1), jax.jit(mixer.apply)(params, x), atol=3e-2)
 
 

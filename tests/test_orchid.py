@@ -152,9 +152,11 @@ def test_lag_correlation_forgets_at_once():
     """λ = 0: each token's own products alone, in every form, with slopes."""
     q, k, v, log_decay, h = lag_inputs(9, 4, np.float32)[:5]
     none = jnp.full_like(log_decay, -jnp.inf)
+    before = lambda a, lag: jnp.pad(a, ((0, 0), (lag, 0), (0, 0)))[:, : a.shape[1]]
+    expected = sum((h[lag][None, None] + q * before(k, lag)) * before(v, lag) for lag in range(len(h)))
     run = lambda impl: lambda q: lag_correlation(q, k, v, none, h, chunk_size=4, impl=impl)[0]
-    for impl in ("sequential", "chunked"):
-        assert_close(run(impl)(q), run("sequential")(q), "mixer")
+    for impl in ("sequential", "parallel", "chunked"):
+        assert_close(run(impl)(q), expected, "mixer")
         assert np.isfinite(jax.grad(lambda q, impl=impl: run(impl)(q).sum())(q)).all()
 
 

@@ -226,7 +226,7 @@ def test_an_encoding_may_be_named(written, encoding):
 def test_columns_may_be_left_out(written):
     """By names with commas between on the command line: words, times written in other ways, and all of them."""
     path = written("date,site,load,oil\n1.2.20,north,1,2\n2.2.20,south,3,4\n")
-    table = forecasting.DataConfig(csv=path, leave_out="site, date").table(0)
+    table = forecasting.DataConfig(csv=path, leave_out="site, date").read(0)
     assert table.names == ("load", "oil") and table.dates is None
     np.testing.assert_array_equal(table.values, [[1, 2], [3, 4]])
     with pytest.raises(ValueError, match="no column 'cite', which leave_out names; choose from date, site, load, oil"):
@@ -279,7 +279,7 @@ def test_the_forecast_goes_on_in_calendar_months(written, tmp_path):
     """From a table whose column of times is named on the command line."""
     months = np.arange("2020-01", "2023-05", dtype="M8[M]")
     path = written(stamps(months).replace("date,", "when,"))
-    table = forecasting.DataConfig(csv=path, date="when").table(0)
+    table = forecasting.DataConfig(csv=path, date="when").read(0)
     series = forecasting_series(table, 4, 2, forecasting.BORDERS["shares"])
     last = lambda params, batch, key: batch["inputs"][:, -2:]
     forecasting.write_forecast(tmp_path / "forecast.csv", table, series, last, ())
@@ -406,7 +406,7 @@ def test_no_forecast_of_copies_is_better_than_the_one_that_knows_the_delays():
 def test_the_floor_of_copies_is_in_deviations():
     """As forecasts of the experiment's models are; the next step of each copy is known up to the noise."""
     config = forecasting.PRESETS["debug"]
-    series = forecasting_series(config.data.table(0), 24, 8)
+    series = forecasting_series(config.data.read(0), 24, 8)
     batch = series.test.at(np.arange(series.test.number))
     error = forecasting.floor(config, series)((), batch, None)[:, 0] - batch["targets"][:, 0]
     np.testing.assert_allclose(np.mean((error * series.deviation[None])[:, 4:] ** 2), 0.09, rtol=0.1)

@@ -340,6 +340,10 @@ def test_cross_entropy_counts_what_is_asked():
     with pytest.raises(ValueError, match="targets holds 5; the vocabulary of logits is 0 to 4"):
         cross_entropy(logits, beyond)
     assert np.isnan(jax.jit(cross_entropy)(logits, beyond)[0])
+    left_out = beyond != 5  # as where padding is a token more
+    kept = cross_entropy(logits, targets, mask=left_out & (targets >= 0))[0]
+    for call in (cross_entropy, jax.jit(cross_entropy)):
+        np.testing.assert_allclose(call(logits, beyond, mask=left_out & (targets >= 0))[0], kept, rtol=1e-6)
 
 
 def test_what_layers_sow_is_part_of_the_loss():

@@ -158,7 +158,7 @@ def bootstrap(
 
 
 def _check_alike(**arrays: np.ndarray) -> None:
-    """All of one shape, and what says which tokens count of true and false: numbers would be taken for rows."""
+    """Raise unless all shapes agree and masks are of bool; 0 and 1 would index rows."""
     if len({x.shape for x in arrays.values()}) > 1 or any(x.ndim != 2 for x in arrays.values()):
         shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
         raise ValueError(f"{shapes}: all are N T.")

@@ -14,7 +14,7 @@ class TextConfig:
     """The text: the Python standard library's source files, unless a path or a TensorFlow Datasets name is given."""
 
     path: Path | None = None
-    """A text file, or a folder of them (.gz, .bz2 and .xz are unpacked)."""
+    """A text file, or a folder of them (.gz, .bz2, .xz and .zip are unpacked)."""
     tfds: str | None = None
     """A TensorFlow Datasets text set."""
     context: int = 1024
@@ -28,7 +28,7 @@ class TextConfig:
         check_counts(self, "context", "evaluation_windows", section="data.")
 
     def corpus(self) -> Corpus:
-        """The documents, split by file."""
+        """The documents, split by file or by the names of files."""
         if self.path is not None and self.tfds is not None:
             raise ValueError(f"data.path={self.path} and data.tfds={self.tfds} are both given; choose one.")
         if self.tfds is not None:
@@ -55,7 +55,7 @@ class TableConfig:
     uneven: Literal["raise", "keep"] = "raise"
     """Whether times that step unevenly are an error, or rows are taken as steps all the same."""
 
-    def read(self) -> Table:
+    def table(self) -> Table:
         """The table.
 
         Raises:

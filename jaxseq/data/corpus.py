@@ -10,6 +10,7 @@ import re
 import sysconfig
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -34,7 +35,7 @@ class Corpus:
     """Three disjoint splits, each an ordered tuple of non-empty documents.
 
     `rule` says in words how they were split; `skipped` counts what a folder held besides text: binary files,
-    devices, links to other folders.
+    devices, links to other folders, and files that no split is of where names tell of splits.
     """
 
     train: tuple[Document, ...]
@@ -63,7 +64,8 @@ class Corpus:
         .gz, .bz2 and .xz are decompressed, and a .zip is a folder. Twenty files or more are split by file, fewer by
         position in each file: train, validation, test are 90, 5, 5 %. Where the names of most files, or of the folders
         they are in, tell of two splits or three, as wiki.train.tokens and wiki.test.tokens do, the splits are those;
-        one that is not named is cut from what is left to train on, and files of other names are skipped.
+        one that is not named is cut from those to train on, which are those to validate on where there are no others,
+        and files of other names are skipped.
 
         Raises:
           FileNotFoundError: nothing is there.
@@ -135,23 +137,21 @@ def joined(documents: Sequence[Document]) -> bytes:
 
 
 def _by_name(documents: Sequence[Document]) -> dict[str, tuple[Document, ...]]:
-    """Documents by the split that a folder they are in is called, or that is a word of their names; all for training
-    where most tell of none.
+    """Documents by the split that is a word of their names or one of their folders; else all for training.
 
     Where none is for training, those for validation are.
     """
-    found: dict[str, tuple[Document, ...]] = {}
+    found: defaultdict[str, list[Document]] = defaultdict(list)
     for document in documents:
         *folders, name = PurePath(document.name.lower()).parts
         words = {*folders, *re.findall("[a-z]+", name)}
-        told = next((split for split, names in _SPLITS.items() if words & names), "")
-        found[told] = (*found.get(told, ()), document)
-    others = found.pop("", ())
+        found[next((split for split, names in _SPLITS.items() if words & names), "")].append(document)
+    others = found.pop("", [])
     if len(found) < 2 or len(others) >= len(documents) / 2:
         return {"train": tuple(documents)}
     if "train" not in found:
         found["train"] = found.pop("validation")
-    return found
+    return {split: tuple(those) for split, those in found.items()}
 
 
 def _cut(documents: Sequence[Document], held_out: int) -> tuple[list[tuple[Document, ...]], str]:
@@ -190,7 +190,7 @@ def _members(folder: Path, name: str) -> dict[str, bytes | None]:
             seen = [each for each in inside if not any(part.startswith((".", "__")) for part in each.split("/"))]
             return {f"{name}/{each}": _text(archive.read(each)) for each in seen}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, *_DAMAGED) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch or pack it again.") from None
+        raise ValueError(f"{path} cannot be unpacked ({error}); fetch or pack it again.") from None
 
 
 def _read(path: Path) -> bytes | None:

@@ -106,9 +106,7 @@ class Series(NamedTuple):
     mean: np.ndarray  # V
     deviation: np.ndarray  # V
     names: tuple[str, ...]
-    latest: dict[
-        str, np.ndarray
-    ]  # the table's last rows as `inputs 1 L V` and `marks 1 L C`: what comes after is ahead
+    latest: dict[str, np.ndarray]  # the table's last rows: `inputs 1 L V`, and `marks 1 L C` where there are any
 
 
 def forecasting_series(

@@ -45,7 +45,8 @@ def read_table(
 
     A first row that is no row of numbers is a header. The column `date` holds times as ISO 8601 writes them; where
     None, the first that is called date, time, timestamp or datetime, in small letters or large, and is not of plain
-    numbers. Any other column is of numbers, or named in `leave_out`.
+    numbers. Any other column is of numbers, or named in `leave_out`; one of those names whose numbers rise from row to
+    row, as seconds do, is refused where there are no times.
 
     No `encoding` is guessed: bytes of another one could be read as names that nobody gave. Spreadsheets of Windows save
     in "cp1252" in the west, "cp1251" in Cyrillic and "cp932" in Japanese.
@@ -110,20 +111,23 @@ def plain_text(path: Path, encoding: str = "utf-8") -> str:
     Raises:
       ValueError: it is damaged, no text, or not in `encoding`.
     """
-    content = _unpacked(path)
+    content, hint = _unpacked(path), ", or set encoding to its own, as 'utf-16'"
     try:
-        return _checked(path, content.decode(encoding), ", or set encoding to its own, as 'utf-16'")
+        return _checked(path, content.decode(encoding), hint)
     except LookupError:
         raise ValueError(f"encoding={encoding!r} is none that Python knows, as 'utf-8' and 'cp1252' are.") from None
     except UnicodeDecodeError as fault:
-        before = _checked(path, content.decode("latin-1"), ", or set encoding to its own, as 'utf-16'")[: fault.start]
+        before = _checked(path, content.decode("latin-1"), hint)[: fault.start]
         line, byte = before.count("\n") + 1, content[fault.start]
-        hint = "save it in UTF-8, or set encoding to its own, as 'cp1252'"
-        raise ValueError(f"{path}, line {line}: the byte {byte:#04x} is not in {encoding}; {hint}.") from None
+        raise ValueError(
+            f"{path}, line {line}: the byte {byte:#04x} is not in {encoding}; save it in UTF-8, or set encoding to its "
+            "own, as 'cp1252'."
+        ) from None
 
 
 def archive_text(path: Path) -> str:
-    """The same of an archive's file, whose remarks alone may not be in UTF-8: then a character for each byte.
+    """The text of an archive's file, gzipped or not, in UTF-8, or else a character for each byte: remarks alone are in
+    other encodings there.
 
     Raises:
       ValueError: it is damaged or no text.
@@ -219,12 +223,12 @@ def _date_column(path: Path, names: list[str], body: list[tuple[int, list[str]]]
     of_times = lambda cell: not _is_numbers([cell]) or _is_time(cell)
     called = [n for n, name in enumerate(names) if name.lower() in NAMES]
     found = next((n for n in called if of_times(first(n))), None)
-    for n in called if found is None else ():
-        if _rises([row[n] for _, row in body]):
-            raise ValueError(
-                f"{path}: {names[n]!r} counts up in plain numbers; write times as 2016-07-01 00:00:00, name the column "
-                "in leave_out, or call it otherwise if it is a variate."
-            )
+    counter = next((names[n] for n in called if _rises([row[n] for _, row in body])), None)
+    if found is None and counter is not None:
+        raise ValueError(
+            f"{path}: {counter!r} counts up in plain numbers; write times as 2016-07-01 00:00:00, name the column in "
+            "leave_out, or call it otherwise if it is a variate."
+        )
     return found
 
 

@@ -32,8 +32,8 @@ class SelectiveAttention(Mixer):
     all do in training; the authors' evaluation keeps the selected alone.
 
     `top` is that evaluation: of each sequence the so many tokens of greatest p, at the cost of their pairs alone. Ranks
-    depend on what comes later, so it has `__call__` alone, and none are of those that `mask` leaves out; `threshold`
-    and `keys` play no part.
+    depend on what comes later, so it has `__call__` alone, on one sequence a row, and none are of those that `mask`
+    leaves out; `threshold` and `keys` play no part.
 
     The state is a cache of the last `max_length` tokens that can be attended to. Tokens that were not selected take no
     room, so it may be as much shorter as they are many; with `keys` "all" it is as long as attention's.
@@ -67,13 +67,13 @@ class SelectiveAttention(Mixer):
         chance = nn.sigmoid(projection(1, "select_proj", self, use_bias=True)(x)[..., 0].astype(accumulator(x.dtype)))
         self._sow(chance)
         q, k, v = query_key_value(self, x, 0 if state is None else state.position, self.num_heads)
-        # Segments are counted from the one in progress at the start of the call.
-        counts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_counts(segment_ids)
         if state is None:
             if segment_ids is not None:
                 raise ValueError(f"segment_ids: top={self.top} ranks all tokens of a row; give one sequence a row.")
-            o = self._among_top(q, k, v, counts, chance, mask)
+            o = self._among_top(q, k, v, chance, mask)
         else:
+            # Segments are counted from the one in progress at the start of the call.
+            counts = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_counts(segment_ids)
             o, state = self._among_selected(q, k, v, counts, chance > self.threshold, state)
         y = projection(self.d_model, "out_proj", self)(o.reshape(x.shape))
         return x + chance.astype(y.dtype)[..., None] * y, state
@@ -97,15 +97,15 @@ class SelectiveAttention(Mixer):
             state.position + counts.shape[1] * devices(),
         )
 
-    def _among_top(self, q, k, v, counts, chance, mask):
+    def _among_top(self, q, k, v, chance, mask):
         """Attention among the `top` tokens of each sequence, zero elsewhere."""
         check_whole("SelectiveAttention(top=...)", "select by threshold")
         length = chance.shape[1]
         chance = chance if mask is None else jnp.where(mask, chance, -1)  # such a token is chosen last of all
         chosen = jnp.sort(jax.lax.top_k(chance, min(self.top, length))[1], axis=1)
-        seen = counts if mask is None else jnp.where(mask, counts, UNSEEN)
-        q, k, v, segments, seen = (_take(a, chosen) for a in (q, k, v, counts, seen))
-        o = ops.softmax_attention(q, k, v, segment_ids=segments, key_segment_ids=seen, impl=self.impl)
+        seen = jnp.zeros(chance.shape, jnp.int32) if mask is None else jnp.where(mask, 0, UNSEEN)
+        q, k, v, seen = (_take(a, chosen) for a in (q, k, v, seen))
+        o = ops.softmax_attention(q, k, v, segment_ids=jnp.zeros_like(seen), key_segment_ids=seen, impl=self.impl)
         return jax.vmap(lambda o, at: jnp.zeros((length, *o.shape[1:]), o.dtype).at[at].set(o))(o, chosen)
 
     def _sow(self, chance) -> None:

@@ -2,7 +2,7 @@
 
 A spectrum is that of a real kernel, so that of T frequencies the first T // 2 + 1 tell all; filters over frequency go
 round all T. A filter that is not symmetric would give a kernel that is not real; the real part of what it makes is
-taken, which is the same as making the filter symmetric. A cosine transform has T frequencies, and all are there.
+taken, which is the same as making the filter symmetric. F is T // 2 + 1 with transform "dft", and T with "dct".
 """
 
 from functools import reduce
@@ -120,7 +120,7 @@ def _reach(weight: Array) -> int:
 
 
 def _weighed(around: Array, weight: Array) -> Array:
-    """Sums over windows of what has as much more in front and behind as these reach."""
+    """Weighted sums over windows; `around` has (W − 1) / 2 entries more at each end."""
     window, length = len(weight), around.shape[1] - len(weight) + 1
     weight = weight.astype(around.dtype)[:, None, None]
     return reduce(jnp.add, (weight[w] * around[:, w : w + length] for w in range(window)))
@@ -130,16 +130,17 @@ def _over_frequency(spectrum: Array, weight: Array, length: int, transform: str)
     """The convolution over the circle of all frequencies, where half are given with the filter's symmetric part."""
     if transform == "dct":
         return centred_convolution(spectrum, weight)
-    reach, half = _reach(weight), spectrum.shape[1]
+    reach, count = _reach(weight), spectrum.shape[1]
 
-    def beyond(places):
-        """Frequencies −k and T − k are conjugate to k."""
-        mirrored = places > length // 2
-        found = spectrum[:, np.where(mirrored, length - places, places)]
+    def next_to(first: int):
+        """`reach` frequencies from this one on, of which those beyond the half are conjugate to those within."""
+        at = np.arange(first, first + reach) % length
+        mirrored = at > length // 2
+        found = spectrum[:, np.where(mirrored, length - at, at)]
         return jnp.where(mirrored[None, :, None], jnp.conj(found), found)
 
-    front, back = (beyond(np.arange(start, start + reach) % length) for start in (-reach, half))
-    return _weighed(jnp.concatenate([front, spectrum, back], axis=1), (weight + weight[::-1]) / 2)
+    around = jnp.concatenate([next_to(-reach), spectrum, next_to(count)], axis=1)
+    return _weighed(around, (weight + weight[::-1]) / 2)
 
 
 def _transformed(x, transform: str, ortho: bool):

@@ -23,7 +23,7 @@ from .convolution import fourier_convolution
 Taps = Callable[[int], Array]
 #: Tiles up to this size are products with a Toeplitz matrix.
 DIRECT = 8
-#: Calls of at most so many tokens, and a 32nd of P, are steps: a transform of P + T tokens takes 100 times as long.
+#: A call of T ≤ P / 32 tokens, and at most so many, is steps: transforms of P + T take up to 100 times as long.
 STEPS = 64
 
 

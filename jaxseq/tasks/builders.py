@@ -50,7 +50,7 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     """Examples of `task` at the settings of the config: a function of seed and split.
 
     Raises:
-      ValueError: the files that are there were made of other settings or another seed under the config's name.
+      ValueError: the files that are there say that they were made of other settings or another seed.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -58,14 +58,15 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def __init__(self, *, file_format: Any = "array_record", **options):
         super().__init__(file_format=file_format, **options)
-        made, due = dict(self.info.metadata or {}), self._facts()
+        made, due = dict(self.info.metadata or {}), self._made_of()
         if made and made != due:
             raise ValueError(
                 f"{self.data_dir} was made of {made}; config {self.builder_config.name!r} has {due} now: give it "
                 "another name, or remove the folder."
             )
 
-    def _facts(self) -> dict[str, Any]:
+    def _made_of(self) -> dict[str, Any]:
+        """What the examples depend on, as JSON gives it back."""
         config = self.builder_config
         return json.loads(json.dumps({"settings": config.settings, "examples": config.examples, "seed": config.seed}))
 
@@ -73,7 +74,7 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         tokens = tfds.features.Tensor(shape=(self.builder_config.settings["length"],), dtype=np.int32)
         features = tfds.features.FeaturesDict({"inputs": tokens, "labels": tokens})
         description = " ".join((type(self).task.__doc__ or "").split())
-        metadata = tfds.core.MetadataDict(self._facts())
+        metadata = tfds.core.MetadataDict(self._made_of())
         return tfds.core.DatasetInfo(builder=self, description=description, features=features, metadata=metadata)
 
     def _split_generators(self, dl_manager):
@@ -103,7 +104,7 @@ class TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 def _builder(called: str, task: Callable, **settings: dict[str, Any]) -> type[TaskBuilder]:
     """The builder `jaxseq_NAME` of a task, with a config for each of the settings.
 
-    It is `called` as this module calls it, by which its data sources are pickled.
+    `called` is this module's name for it: pickles of its data sources look it up there.
     """
     configs = [TaskConfig(name=name, settings=options) for name, options in settings.items()]
     fields = {"name": f"jaxseq_{task.__name__}", "task": staticmethod(task), "BUILDER_CONFIGS": configs}

@@ -9,7 +9,7 @@ from ..shapes import Array, Bool, Float, Int
 
 #: The label where nothing is asked.
 IGNORED = -100
-#: Rows that are drawn at once.
+#: Rows that are drawn at a time.
 ROWS = 1024
 
 
@@ -17,14 +17,13 @@ def distinct(key: Array, log_weights: Float[Array, "M"], shape: tuple[int, ...])
     """Indices in [0, M), drawn along the last axis of `shape` one after the other without replacement.
 
     The next is i with probability proportional to exp(log_weights_i) among those left: the largest of log weights +
-    Gumbel noise (Gumbel top-k, arXiv 1903.06059). Of more than `ROWS` rows so many are drawn at once, as each takes
-    memory for all M.
+    Gumbel noise (Gumbel top-k, arXiv 1903.06059). More than `ROWS` rows are drawn `ROWS` at a time, each from a key of
+    its own, since a row takes memory for all M.
     """
     *batch, count = shape
     if len(batch) == 1 and batch[0] > ROWS:
-        blocks = jax.random.split(key, -(-batch[0] // ROWS))
-        drawn = jax.lax.map(lambda key: distinct(key, log_weights, (ROWS, count)), blocks)
-        return drawn.reshape(-1, count)[: batch[0]]
+        row = lambda key: distinct(key, log_weights, (count,))
+        return jax.lax.map(row, jax.random.split(key, batch[0]), batch_size=ROWS)
     noise = jax.random.gumbel(key, (*batch, log_weights.size), log_weights.dtype)
     return jax.lax.top_k(noise + jnp.expand_dims(log_weights, range(len(batch))), count)[1].astype(jnp.int32)
 

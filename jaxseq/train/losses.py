@@ -28,19 +28,21 @@ def cross_entropy(
 
     `mask` weighs the positions; None counts those whose target is not negative (-100 marks "nothing is asked"). The
     metrics are `loss`, `accuracy` and, where `bytes_per_token` is given, `bits_per_byte`. Under `jit`, where targets
-    are not known, those beyond the vocabulary make the loss NaN.
+    are not known, one that counts and is beyond the vocabulary makes the loss NaN.
 
     Raises:
-      ValueError: a target is known to be beyond the vocabulary.
+      ValueError: a target that counts is known to be beyond the vocabulary.
     """
-    if (values := known(targets)) is not None and values.size and values.max() >= logits.shape[-1]:
-        raise ValueError(f"targets holds {values.max()}; the vocabulary of logits is 0 to {logits.shape[-1] - 1}.")
+    size = logits.shape[-1]
+    beyond = (targets >= size) & (True if mask is None else mask.astype(bool))
+    if (wrong := known(beyond)) is not None and wrong.any():
+        raise ValueError(f"targets holds {targets[wrong].max()}; the vocabulary of logits is 0 to {size - 1}.")
     logits, mean = logits.astype(jnp.float32), _mean_where(targets, mask)
     index = jnp.maximum(targets, 0)
     # A sum over the vocabulary, not a gather: it stays in place where the mesh splits the vocabulary.
     here = index[..., None] == jax.lax.broadcasted_iota(index.dtype, logits.shape, logits.ndim - 1)
     chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1)
-    nats = jnp.where(targets < logits.shape[-1], jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
+    nats = jnp.where(beyond, jnp.nan, jax.nn.logsumexp(logits, axis=-1) - chosen)
     loss = mean(nats)
     right = (logits.argmax(axis=-1) == index).astype(jnp.float32)
     metrics = {"loss": loss, "accuracy": mean(right)}

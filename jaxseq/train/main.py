@@ -25,8 +25,8 @@ def main(
 ) -> None:
     """Run `measure(run)` with the config of the command line, in its folder `--out` (default runs/EXPERIMENT).
 
-    The same command again resumes; a finished run says so and prints its result. `facts(config)` are those that the
-    config does not hold, such as a digest of a table that grows: a run that began with others is refused, a finished
+    The same command again resumes; a finished run says so and prints its result. `facts(config)` is what the config
+    does not say, such as the digest of a table that grows: a run that began with other facts is refused, a finished
     one too. The module docstring of `measure` is the text of --help.
     """
     description = sys.modules[measure.__module__].__doc__ or experiment
