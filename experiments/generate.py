@@ -55,11 +55,11 @@ def main() -> None:
             params, text = restore_parameters(options.run / "checkpoints"), byte_text()
         else:
             (model, params), text = load_huggingface(options.hf), tokenizer_text(options.hf)
-        print(options.prompt, end="", flush=True)
+        prompt = text.encode(options.prompt)
         blocks = stream(
             model,
             params,
-            text.encode(options.prompt)[None],
+            prompt[None],
             max_tokens=options.max_tokens,
             key=jax.random.key(options.seed),
             stop=text.stop,
@@ -67,7 +67,8 @@ def main() -> None:
             top_k=options.top_k,
             top_p=options.top_p,
         )
-        for piece in text.pieces(block[0] for block in blocks):
+        print(options.prompt, end="", flush=True)
+        for piece in text.pieces((block[0] for block in blocks), prompt.tolist()):
             print(piece, end="", flush=True)
         print()
 

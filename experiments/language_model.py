@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxseq.analysis import BitsPerByte
-from jaxseq.data import VOCABULARY, TextConfig, TextWindows, baselines, decode, encode, evaluation_windows
+from jaxseq.data import VOCABULARY, Corpus, TextConfig, TextWindows, baselines, decode, encode, evaluation_windows
 from jaxseq.decode import generate
 from jaxseq.models import ModelConfig, named_language_model
 from jaxseq.train import (
@@ -86,14 +86,23 @@ PRESETS = {
 }
 
 
+def training_windows(config: Config, text: Corpus) -> TextWindows:
+    return TextWindows(text.train, config.data.context, config.train.batch_size, config.seed, packed=config.data.packed)
+
+
+def facts(config: Config) -> dict[str, str]:
+    """The text."""
+    whole = training_windows(config, config.data.corpus()).text
+    return {"text": hashlib.sha256(whole.tobytes()).hexdigest()[:16]}
+
+
 def measure(run: Run[Config]) -> None:
     config, context = run.config, run.config.data.context
     text, model = config.data.corpus(), named_language_model(config.model, VOCABULARY, context)
-    windows = TextWindows(text.train, context, config.train.batch_size, config.seed, packed=config.data.packed)
+    windows = training_windows(config, text)
     held_out = {split: evaluation_windows(getattr(text, split), context) for split in ("validation", "test")}
     init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))
     size = optax.tree.size(jax.eval_shape(init, jax.random.key(0)))
-    run.require_same(text=hashlib.sha256(windows.text.tobytes()).hexdigest()[:16])
     print(f"{text.rule}, {text.skipped} files skipped: {windows.text.size:,} bytes to train on")
     print(f"{config.model.mixers} with {size:,} parameters")
 
@@ -145,4 +154,4 @@ def measure(run: Run[Config]) -> None:
 
 
 if __name__ == "__main__":
-    main("language_model", PRESETS, measure)
+    main("language_model", PRESETS, measure, facts=facts)

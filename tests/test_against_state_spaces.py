@@ -210,6 +210,26 @@ def test_every_measure_is_normal_plus_low_rank(measure, size):
     np.testing.assert_allclose(2 * (V_half @ (V_half.conj().T @ B)).real, B, atol=1e-9)
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("length", by_default([8, 200], [8, 33, 200, 1024]))
+def test_gradients_through_the_kernel_have_their_digits(measure, length):
+    """In float32, at the starts that hardly decay over the sequence too: those of the recurrence in float64."""
+    module = S4(2, state_size=64, measure=measure)
+    x = np.random.default_rng(0).standard_normal((1, length, 2))
+    start = jax.tree.map(np.asarray, jax.jit(module.init)(jax.random.key(0), jnp.asarray(x, jnp.float32)))
+
+    def gradient(dtype, impl):
+        run = module.clone(impl=impl, param_dtype=dtype).apply
+        loss = lambda params: jnp.sum(jnp.sin(run(params, jnp.asarray(x, dtype))))
+        return jax.jit(jax.grad(loss))(jax.tree.map(lambda p: jnp.asarray(p, dtype), start))
+
+    found = gradient(jnp.float32, "convolution")
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        exact = gradient(jnp.float64, "sequential")
+    error = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()), found, exact)
+    assert max(jax.tree.leaves(error)) < 1e-3, error
+
+
 @recorded
 @pytest.mark.parametrize("name", ["s4_block_0", "s4_block_1", "s4_block_2"])
 def test_s4_blocks(name):

@@ -79,6 +79,9 @@ def test_only_allowed_tokens_are_drawn(how, allowed, key):
         (dict(top_p=0.0), "top_p=0.0"),
         (dict(top_k=-2), "top_k=-2"),
         (dict(max_tokens=0), "max_tokens=0"),
+        (dict(prompt=[[1.5, 2.0]]), "prompt is of float64; tokens are whole numbers"),
+        (dict(stop=37), "stop=37; the vocabulary is \\[0, 37\\)"),
+        (dict(top_k=2.5), "top_k=2.5"),
     ],
 )
 def test_bad_requests_name_the_argument(hybrid, key, change, message):

@@ -467,7 +467,7 @@ def test_what_the_model_does_not_hold_goes_along(saved, tmp_path):
 def test_what_the_format_has_no_word_for(tmp_path):
     mamba = partial(Mamba, state_size=4)
     for model, error, match in (
-        (LanguageModel(11, 16, (mamba,), norm_eps=1e-5), ValueError, "d_model=16"),
+        (LanguageModel(11, 16, (mamba,), norm_eps=1e-5), ValueError, "no word for mlp=.*give mlp=None"),
         (LanguageModel(11, 16, (mamba,), mlp=None, ngrams=(2,)), ValueError, r"ngrams=\(2,\)"),
         (LanguageModel(11, 16, (mamba, GLA), mlp=None), NotImplementedError, "layers of one of Mamba"),
         (LanguageModel(11, 16, (mamba, partial(Mamba, expand=3)), mlp=None), ValueError, "expand, state_size; this"),
@@ -619,6 +619,25 @@ def test_generation_with_the_folder_s_own_tokenizer(tmp_path, monkeypatch, capsy
     says.write_text(json.dumps({"eos_token_id": "</s>"}))
     with pytest.raises(ValueError, match="eos_token_id='</s>'; give a token's number"):
         tokenizer_text(tmp_path)
+
+
+def test_a_prompt_is_read_whole_and_spaced(tmp_path):
+    """By a tokenizer whose words begin with their space, and whose file asks for truncation and padding."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    words = ["▁once", "▁upon", "▁a", "▁time", "▁there", "▁was"]
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=32)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    text = tokenizer_text(tmp_path)
+    prompt = text.encode("once upon a time there")
+    assert prompt.tolist() == [2, 3, 4, 5, 6]
+    blocks = [np.asarray([6], np.int32), np.asarray([7], np.int32)]
+    assert "".join(text.pieces(blocks, prompt[:4].tolist())) == " there was"
+    assert "".join(text.pieces(blocks)) == "there was"
 
 
 def test_pieces_are_whole_characters():

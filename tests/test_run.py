@@ -190,6 +190,11 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(capsys, finished, tmp
     assert json.loads((folder / "result.json").read_text())["steps"] == 20
     code, _, err = run_here(capsys, "--out", folder, "--train.steps", 15)
     assert code == 2 and "train.steps=20, this one has 15" in err and "can only grow" in err
+    before = {path.name: path.read_bytes() for path in folder.glob("*.json")}
+    code, _, err = run_here(capsys, "--out", folder, "--train.steps", 30, "--mesh.data", 97)
+    assert code == 2 and "97" in err  # what is refused before its first step leaves the finished run as it is
+    assert {path.name: path.read_bytes() for path in folder.glob("*.json")} == before
+    assert "is finished" in run_here(capsys, "--out", folder, "--train.steps", 20)[1]
 
 
 def one_line(outcome, *words):

@@ -30,17 +30,23 @@ def generate(model, params, prompt, *, max_tokens: int, key, lengths=None, stop:
 def stream(
     model, params, prompt, *, max_tokens: int, key, lengths=None, stop: int | None = None, block: int = 16, **sampling
 ) -> Iterator[np.ndarray]:
-    """`generate`, handed over `block` tokens at a time."""
+    """`generate`, handed over `block` tokens at a time; what is wrong is raised before the first of them."""
     prompt, lengths = _checked_prompt(prompt, lengths, model.vocab_size)
     if max_tokens < 1 or block < 1:
         raise ValueError(f"max_tokens={max_tokens} and block={block}; generate takes 1 or more.")
+    if stop is not None and not 0 <= stop < model.vocab_size:
+        raise ValueError(f"stop={stop}; the vocabulary is [0, {model.vocab_size}).")
     how = Sampling(**sampling).checked()
-    logits, state = _prefill(model, params, prompt, lengths, prompt.shape[1] + max_tokens)
-    done = jnp.zeros(len(prompt), bool)
-    for start in range(0, max_tokens, block):
-        count = min(block, max_tokens - start)
-        tokens, logits, state, done = _decode(model, how, stop, count, params, logits, state, done, key, start)
-        yield np.asarray(tokens)
+
+    def blocks():
+        logits, state = _prefill(model, params, prompt, lengths, prompt.shape[1] + max_tokens)
+        done = jnp.zeros(len(prompt), bool)
+        for start in range(0, max_tokens, block):
+            count = min(block, max_tokens - start)
+            tokens, logits, state, done = _decode(model, how, stop, count, params, logits, state, done, key, start)
+            yield np.asarray(tokens)
+
+    return blocks()
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -78,9 +84,12 @@ def _decode(model, how, stop, count, params, logits, state, done, key, start):
 
 
 def _checked_prompt(prompt, lengths, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    prompt = np.asarray(prompt, np.int32)
+    prompt = np.asarray(prompt)
     if prompt.ndim != 2 or 0 in prompt.shape:
         raise ValueError(f"prompt has shape {prompt.shape}; generate takes tokens 'B P', at least one of each.")
+    if not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(f"prompt is of {prompt.dtype}; tokens are whole numbers.")
+    prompt = prompt.astype(np.int32)
     lengths = np.full(len(prompt), prompt.shape[1]) if lengths is None else np.asarray(lengths)
     if lengths.shape != prompt.shape[:1] or lengths.min() < 1 or lengths.max() > prompt.shape[1]:
         raise ValueError(

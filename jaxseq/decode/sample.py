@@ -18,13 +18,13 @@ class Sampling(NamedTuple):
     def checked(self) -> "Sampling":
         allowed = {
             "temperature": (self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "0 (all tokens) or more, whole numbers"),
             "top_p": (0 < self.top_p <= 1, "a share in (0, 1]"),
         }
         for name, (holds, rule) in allowed.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}; sampling takes {rule}.")
-        return self
+        return Sampling(float(self.temperature), int(self.top_k), float(self.top_p))  # hashable, whatever they came as
 
 
 @typed
@@ -33,7 +33,9 @@ def sample(key: Array, logits: Float[Array, "B vocabulary"], sampling: Sampling)
     (nucleus sampling, arXiv 1904.09751), from the softmax of logits / temperature."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # From the likeliest, so that no temperature makes an infinite one of it.
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / max(sampling.temperature, tiny)
     ordered = jnp.sort(logits, axis=-1, descending=True)
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = jnp.arange(logits.shape[-1]) < sampling.top_k

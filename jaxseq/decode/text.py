@@ -20,10 +20,15 @@ class Text(NamedTuple):
         """The first of the tokens that end a text, which decoding itself may stop at."""
         return next(iter(self.stops), None)
 
-    def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[str]:
-        """The text of tokens that arrive in blocks, up to the end; a character is handed over once it is whole."""
-        tokens: list[int] = []
-        shown, text = 0, ""
+    def pieces(self, blocks: Iterable[np.ndarray], prompt: Iterable[int] = ()) -> Iterator[str]:
+        """The text of tokens that arrive in blocks after those of a prompt, up to the end.
+
+        A character is handed over once it is whole. All are decoded together, as some tokens are the space between two
+        words only where there is one before.
+        """
+        tokens = [int(token) for token in prompt]
+        text = self.decode(tokens) if tokens else ""
+        shown = len(text)
         for block in blocks:
             produced = block.tolist()
             end = next((i for i, token in enumerate(produced) if token in self.stops), len(produced))

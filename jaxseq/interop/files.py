@@ -104,7 +104,11 @@ def local(folder: str | Path) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise FileNotFoundError(f"{folder} is no folder here, and without huggingface_hub none is fetched.") from None
-    return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+    except Exception as error:  # of the network, of the hub, of a name that it does not know
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{folder} is no folder here, and the hub does not give it ({reason}).") from error
 
 
 def words_of(path: Path) -> Words:

@@ -128,6 +128,8 @@ def tokenizer_text(folder: str | Path) -> Text:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{file} is damaged ({error}).") from error
+    tokenizer.no_truncation()  # a file may ask for both, for training: here a prompt is a prompt
+    tokenizer.no_padding()
     says = [words_of(folder / name) for name in (GENERATION, CONFIG) if name == CONFIG or (folder / name).exists()]
     stops = [words("eos_token_id", optional(TOKENS), None) for words in says]
     encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)
@@ -248,7 +250,9 @@ def _check_same(read: LanguageModel, model: LanguageModel) -> None:
         [slot and fields(slot(d_model=model.d_model, parent=None)) for slot in (*layers, mlp)] for layers, mlp in slots
     ]
     pairs = [(ours, theirs), *zip(*built, strict=True)]
-    lost = lambda a, b: [k for k in a if a[k] is not None and (b is None or a[k] != b[k])]  # None: the config has it
-    odd = {f"{k}={a[k]!r}" for a, b in pairs if a is not None for k in lost(a, b)}
+    if any(a is not None and b is None for a, b in pairs):
+        raise ValueError(f"This format has no word for mlp={model.mlp!r}: its layers have none; give mlp=None.")
+    lost = lambda a, b: [k for k in a if a[k] is not None and a[k] != b[k]]  # None: the config has it
+    odd = {f"{k}={a[k]!r} (it would be {b[k]!r})" for a, b in pairs if a is not None for k in lost(a, b)}
     if odd:
         raise ValueError(f"This format has no word for {', '.join(sorted(odd))}.")

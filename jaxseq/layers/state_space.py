@@ -1,5 +1,6 @@
 """What linear state spaces with one input and one output a channel share: S4, S4D, DSS."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..shapes import Array, Complex, accumulator, promoted
+from ..shapes import Array, Complex, accumulator, known, promoted
 from .bidirectional import two_sided
 from .gated_output import gated_output
 from .initialisers import inverse_softplus, log_uniform
@@ -30,7 +31,13 @@ def parameter(module: nn.Module, dtype) -> Callable[..., Array]:
 
 
 def positive(value, kind: str) -> Callable:
-    """An initialiser: what the map `kind` takes to these positive numbers, 1e-4 at least."""
+    """An initialiser: what the map `kind` takes to these positive numbers, 1e-4 at least.
+
+    Raises:
+      ValueError: the map is a sigmoid, and one of them is 1 or more.
+    """
+    if kind == "sigmoid" and (values := known(value)) is not None and (values >= 1).any():
+        raise ValueError(f"the map 'sigmoid' reaches numbers below 1; this start has {values.max():g}: take another.")
     return lambda _, shape, dtype: jnp.broadcast_to(POSITIVE[kind][1](jnp.maximum(value, 1e-4)).astype(dtype), shape)
 
 
@@ -70,7 +77,7 @@ def check_steps(module: Mixer) -> None:
     name = type(module).__name__
     if not 0 < module.dt_min < module.dt_max:
         raise ValueError(f"dt_min={module.dt_min} and dt_max={module.dt_max}; {name} takes 0 < dt_min < dt_max.")
-    if not module.rate > 0:
+    if not 0 < module.rate < math.inf:
         raise ValueError(f"rate={module.rate}; {name} takes a positive ratio of sampling intervals.")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .. import ops
 from ..layers.initialisers import step_size_bias, symmetric_uniform
-from ..layers.mixer import Mixer
+from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
 from ..shapes import Array, Float, Int, accumulator, typed
@@ -52,7 +52,9 @@ class Mamba(Mixer):
         state = self.resumed(x, state)
         if not 0 < self.dt_min < self.dt_max:
             raise ValueError(f"dt_min={self.dt_min} and dt_max={self.dt_max}; Mamba takes 0 < dt_min < dt_max.")
-        width, N, rank = self.expand * self.d_model, self.state_size, self.dt_rank or math.ceil(self.d_model / 16)
+        at_least(self, dt_rank=1)
+        rank = math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
+        width, N = self.expand * self.d_model, self.state_size
         u, z = jnp.split(projection(2 * width, "in_proj", self, self.use_bias)(x), 2, axis=-1)
         convolution = ShortConvolution(self.conv_window, self.conv_bias, self.dtype, self.param_dtype, name="conv")
         u, conv = convolution(u, state.conv, segment_ids)

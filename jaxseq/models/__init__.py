@@ -5,6 +5,7 @@ from .chimera import ChimeraClassifier as ChimeraClassifier
 from .chimera import ChimeraForecaster as ChimeraForecaster
 from .chimera import ChimeraGrid as ChimeraGrid
 from .classifier import Classifier as Classifier
+from .forecasters import Forecaster as Forecaster
 from .forecasters import LinearForecaster as LinearForecaster
 from .forecasters import PatchForecaster as PatchForecaster
 from .forecasters import SequenceForecaster as SequenceForecaster
@@ -18,6 +19,7 @@ from .language import LanguageModel as LanguageModel
 from .named import ModelConfig as ModelConfig
 from .named import mixer_names as mixer_names
 from .named import named_language_model as named_language_model
+from .regressor import SequenceRegressor as SequenceRegressor
 from .switching_glm import SwitchingGLM as SwitchingGLM
 from .switching_glm import gumbel_softmax_log_density as gumbel_softmax_log_density
 from .switching_glm import one_hot_parameters as one_hot_parameters

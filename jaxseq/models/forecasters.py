@@ -193,3 +193,7 @@ class SequenceForecaster(nn.Module):
         h, _ = Stack(**{name: getattr(self, name) for name in names}, remat=False, name="stack")(h)
         y = fan_in_projection(self.horizon * variates, "head", self, self.d_model)(h[:, -1])
         return restored(y.reshape(len(x), self.horizon, variates))
+
+
+#: Time steps as tokens, through any mixers: the forecaster that is no paper's own.
+Forecaster = SequenceForecaster

@@ -86,7 +86,8 @@ class LanguageModel(nn.Module):
         if self.tied:
             logits = embed.attend(x.reshape(-1, self.d_model)).reshape(*tokens.shape, self.vocab_size)  # see `by_rows`
         else:
-            logits = Dense(self.vocab_size, use_bias=False, kernel_init=normal, name="head")(x)
+            wide = jnp.promote_types(jnp.float32, self.param_dtype)
+            logits = Dense(self.vocab_size, use_bias=False, kernel_init=normal, param_dtype=wide, name="head")(x)
         return logits, LanguageModelState(ngram, layers)
 
     @typed

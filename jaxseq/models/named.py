@@ -72,12 +72,21 @@ class ModelConfig:
         return tuple(slot(layer) for layer in range(depth))
 
 
+#: Tokens of mixers that have a longest sequence, as they come.
+OWN_LENGTH = 1024
+
+
 def named_language_model(
     config: ModelConfig, vocab_size: int, max_length: int | None = None, **fields
 ) -> LanguageModel:
-    """The language model of a config, for `max_length` tokens as in `slots`; `fields` go to `LanguageModel`."""
+    """The language model of a config; `fields` go to `LanguageModel`.
+
+    Mixers whose parameters, or caches, are of a longest sequence are made for `max_length` tokens, and for as many as
+    they are by themselves at least, so that short contexts leave room to decode.
+    """
+    longest = max_length and max(max_length, OWN_LENGTH)
     options: dict[str, Any] = {
-        "mixers": config.slots(max_length=max_length),
+        "mixers": config.slots(max_length=longest),
         "ngrams": config.ngrams,
         "ngram_buckets": config.ngram_buckets,
         "dtype": jnp.bfloat16 if config.bfloat16 else None,

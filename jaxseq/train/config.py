@@ -1,5 +1,6 @@
 """The options every experiment shares, under the same names on every command line."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,11 @@ class TrainConfig:
         for name in ("steps", "warmup_steps", "weight_decay", "evaluate_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must not be negative.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={self.betas}; each is 0 or more, below 1.")
+        for name in ("learning_rate", "state_space_learning_rate", "final_learning_rate_ratio"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise ValueError(f"train.{name}={value}; it is a finite number, not negative.")
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,16 @@ def main(
     arguments = parse(presets, argv, out=f"runs/{experiment}", description=description)
     with exit_codes():
         run = open_run(arguments.config, experiment, arguments.out)
-        if facts is not None:
-            run.require_same(**facts(run.config))
-        if run.result is None:
-            measure(run)
-        else:
-            print(f"{run.folder} is finished; more --train.steps continue it.\n{summary(run.result)}")
+        try:
+            if facts is not None:
+                run.require_same(**facts(run.config))
+            if run.result is None:
+                measure(run)
+            else:
+                print(f"{run.folder} is finished; more --train.steps continue it.\n{summary(run.result)}")
+        except Exception:
+            run.withdraw()
+            raise
 
 
 @contextmanager

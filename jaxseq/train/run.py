@@ -42,6 +42,13 @@ class Run(Generic[Config]):
         self._started, self._noted = time.monotonic(), 0.0
         self._earlier = _seconds(self.folder)
         self._tokens_per_step: int | None = None
+        self._undo: Callable[[], None] | None = None
+
+    def withdraw(self) -> None:
+        """Give a finished run back its result, where more steps were asked of it and none of them was done."""
+        if self._undo is not None:
+            self._undo()
+        self._undo = None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -85,6 +92,7 @@ class Run(Generic[Config]):
                     progress.evaluated(step, split, metrics)
 
             def show(step: int, metrics: dict[str, float]) -> None:
+                self._undo = None
                 progress.update(step, metrics)
                 self._note_seconds(every=5)
 
@@ -180,6 +188,7 @@ class Run(Generic[Config]):
             "device": _device(),
         }
         result |= {"jax_version": jax.__version__, "parameters_digest": parameters_digest} | more
+        self._undo = None
         self._note_seconds()
         if jax.process_index() == 0:
             write_json(self.folder / "result.json", result)
@@ -202,11 +211,12 @@ def open_run(config: Config, experiment: str, out: str | Path) -> Run[Config]:
       ValueError: the folder is no run, or a run of another experiment or config, or its config.json is broken.
     """
     folder = Path(out)
+    run = Run(config, experiment, folder)
     if jax.process_index() == 0:
-        _claim(folder, {"experiment": experiment} | asdict(config))  # type: ignore[call-overload]
+        run._undo = _claim(folder, {"experiment": experiment} | asdict(config))  # type: ignore[call-overload]
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"open_run {folder}")
-    return Run(config, experiment, folder)
+    return run
 
 
 def read_config(folder: str | Path, kind: type[Config]) -> Config:
@@ -240,21 +250,31 @@ def summary(result: dict[str, Any]) -> str:
     return "\n  ".join([*lines, spent])
 
 
-def _claim(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder this run's, or raise and leave it as it is."""
+def _claim(folder: Path, config: dict[str, Any]) -> Callable[[], None]:
+    """Make the folder this run's, or raise and leave it as it is; and how to undo what a continuation changes."""
     path = folder / "config.json"
-    if path.exists():
-        old, new = _flat(read_json(path)), _flat(json.loads(json.dumps(finite(config), default=str)))
+    before, moved = read_json(path) if path.exists() else None, []
+    if before is not None:
+        old, new = _flat(before), _flat(json.loads(json.dumps(finite(config), default=str)))
         grown = new.get("train.steps", 0) > old.get("train.steps", 0)
         if _begun(folder):
             _check_same(folder, old, new | ({"train.steps": old["train.steps"]} if grown else {}))
         for name in ("result", "table") if grown else ():
             if (folder / f"{name}.json").exists():
-                os.replace(folder / f"{name}.json", folder / f"{name}-{old['train.steps']}.json")
+                moved.append((folder / f"{name}.json", folder / f"{name}-{old['train.steps']}.json"))
+                os.replace(*moved[-1])
     elif folder.exists() and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
+
+    def undo() -> None:
+        for there, now in moved:
+            os.replace(now, there)
+        if moved:
+            write_json(path, before)
+
+    return undo
 
 
 def _begun(folder: Path) -> bool:
