@@ -197,6 +197,9 @@ def fla_layer(layer: str, weights: Mapping[str, Any], **fields) -> tuple[Mixer, 
         raise NotImplementedError(f"layer={layer!r} has no mixer here; choose one of {', '.join(LAYERS)}.")
     kind, names, wanted_inputs = LAYERS[layer]
     arrays = {name: np.asarray(array) for name, array in weights.items()}
+    for name, array in arrays.items():
+        if not (jnp.issubdtype(array.dtype, jnp.floating) and np.isfinite(array.astype(np.float32)).all()):
+            raise ValueError(f"{name} is of {array.dtype}, or not finite; weights are finite numbers with a point.")
     out = next((name for name, ours in names.items() if ours == "out_proj/kernel"), "")
     if out not in arrays:
         raise ValueError(f"{layer} misses {out}.")

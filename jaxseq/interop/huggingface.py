@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def save_huggingface(model: LanguageModel, params: dict, folder: str | Path, *, 
         array = np.asarray(arrays[path])
         for name, ours in zip(names, array if _is_stacked(path) else array[None], strict=True):
             tensors[name] = np.ascontiguousarray(_transposed(name, ours))
+    # Of mixed ones what most are of, as the float32 head of a bfloat16 model.
+    config["dtype"] = str(Counter(str(tensor.dtype) for tensor in tensors.values()).most_common(1)[0][0])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file in [] if beside is None else _beside(beside):
