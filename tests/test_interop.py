@@ -645,4 +645,5 @@ def test_pieces_are_whole_characters():
     drawn = np.frombuffer("naïve €".encode(), np.uint8).astype(np.int32)
     pieces = list(text.pieces(np.append(drawn, [text.stop, 65])[i : i + 1] for i in range(len(drawn) + 2)))
     assert "".join(pieces) == "naïve €" and "ï" in pieces and "€" in pieces
+    assert "".join(text.pieces([drawn[1:]], text.encode("n").tolist())) == "aïve €"  # after the sign of a beginning
     assert "".join(text._replace(stops=(text.stop, ord("v"))).pieces([drawn])) == "naï"

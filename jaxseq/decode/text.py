@@ -44,4 +44,4 @@ class Text(NamedTuple):
 
 def byte_text() -> Text:
     """The bytes of UTF-8 themselves, as `jaxseq.data` has them; a document ends where another begins."""
-    return Text(encode, lambda tokens: bytes(tokens).decode(errors="replace"), (BEGIN,))
+    return Text(encode, lambda tokens: bytes(t for t in tokens if t != BEGIN).decode(errors="replace"), (BEGIN,))
