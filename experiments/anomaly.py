@@ -73,6 +73,10 @@ class DataConfig:
     missing: Literal["raise", "forward"] = "raise"
     """Whether missing values of the Numenta benchmark are an error, or the last ones before them again."""
 
+    def __post_init__(self):
+        if self.kind != "nab" and self.missing != "raise":
+            raise ValueError(f"data.missing={self.missing} is for data.kind=nab; data.kind={self.kind} takes none.")
+
     def read(self, seed: int) -> list[Recording]:
         if self.path is None:
             raise ValueError("data.path is needed: the folder of the recordings.")

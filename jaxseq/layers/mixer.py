@@ -1,6 +1,7 @@
 """The contract of every causal mixer: one body, `prefill`, and the names that follow from it."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,18 @@ def check_place(layer: int, num_layers: int) -> None:
     """Raise unless it is the place of a layer in a model of so many."""
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer={layer} of num_layers={num_layers}; layers are 0 to num_layers − 1.")
+
+
+def stateless(why: str, *methods: str) -> tuple[Callable, ...]:
+    """Methods of these names, for the body of a module that keeps no state: each says so, and why."""
+
+    def refused(method: str) -> Callable:
+        def raises(self, *args, **kwargs):
+            raise NotImplementedError(f"{method}: {why}")
+
+        return nn.nowrap(raises)
+
+    return tuple(map(refused, methods))
 
 
 def at_least(module: nn.Module, **least: int) -> None:

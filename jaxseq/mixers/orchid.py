@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.initialisers import log_uniform, symmetric_uniform
-from ..layers.mixer import Mixer, at_least
+from ..layers.mixer import Mixer, at_least, stateless
 from ..layers.positional_kernel import PositionalKernel
 from ..layers.projection import projection
 from ..layers.short_convolution import ShortConvolution
@@ -104,19 +104,9 @@ class Orchid(nn.Module):
     def _weight(self, name: str, window: int, width: int):
         return self.param(f"{name}_conv", symmetric_uniform(window**-0.5), (window, width), self.param_dtype)
 
-    def prefill(self, *args, **kwargs):
-        raise _no_state("prefill")
-
-    def step(self, *args, **kwargs):
-        raise _no_state("step")
-
-    @nn.nowrap
-    def init_state(self, *args, **kwargs):
-        raise _no_state("init_state")
-
-
-def _no_state(method: str) -> NotImplementedError:
-    return NotImplementedError(f"{method}: Orchid is not causal, it has no state; CausalOrchid is and has.")
+    prefill, step, init_state = stateless(
+        "Orchid is not causal, it has no state; CausalOrchid is and has.", "prefill", "step", "init_state"
+    )
 
 
 class CausalOrchidState(NamedTuple):

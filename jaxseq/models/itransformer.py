@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..layers.instance_norm import instance_normalised
+from ..layers.mixer import stateless
 from ..layers.mlp import MLP
 from ..layers.projection import fan_in_projection
 from ..layers.self_attention import SelfAttention
@@ -59,15 +60,8 @@ class ITransformer(nn.Module):
         h = nn.LayerNorm(1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(h[:, :variates])
         return restored(fan_in_projection(self.horizon, "head", self, self.d_model)(h).swapaxes(1, 2))
 
-    def step(self, *args, **kwargs):
-        raise _no_state("step")
-
-    @nn.nowrap
-    def init_state(self, *args, **kwargs):
-        raise _no_state("init_state")
-
-
-def _no_state(method: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{method}: ITransformer attends over variates and keeps nothing of a window; call it on the last steps."
+    step, init_state = stateless(
+        "ITransformer attends over variates and keeps nothing of a window; call it on the last steps.",
+        "step",
+        "init_state",
     )

@@ -72,7 +72,7 @@ def distillation(
     one; `cross_entropy` and `divergence`, its parts.
 
     Raises:
-      ValueError: `temperature` is not above 0, or `alpha` is no share.
+      ValueError: `temperature` is not above 0, `alpha` is no share, or as `cross_entropy` does.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}; distillation takes a number above 0.")

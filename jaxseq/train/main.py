@@ -40,7 +40,7 @@ def main(
                 measure(run)
             else:
                 print(f"{run.folder} is finished; more --train.steps continue it.\n{summary(run.result)}")
-        except Exception:
+        except BaseException:
             run.withdraw()
             raise
 
