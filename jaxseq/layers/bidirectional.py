@@ -38,12 +38,7 @@ class Bidirectional(nn.Module):
 
 
 def two_sided(causal: Callable, x: Array, segment_ids: Array | None = None) -> Array:
-    """causal(x, segment_ids, 0), and causal(…, 1) backwards in time on the tokens after each: none counts twice.
-
-    Raises:
-      NotImplementedError: time is split over devices.
-    """
-    check_whole("bidirectional=True", "give every device whole sequences")
+    """causal(x, segment_ids, 0), and causal(…, 1) backwards in time on the tokens after each: none counts twice."""
     ids = _flip(segment_ids)
     (later, _), _ = taps(_flip(x), jnp.zeros_like(x[:, :1]), ids)
     return causal(x, segment_ids, 0) + _flip(causal(later, ids, 1))

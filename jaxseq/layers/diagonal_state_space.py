@@ -68,7 +68,8 @@ class DiagonalStateSpace(StateSpace):
         run = lambda u, direction, **options: ops.diagonal_state_space(
             u, log_A, B, C[direction], impl=self.impl, **options
         )
-        return state_space_layer(self, run, x, state, segment_ids, mask)
+        kernel = lambda direction, length: ops.diagonal_kernel(log_A, B, C[direction], length)
+        return state_space_layer(self, run, kernel, x, state, segment_ids, mask)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..ops.convolution import fourier_convolution
 from ..shapes import Array, Complex, accumulator, known, promoted
+from ..sharded import check_whole
 from .bidirectional import two_sided
 from .gated_output import gated_output
 from .initialisers import inverse_softplus, log_uniform
@@ -119,12 +121,12 @@ def zeroed(x: Array, mask: Array | None) -> Array:
 
 
 def state_space_layer(
-    module: StateSpace, run: Callable, x: Array, state: StateSpaceState | None, segment_ids, mask: Array | None = None
+    module: StateSpace, run: Callable, kernel: Callable, x, state: StateSpaceState | None, segment_ids, mask=None
 ):
     """y + D ⊙ x through the module's `output`, an exact GELU in it, and the state after x.
 
-    `run(u, direction, initial_state=…, segment_ids=…)` makes y and a state; direction 1 is that of `two_sided`, where
-    the module is bidirectional. D is a parameter.
+    `run(u, direction, initial_state=…, segment_ids=…)` makes y and a state, and `kernel(direction, length)` is its
+    impulse response; direction 1 is that of `two_sided`, where the module is bidirectional. D is a parameter.
 
     Raises:
       ValueError: there is a mask, and the module is causal.
@@ -135,7 +137,12 @@ def state_space_layer(
     if module.bidirectional:
         if state is not None:
             module.check_causal()
-        y, after = two_sided(lambda u, ids, direction: run(u, direction, segment_ids=ids)[0], u, segment_ids), None
+        check_whole("bidirectional=True", "give every device whole sequences")
+        if segment_ids is None and module.impl in (None, "convolution"):
+            y = fourier_convolution(u, kernel(0, x.shape[1]), later=kernel(1, x.shape[1]))
+        else:
+            y = two_sided(lambda u, ids, direction: run(u, direction, segment_ids=ids)[0], u, segment_ids)
+        after = None
     else:
         initial = None if state is None else state.ssm
         y, ssm = run(u, 0, initial_state=initial, segment_ids=segment_ids)

@@ -66,15 +66,12 @@ class DSS(StateSpace):
         check_width(x, self.d_model, "DSS")
         self._check()
         log_A, B, *w = self._discrete(accumulator(x.dtype))
+        C = [a / 2 for a in w]  # the op adds the conjugate of each state
         run = lambda u, direction, **options: ops.diagonal_state_space(
-            u,
-            log_A,
-            B,
-            w[direction] / 2,
-            impl=self.impl,
-            **options,  # the op adds the conjugate of each state
+            u, log_A, B, C[direction], impl=self.impl, **options
         )
-        return state_space_layer(self, run, x, state, segment_ids, mask)
+        kernel = lambda direction, length: ops.diagonal_kernel(log_A, B, C[direction], length)
+        return state_space_layer(self, run, kernel, x, state, segment_ids, mask)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:

@@ -69,7 +69,8 @@ class S4(StateSpace):
         run = lambda u, direction, **options: ops.dplr_state_space(
             u, Lambda, P, B, C[direction], dt, impl=self.impl, **options
         )
-        return state_space_layer(self, run, x, state, segment_ids, mask)
+        kernel = lambda direction, length: ops.dplr_kernel(Lambda, P, B, C[direction], dt, length)
+        return state_space_layer(self, run, kernel, x, state, segment_ids, mask)
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> StateSpaceState:

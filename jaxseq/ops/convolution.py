@@ -78,12 +78,19 @@ def long_convolution(
     return over_channels(partial(fourier_convolution, causal=causal), x, kernel)
 
 
-def fourier_convolution(x, kernel, *, causal: bool = True):
-    """`long_convolution` of sequences that are whole."""
+def fourier_convolution(x, kernel, *, causal: bool = True, later=None):
+    """`long_convolution` of sequences that are whole.
+
+    With `later`, as long as a causal kernel, Σ_{s>t} later_{s-t-1} ⊙ x_s is added in the same transforms.
+    """
     length = x.shape[1]
     dtype = accumulator(x.dtype)
     kernel = kernel[..., :length, :].astype(dtype)
     size = next_fast_len(length + kernel.shape[-2] - 1, real=True) if causal else length
+    if later is not None:  # lags below zero stand at the end
+        later = later[..., : length - 1, :].astype(dtype)
+        gap = jnp.zeros((*kernel.shape[:-2], size - length - later.shape[-2], kernel.shape[-1]), dtype)
+        kernel = jnp.concatenate([kernel, gap, jnp.flip(later, axis=-2)], axis=-2)
     spectrum = jnp.fft.rfft(kernel, size, axis=-2)
     spectrum = spectrum if kernel.ndim == 3 else spectrum[None]
     y = jnp.fft.irfft(jnp.fft.rfft(x.astype(dtype), size, axis=1) * spectrum, size, axis=1)

@@ -1,11 +1,13 @@
 """Diagonal state spaces x' = A x + B u: discretisation, the convolution kernel of one input, and the recurrences."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, vmap
 
+from ..exact import einsum
 from ..monoid import Affine, affine
 from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed
 from ..sharded import across_devices, is_split
@@ -45,6 +47,12 @@ def _powers(log_A, exponents):
     return jnp.exp(log_A[None] * exponents.astype(log_A.dtype)[:, None, None])
 
 
+def _two_levels(log_A, length: int):
+    """Ā^{iQ}, `I D N`, and Ā^j, `Q D N`, whose products are all powers below Ā^length; I and Q about √length."""
+    stride = max(1, math.isqrt(length))
+    return _powers(log_A, stride * jnp.arange(-(-length // stride))), _powers(log_A, jnp.arange(stride))
+
+
 @typed
 def diagonal_kernel(
     log_A: Complex[Array, "D N"], B: Complex[Array, "D N"], C: Complex[Array, "D N"], length: int
@@ -53,24 +61,35 @@ def diagonal_kernel(
 
         K_l = 2 Re Σ_n C_n B̄_n Ā_n^l        (S4D, arXiv 2206.11893, eq. 4)
 
-    O(D·N·L) in time and memory.
+    O(D·N·√L) exponentials and memory, and a product of matrices of O(D·N·L).
     """
-    return 2 * jnp.einsum("ldn,dn->ld", _powers(log_A, jnp.arange(length)), B * C).real
+    coarse, fine = _two_levels(log_A, length)
+    coarse, product = coarse * (B * C)[None], partial(einsum, "idn,jdn->ijd")
+    kernel = product(coarse.real, fine.real) - product(coarse.imag, fine.imag)
+    return 2 * kernel.reshape(-1, kernel.shape[-1])[:length]
+
+
+def _decayed_to_end(u, log_A):
+    """Σ_l Ā^{L-1-l} u_l, `B D N`."""
+    coarse, fine = _two_levels(log_A, u.shape[1])
+    rows, stride = len(coarse), len(fine)
+    u = jnp.pad(u, ((0, 0), (rows * stride - u.shape[1], 0), (0, 0))).reshape(-1, rows, stride, u.shape[2])
+    sums = (einsum("bijd,jdn->bidn", u, part[::-1]) for part in (fine.real, fine.imag))
+    return jnp.einsum("bidn,idn->bdn", lax.complex(*sums), coarse[::-1])
 
 
 def convolution(u, log_A, B, C, state):
-    """The kernel by FFT; an initial state adds its own decay, and the final state is one sum over the inputs."""
+    """The kernel by FFT; an initial state responds as an input does, and the final state is one sum over the inputs."""
     length = u.shape[1]
     y = fourier_convolution(u, diagonal_kernel(log_A, B, C, length))
-    to_end = _powers(log_A, jnp.arange(length - 1, -1, -1))
-    from_zero = B[None] * jnp.einsum("ldn,bld->bdn", to_end, u.astype(to_end.dtype))
+    from_zero = B[None] * _decayed_to_end(u, log_A)
     if state is None and not is_split():
         return y, from_zero
     total = Affine(jnp.exp(length * log_A)[None], from_zero)
 
     def run(state):
-        decayed = _powers(log_A, jnp.arange(1, length + 1)) * C[None]
-        return y + 2 * jnp.einsum("ldn,bdn->bld", decayed, state).real, affine.act(total, state)
+        response = vmap(lambda x: diagonal_kernel(log_A, x, C, length))(jnp.exp(log_A)[None] * state)
+        return y + response, affine.act(total, state)
 
     return across_devices(affine, lambda: total, run, jnp.zeros_like(from_zero) if state is None else state)
 
