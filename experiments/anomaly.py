@@ -19,13 +19,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxseq import S4D, Mamba
 from jaxseq.analysis import (
     ANOMALY_RULES,
     alarm_rates,
@@ -37,11 +35,7 @@ from jaxseq.analysis import (
 )
 from jaxseq.data import Recording, nab_recordings, one_class_recordings, pooled, smd_recordings
 from jaxseq.fields import check_counts, chosen
-from jaxseq.layers import GatedMLP
-from jaxseq.layers.mlp import MLP
-from jaxseq.layers.self_attention import SelfAttention
-from jaxseq.models import ChimeraForecaster, ChimeraGrid, ITransformer, LinearForecaster, SequenceForecaster
-from jaxseq.models.chimera import SEASON, TREND
+from jaxseq.models import ForecasterConfig
 from jaxseq.train import (
     CheckpointConfig,
     MeshConfig,
@@ -88,7 +82,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ForecasterConfig):
     """Recordings, models and training, the same for all models. One model is trained on all recordings."""
 
     seed: int = 0
@@ -107,14 +101,8 @@ class Config:
     """Share of the rows to calibrate on that are above the threshold."""
     width: int = 16
     """Width of the models that have one."""
-    cell_width: int = 4
-    """Channels of a cell, a number of one variate, in Chimera."""
-    depth: int = 2
-    """Layers."""
-    states: int = 4
-    """States a channel; S4D has eight times as many."""
     heads: int = 2
-    """Heads, where models attend."""
+    """Their heads, where they attend."""
     shown: str = "nyc_taxi"
     """What is in the name of the recording to draw; the first with anomalies where no name has it."""
     data: DataConfig = DataConfig()
@@ -125,7 +113,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        check_counts(self, "seeds", "lookback", "horizon", "stride", "width", "cell_width", "depth", "states", "heads")
+        super().__post_init__()
+        check_counts(self, "seeds", "lookback", "horizon", "stride")
         if self.stride > self.horizon:
             raise ValueError(f"stride={self.stride} must be at most horizon={self.horizon}: each row is forecast.")
         if not 0 < self.false_alarms < 1:
@@ -136,22 +125,12 @@ class Config:
         return chosen("models", self.models, MODELS)
 
 
-axes = lambda c, head, variates: partial(head, state_size=c.states, bidirectional=variates > 1)
-MODELS: dict[str, Callable[[Config, int], nn.Module]] = {
-    "rlinear": lambda c, variates: LinearForecaster(c.horizon, window=None, normalise=True),
-    "s4d": lambda c, variates: SequenceForecaster(
-        c.horizon, c.width, (partial(S4D, state_size=8 * c.states),) * c.depth, mlp=GatedMLP
-    ),
-    "mamba": lambda c, variates: SequenceForecaster(
-        c.horizon, c.width, (partial(Mamba, num_layers=c.depth),) * c.depth
-    ),
-    "itransformer": lambda c, variates: ITransformer(
-        c.horizon, c.width, (partial(SelfAttention, num_heads=c.heads),) * c.depth, partial(MLP, hidden=c.width)
-    ),
-    "chimera": lambda c, variates: ChimeraForecaster(
-        c.horizon, partial(ChimeraGrid, c.cell_width, c.depth, axes(c, TREND, variates), axes(c, SEASON, variates))
-    ),
-}
+MODELS = ("rlinear", "s4d", "mamba", "itransformer", "chimera")
+
+
+def build(config: Config, name: str, variates: int):
+    """The model of a name; of one variate Chimera has one direction."""
+    return config.forecaster("chimera-one-way" if name == "chimera" and variates == 1 else name, config.horizon)
 
 
 PRESETS = {
@@ -179,7 +158,7 @@ def ruled(config: Config, name: str, recordings: Sequence[Recording]) -> list[np
 
 def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
     """Parameters of all seeds, stacked."""
-    config, model = run.config, MODELS[name](run.config, recordings[0].values.shape[1])
+    config, model = run.config, build(run.config, name, recordings[0].values.shape[1])
     learned = [r.values[: r.fitted] for r in recordings if r.fitted]
     windows, starts = pooled(learned, config.lookback, config.horizon)
     first = jnp.asarray(windows.at(starts[:1])["inputs"])
@@ -197,7 +176,7 @@ def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
 @cache
 def squares(config: Config, name: str, variates: int) -> Callable:
     """`(params, B L V, B S V) -> B S M`: squared errors of M models, whose parameters are stacked; compiled once."""
-    model = MODELS[name](config, variates)
+    model = build(config, name, variates)
     square = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2, axis=-1)
     return jax.jit(jax.vmap(square, in_axes=(0, None, None), out_axes=-1))
 

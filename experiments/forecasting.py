@@ -16,7 +16,6 @@ Run     python -m experiments.forecasting [--preset cpu|ett|exchange|illness|gpu
         written to forecast.csv.
 """
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxseq import S4D, Attention, Mamba
 from jaxseq.data import (
     ETT_HOURLY,
     ETT_MINUTES,
@@ -36,31 +34,14 @@ from jaxseq.data import (
     Table,
     TableConfig,
     Windows,
-    dates_ahead,
     forecasting_series,
     season_length,
+    write_forecast,
 )
 from jaxseq.fields import check_counts, check_positive, chosen
-from jaxseq.layers import Bidirectional, GatedMLP
-from jaxseq.layers.mlp import MLP
-from jaxseq.layers.self_attention import SelfAttention
-from jaxseq.mixers import LSTM
-from jaxseq.models import (
-    ChimeraForecaster,
-    ChimeraGrid,
-    ITransformer,
-    LinearForecaster,
-    ModelConfig,
-    PatchForecaster,
-    SequenceForecaster,
-    last_value,
-    seasonal_naive,
-    window_mean,
-)
-from jaxseq.models.chimera import SEASON, TREND
+from jaxseq.models import FORECASTERS, ForecasterConfig, last_value, seasonal_naive, window_mean
 from jaxseq.tasks import lagged_copies, lagged_copies_forecast
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main, mean_metrics
-from jaxseq.train.files import atomically
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ class DataConfig(TableConfig):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ForecasterConfig):
     """Table, windows, models and training; the same for all models."""
 
     seed: int = 0
@@ -103,25 +84,10 @@ class Config:
     period: int | None = None
     """Steps of the season that the seasonal rule repeats; where none is given those of a day, week or year of the
     dates, and 24 of a table without."""
-    width: int = 128
-    """Width of the models that have one."""
-    depth: int = 2
-    """Their layers."""
-    heads: int = 8
-    """Their heads, where they attend."""
-    cell_width: int = 4
-    """Channels of a cell, a number of one variate, in Chimera."""
-    states: int = 4
-    """Chimera's states a channel."""
-    inverted: str = ""
-    """What mixes the variates of the inverted transformer: a mixer by name, in both directions; attention where none
-    is given."""
     dropout: float = 0.1
     """Share of channels and weights dropped in training."""
     variates: float = 1.0
     """Share of the variates, drawn for each step, that the inverted transformer is trained on; it forecasts all."""
-    remat: bool = False
-    """Whether Chimera's blocks are computed again in the backward pass, in less memory."""
     halve_every_epoch: bool = False
     """Whether the learning rate is halved, and the model evaluated, after each epoch, as the authors of the inverted
     transformer do; a cosine, and train.evaluate_every, otherwise."""
@@ -135,7 +101,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        check_counts(self, "seeds", "lookback", "horizon", "width", "depth", "heads", "cell_width", "states")
+        super().__post_init__()
+        check_counts(self, "seeds", "lookback", "horizon")
         if any(n < 1 for n in self.horizons) or len({self.horizon, *self.horizons}) <= len(self.horizons):
             raise ValueError(f"horizons={self.horizons} beside horizon={self.horizon}; each is 1 or more, and once.")
         if self.period is not None and not 1 <= self.period <= self.lookback:
@@ -144,10 +111,9 @@ class Config:
         if not 0 < self.variates <= 1:
             raise ValueError(f"variates={self.variates}; a share is above 0 and at most 1.")
         self.names()
-        variate_mixer(self)  # raises where it is unknown
 
     def names(self) -> list[str]:
-        return chosen("models", self.models, (*NAIVE, *MODELS))
+        return chosen("models", self.models, (*NAIVE, *FORECASTERS))
 
 
 BORDERS = {"shares": None, "ett": ETT_HOURLY, "ett-minutes": ETT_MINUTES}
@@ -155,48 +121,6 @@ NAIVE: dict[str, Callable[[Config], Callable]] = {
     "last value": lambda c: partial(last_value, horizon=c.horizon),
     "window mean": lambda c: partial(window_mean, horizon=c.horizon),
     "season": lambda c: partial(seasonal_naive, horizon=c.horizon, period=c.period or min(24, c.lookback)),
-}
-attention = lambda c: partial(SelfAttention, num_heads=c.heads, dropout=c.dropout)
-mlp = lambda c: partial(MLP, hidden=c.width, dropout=c.dropout)
-tokens = lambda c, slot: dict(d_model=c.width, mixers=(slot,) * c.depth, dropout=c.dropout)
-
-
-def variate_mixer(c: Config) -> Any:
-    """What mixes the variates of the inverted transformer.
-
-    Raises:
-      ValueError: no mixer of the library is called so.
-    """
-    if not c.inverted:
-        return attention(c)
-    named = ModelConfig(mixers=c.inverted, heads=c.heads, depth=1, conv_window=None)
-    mixer: Any = named.slots()[0]
-    return partial(Bidirectional, mixer=mixer)
-
-
-def chimera(c: Config, season: bool = True, gated: bool = True, **options) -> ChimeraForecaster:
-    """Chimera as published, or with one part left out."""
-    trend, fast = (partial(head, state_size=c.states, **options) for head in (TREND, SEASON))
-    fields: dict[str, Any] = dict(trend=trend, season=fast if season else None, gated=gated, remat=c.remat)
-    return ChimeraForecaster(c.horizon, partial(ChimeraGrid, c.cell_width, c.depth, **fields))
-
-
-MODELS: dict[str, Callable[[Config], Any]] = {
-    "dlinear": lambda c: LinearForecaster(c.horizon),
-    "rlinear": lambda c: LinearForecaster(c.horizon, window=None, normalise=True),
-    "patches": lambda c: PatchForecaster(c.horizon, **tokens(c, attention(c)), mlp=mlp(c)),
-    "transformer": lambda c: SequenceForecaster(
-        c.horizon, **tokens(c, partial(Attention, num_heads=c.heads)), mlp=GatedMLP
-    ),
-    "lstm": lambda c: SequenceForecaster(c.horizon, **tokens(c, LSTM)),
-    "s4d": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(S4D, state_size=64)), mlp=GatedMLP),
-    "mamba": lambda c: SequenceForecaster(c.horizon, **tokens(c, partial(Mamba, num_layers=c.depth))),
-    "itransformer": lambda c: ITransformer(c.horizon, **tokens(c, variate_mixer(c)), mlp=mlp(c)),
-    "chimera": chimera,
-    "chimera-one-way": partial(chimera, bidirectional=False),
-    "chimera-static": partial(chimera, input_dependent=False),
-    "chimera-ungated": partial(chimera, gated=False),
-    "chimera-trend": partial(chimera, season=False),
 }
 #: Solved in closed form: as far as they are trained they say little of what a linear map can do.
 LINEAR = ("dlinear", "rlinear")
@@ -270,7 +194,7 @@ def forecaster(config: Config, name: str) -> Callable:
     if name in NAIVE:
         rule = NAIVE[name](config)
         return lambda params, batch, key: rule(batch["inputs"])
-    model = MODELS[name](config)
+    model = config.forecaster(name, config.horizon)
     rngs = lambda key: None if key is None else {"dropout": key}
     return lambda params, batch, key: model.apply(params, *arguments(config, name, batch), rngs=rngs(key))
 
@@ -289,39 +213,21 @@ def squares(forecast: Callable, params, batch, key):
     return mse, {"mse": mse, "mae": jnp.mean(jnp.abs(error))}
 
 
-def at_once(windows: Windows) -> int:
-    """How many windows to read at once: 256, of wide tables fewer."""
-    return min(256, max(1, 2**22 // windows.series[: windows.lookback + windows.horizon].size))
-
-
 def errors(loss: Callable, params, windows: Windows) -> dict[str, float]:
-    return mean_metrics(loss, params, windows.at, windows.number, size=at_once(windows))
-
-
-def thinned(batches: Callable, share: float, seed: int) -> Callable:
-    """The same of a share of the variates, drawn for each step."""
-
-    def at(step: int) -> dict[str, np.ndarray]:
-        batch = batches(step)
-        number = batch["inputs"].shape[-1]
-        drawn = np.random.default_rng((seed, step)).permutation(number)[: max(1, round(share * number))]
-        return batch | {name: batch[name][..., drawn] for name in ("inputs", "targets")}
-
-    return at
+    return mean_metrics(loss, params, windows.at, windows.number, size=windows.at_once)
 
 
 def fitted(run: Run[Config], config: Config, name: str, series: Series, loss: Callable):
     """The parameters that do best on validation; of a linear map those of least error in training, of a rule none."""
     if name in NAIVE:
         return ()
-    model = MODELS[name](config)
+    model = config.forecaster(name, config.horizon)
     if name in LINEAR:
-        parts = -(-series.train.number // at_once(series.train))
+        parts = -(-series.train.number // series.train.at_once)
         return model.solved(map(series.train.at, np.array_split(np.arange(series.train.number), parts)))
     first = jax.tree.map(jnp.asarray, arguments(config, name, series.train.at(np.arange(1))))
-    batches = series.train.batches(config.train.batch_size, config.seed)
-    if name == "itransformer" and config.variates < 1:
-        batches = thinned(batches, config.variates, config.seed)
+    share = config.variates if name == "itransformer" else 1.0
+    batches = series.train.batches(config.train.batch_size, config.seed, variates=share)
     evaluate = lambda params: {"validation": errors(loss, params, series.validation)}
     # In the folder of this run, where a part that is finished is found and not trained again.
     of_seed = Run(config, run.experiment, run.folder)
@@ -390,7 +296,8 @@ def verdict(run: Run, config: Config, table: Table, scores, params, series: Seri
     }
     mse, validation = over(scores, "mse"), over(scores, "validation")
     best = min(params, key=validation.__getitem__)
-    write_forecast(run.folder / "forecast.csv", table, series, forecaster(config, best), params[best])
+    ahead = forecaster(config, best)(params[best], jax.tree.map(jnp.asarray, series.latest), None)
+    write_forecast(run.folder / "forecast.csv", np.asarray(ahead)[0], series, table.dates)
     shown = [name for name in dict.fromkeys((best, "itransformer", "last value")) if name in scores]
     plot(run, series, {n: (forecaster(config, n), params[n]) for n in shown}, mse)
     rules = {name: mse[name] for name in NAIVE if name in mse}
@@ -440,24 +347,6 @@ def asked(config: Config, mse: dict[str, float], mean_mse: dict[str, float]) -> 
         if name == table and found is not None:
             limits[f"{model}: the paper's of {', '.join(map(str, horizons))} and 3 %"] = found, 1.03 * value
     return {what: (found, round(most, 6)) for what, (found, most) in limits.items()}
-
-
-def write_forecast(path: Path, table: Table, series: Series, forecast: Callable, params) -> None:
-    """The steps after the last row, in the units of the table."""
-    scaled = np.asarray(forecast(params, jax.tree.map(jnp.asarray, series.latest), None), np.float64)[0]
-    values = scaled * series.deviation + series.mean
-    # To a ten-thousandth of a deviation: of a high level that moves little six digits would tell nothing.
-    places = np.clip(4 - np.floor(np.log10(series.deviation)), 0, 300).astype(int)
-    times: list[Any] = list(range(1, len(values) + 1))
-    if table.dates is not None:
-        times = [str(time) for time in dates_ahead(table.dates, len(values)).tolist()]
-    with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(("step" if table.dates is None else "date", *table.names))
-        rows.writerows(
-            (time, *(f"{round(x, n):.15g}" for x, n in zip(row, places, strict=True)))
-            for time, row in zip(times, values, strict=True)
-        )
 
 
 def plot(run: Run, series: Series, models: dict[str, tuple[Callable, Any]], mse: dict[str, float]) -> None:

@@ -751,7 +751,7 @@ def test_a_row_is_scored_by_all_its_forecasts(key):
     """Of every seed and recording, from windows that end before it, by a loop over windows."""
     config = anomaly.Config(seeds=2, lookback=4, horizon=2, stride=1)
     recordings = [recording(np.random.default_rng(n).standard_normal(9 + 3 * n)) for n in range(2)]
-    model = anomaly.MODELS["rlinear"](config, 1)
+    model = anomaly.build(config, "rlinear", 1)
     params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 1))))(jax.random.split(key, 2))
     found = anomaly.errors(config, "rlinear", params, recordings, size=3)
     for seed, scores in enumerate(found):

@@ -1,6 +1,7 @@
 """Forecasting models against the authors' outputs, and what their users rely on."""
 
 from functools import partial
+from itertools import combinations
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxseq.models.forecasters import (
     window_mean,
 )
 from jaxseq.models.itransformer import ITransformer
+from jaxseq.models.named_forecasters import FORECASTERS, ForecasterConfig
 
 
 def recorded_itransformer(**fields):
@@ -137,6 +139,32 @@ def test_forecasters(name):
     assert np.linalg.norm(half.astype(jnp.float32) - y) <= 0.05 * np.linalg.norm(y)
     if name != "dlinear":
         np.testing.assert_allclose(jax.jit(model.apply)(params, 50 * x + 7), 50 * y + 7, rtol=1e-3, atol=1e-2)
+
+
+def test_every_name_is_a_forecaster():
+    """Of the config's horizon; no two have the same parameters."""
+    config = ForecasterConfig(width=16, depth=1, heads=2, states=2, dropout=0.1)
+    shapes = {}
+    for name in FORECASTERS:
+        model = config.forecaster(name, 6)
+        y, shapes[name] = jax.eval_shape(model.init_with_output, jax.random.key(0), windows())
+        assert y.shape == (2, 6, 3)
+    assert all(shapes[a] != shapes[b] for a, b in combinations(FORECASTERS, 2))
+
+
+def test_what_mixes_the_variates():
+    """A mixer by name in both directions; another name is an error."""
+    config = ForecasterConfig(width=16, depth=1, heads=2, inverted="gla")
+    params = jax.eval_shape(config.forecaster("itransformer", 6).init, jax.random.key(0), windows())["params"]
+    mixer = params["stack"]["layers"]["block_0"]["mixer"]
+    assert {"forwards", "backwards"} <= set(mixer)
+    for fields, message in (
+        (dict(inverted="glow"), "no mixer is called 'glow'"),
+        (dict(dropout=1.0), "dropout=1.0 must be 0 or more and below 1"),
+        (dict(width=0), "width=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ForecasterConfig(**fields)
 
 
 @pytest.mark.parametrize("name", ["dlinear", "rlinear", "patch"])

@@ -22,6 +22,7 @@ from jaxseq.data import (
     forecasting_series,
     read_table,
     season_length,
+    write_forecast,
 )
 from jaxseq.data.series import time_marks
 from jaxseq.data.table import filled_forward
@@ -281,8 +282,7 @@ def test_the_forecast_goes_on_in_calendar_months(written, tmp_path):
     path = written(stamps(months).replace("date,", "when,"))
     table = forecasting.DataConfig(csv=path, date="when").read(0)
     series = forecasting_series(table, 4, 2, forecasting.BORDERS["shares"])
-    last = lambda params, batch, key: batch["inputs"][:, -2:]
-    forecasting.write_forecast(tmp_path / "forecast.csv", table, series, last, ())
+    write_forecast(tmp_path / "forecast.csv", series.latest["inputs"][0, -2:], series, table.dates)
     lines = (tmp_path / "forecast.csv").read_text().split()
     assert lines == ["date,a", "2023-05-01", "00:00:00,38", "2023-06-01", "00:00:00,39"]
 
@@ -294,8 +294,7 @@ def test_the_forecast_goes_on_from_the_last_row(written, tmp_path):
     table = read_table(path)
     series = forecasting_series(table, 4, 2, Borders(20, 5, 5), marks=True)
     assert series.latest["marks"].shape == (1, 4, 4)
-    last = lambda params, batch, key: batch["inputs"][:, -2:] + 0 * batch["marks"][:, -2:, :1]
-    forecasting.write_forecast(tmp_path / "forecast.csv", table, series, last, ())
+    write_forecast(tmp_path / "forecast.csv", series.latest["inputs"][0, -2:], series, table.dates)
     lines = (tmp_path / "forecast.csv").read_text().splitlines()
     assert [line.partition(" ")[0] for line in lines[1:]] == ["2020-02-10", "2020-02-11"]
     cells = np.array([line.split(",")[1:] for line in lines[1:]], float)
@@ -306,8 +305,8 @@ def test_the_forecast_goes_on_from_the_last_row(written, tmp_path):
 def test_a_share_of_the_variates():
     """The same for inputs and targets, another one each step, and a function of the step."""
     table = Table(np.random.default_rng(0).standard_normal((100, 6)), tuple("abcdef"), None)
-    whole = forecasting_series(table, 6, 4).train.batches(8, seed=0)
-    some = forecasting.thinned(whole, 0.5, seed=0)
+    windows = forecasting_series(table, 6, 4).train
+    whole, some = (windows.batches(8, seed=0, variates=share) for share in (1.0, 0.5))
     at = lambda step: [
         np.flatnonzero([(x == y).all() for y in np.moveaxis(whole(step)["inputs"], 2, 0)])[0]
         for x in np.moveaxis(some(step)["inputs"], 2, 0)

@@ -28,6 +28,7 @@ from .series import Series as Series
 from .series import Windows as Windows
 from .series import forecasting_series as forecasting_series
 from .series import pooled as pooled
+from .series import write_forecast as write_forecast
 from .spikes import spike_counts as spike_counts
 from .table import Table as Table
 from .table import read_table as read_table

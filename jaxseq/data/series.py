@@ -1,10 +1,14 @@
 """Multivariate time series: split by time, scaled by what is trained on, cut into windows."""
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..train.files import atomically
+from .dates import dates_ahead
 from .epochs import epoch_rows
 from .table import Table
 
@@ -62,17 +66,33 @@ class Windows(NamedTuple):
         batch = {"inputs": self.series[seen], "targets": self.series[seen[:, -1:] + 1 + np.arange(self.horizon)]}
         return batch if self.marks is None else batch | {"marks": self.marks[seen]}
 
-    def batches(self, size: int, seed: int, starts: np.ndarray | None = None):
+    @property
+    def at_once(self) -> int:
+        """How many to read at once where all are read: 256, of wide tables fewer."""
+        return min(256, max(1, 2**22 // self.series[: self.lookback + self.horizon].size))
+
+    def batches(self, size: int, seed: int, starts: np.ndarray | None = None, *, variates: float = 1.0):
         """`step -> batch`, a function of the step alone: each epoch in an order of its own, whole batches.
 
-        Windows begin at `starts`, at every row where None.
+        Windows begin at `starts`, at every row where None; they are of a share of the variates, drawn for each step.
 
         Raises:
-          ValueError: there are fewer windows than one batch takes.
+          ValueError: there are fewer windows than one batch takes, or `variates` is not above 0 and at most 1.
         """
+        if not 0 < variates <= 1:
+            raise ValueError(f"variates={variates}; a share is above 0 and at most 1.")
         starts = np.arange(self.number) if starts is None else starts
         rows = epoch_rows(len(starts), size, seed, of="windows")
-        return lambda step: self.at(starts[rows(step)])
+        if variates == 1:
+            return lambda step: self.at(starts[rows(step)])
+        number = self.series.shape[1]
+
+        def some(step: int) -> dict[str, np.ndarray]:
+            drawn = np.random.default_rng((seed, step)).permutation(number)[: max(1, round(variates * number))]
+            batch = self.at(starts[rows(step)])
+            return batch | {name: batch[name][..., drawn] for name in ("inputs", "targets")}
+
+        return some
 
 
 def pooled(parts: Sequence[np.ndarray], lookback: int, horizon: int, *, stride: int = 1) -> tuple[Windows, np.ndarray]:
@@ -155,3 +175,21 @@ def forecasting_series(
     train, validation, test = (part(max(0, end - n - lookback), end) for n, end in zip(borders, ends, strict=True))
     latest = {"inputs": series[None, -lookback:]} | ({} if times is None else {"marks": times[None, -lookback:]})
     return Series(train, validation, test, mean, deviation, table.names, latest)
+
+
+def write_forecast(path: Path, scaled: np.ndarray, series: Series, dates: np.ndarray | None) -> None:
+    """A CSV table of the steps after the last row of a series, given as `S V` in its deviations, in its own units.
+
+    The first column is `date`, going on as `dates` do, or `step`, from 1, where there are none.
+    """
+    values = np.float64(scaled) * series.deviation + series.mean
+    # To a ten-thousandth of a deviation: of a high level that moves little six digits would tell nothing.
+    places = np.clip(4 - np.floor(np.log10(series.deviation)), 0, 300).astype(int)
+    times = range(1, len(values) + 1) if dates is None else map(str, dates_ahead(dates, len(values)).tolist())
+    with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(("step" if dates is None else "date", *series.names))
+        rows.writerows(
+            (time, *(f"{round(x, n):.15g}" for x, n in zip(row, places, strict=True)))
+            for time, row in zip(times, values, strict=True)
+        )

@@ -1,0 +1,97 @@
+"""Forecasters from a command line's words."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+
+from ..fields import check_counts
+from ..layers import Bidirectional, GatedMLP
+from ..layers.mlp import MLP
+from ..layers.self_attention import SelfAttention
+from ..mixers import LSTM, S4D, Attention, Mamba
+from .chimera import SEASON, TREND, ChimeraForecaster, ChimeraGrid
+from .forecasters import LinearForecaster, PatchForecaster, SequenceForecaster
+from .itransformer import ITransformer
+from .named import ModelConfig
+
+
+@dataclass(frozen=True)
+class ForecasterConfig:
+    """Sizes, the same for all forecasters."""
+
+    width: int = 128
+    """Width of the models that have one."""
+    depth: int = 2
+    """Their layers."""
+    heads: int = 8
+    """Their heads, where they attend."""
+    cell_width: int = 4
+    """Channels of a cell, a number of one variate, in Chimera."""
+    states: int = 4
+    """Chimera's states a channel."""
+    inverted: str = ""
+    """What mixes the variates of the inverted transformer: a mixer by name, in both directions; attention where none
+    is given."""
+    dropout: float = 0.0
+    """Share of channels and weights dropped in training."""
+    remat: bool = False
+    """Whether Chimera's blocks are computed again in the backward pass, in less memory."""
+
+    def __post_init__(self):
+        check_counts(self, "width", "depth", "heads", "cell_width", "states")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be 0 or more and below 1.")
+        _variate_mixer(self)  # raises where it is unknown
+
+    def forecaster(self, name: str, horizon: int) -> nn.Module:
+        """The model of a name in `FORECASTERS`: `B L V -> B S V`, of S = `horizon` steps."""
+        return FORECASTERS[name](self, horizon)
+
+
+def _attention(c: ForecasterConfig) -> Any:
+    return partial(SelfAttention, num_heads=c.heads, dropout=c.dropout)
+
+
+def _variate_mixer(c: ForecasterConfig) -> Any:
+    if not c.inverted:
+        return _attention(c)
+    named = ModelConfig(mixers=c.inverted, heads=c.heads, depth=1, conv_window=None)
+    mixer: Any = named.slots()[0]
+    return partial(Bidirectional, mixer=mixer)
+
+
+def _stack(slot: Any, c: ForecasterConfig) -> dict[str, Any]:
+    return dict(d_model=c.width, mixers=(slot,) * c.depth, dropout=c.dropout)
+
+
+def _mlp(c: ForecasterConfig) -> Any:
+    return partial(MLP, hidden=c.width, dropout=c.dropout)
+
+
+def _chimera(c: ForecasterConfig, horizon: int, season: bool = True, gated: bool = True, **options) -> nn.Module:
+    """As published, or with one part left out."""
+    trend, fast = (partial(head, state_size=c.states, **options) for head in (TREND, SEASON))
+    fields: dict[str, Any] = dict(trend=trend, season=fast if season else None, gated=gated, remat=c.remat)
+    return ChimeraForecaster(horizon, partial(ChimeraGrid, c.cell_width, c.depth, **fields))
+
+
+FORECASTERS: dict[str, Callable[[ForecasterConfig, int], nn.Module]] = {
+    "dlinear": lambda c, horizon: LinearForecaster(horizon),
+    "rlinear": lambda c, horizon: LinearForecaster(horizon, window=None, normalise=True),
+    "patches": lambda c, horizon: PatchForecaster(horizon, **_stack(_attention(c), c), mlp=_mlp(c)),
+    "transformer": lambda c, horizon: SequenceForecaster(
+        horizon, **_stack(partial(Attention, num_heads=c.heads), c), mlp=GatedMLP
+    ),
+    "lstm": lambda c, horizon: SequenceForecaster(horizon, **_stack(LSTM, c)),
+    "s4d": lambda c, horizon: SequenceForecaster(horizon, **_stack(partial(S4D, state_size=64), c), mlp=GatedMLP),
+    "mamba": lambda c, horizon: SequenceForecaster(horizon, **_stack(partial(Mamba, num_layers=c.depth), c)),
+    "itransformer": lambda c, horizon: ITransformer(horizon, **_stack(_variate_mixer(c), c), mlp=_mlp(c)),
+    "chimera": _chimera,
+    "chimera-one-way": partial(_chimera, bidirectional=False),
+    "chimera-static": partial(_chimera, input_dependent=False),
+    "chimera-ungated": partial(_chimera, gated=False),
+    "chimera-trend": partial(_chimera, season=False),
+}
