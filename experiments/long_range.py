@@ -9,8 +9,10 @@ Source  S4D (arXiv 2206.11893), tables 3 and 4, on digits read pixel after pixel
         (2203.14343), S5 (2208.04933), LRU (2303.06349), Mamba (2312.00752).
 Expect  On digits pooled to 196 steps about 0.8, 0.8, 0.8, Real 0.5 to 0.6 and Random 0.7 after 500 steps of one seed,
         in half an hour on 2 CPU cores; a point is 20 digits of the test there, less than one seed differs from the
-        next. Of the gpu, speech and listops presets nothing is measured yet.
-Run     python -m experiments.long_range --data.path FOLDER [--preset cpu|gpu|speech|listops] [--models s4d-lin,s4,lstm]
+        next. On all 784 pixels, pixels, S4D-Lin alone 0.9936 in 35 minutes on 2 CPU cores. Of the gpu, speech and
+        listops presets nothing is measured yet.
+Run     python -m experiments.long_range --data.path FOLDER [--preset cpu|pixels|gpu|speech|listops]
+        [--models s4d-lin,s4,lstm]
         FOLDER holds the four idx files of MNIST; for speech the npz of the spoken digits; listops needs none.
 """
 
@@ -241,6 +243,11 @@ PRESETS = {
         train=TrainConfig(steps=4, batch_size=8, learning_rate=5e-3, log_every=1),
     ),
 }  # fmt: skip
+# "gpu" within an hour of a CPU: one model, half as wide, for a fifth of the steps.
+PRESETS["pixels"] = replace(
+    PRESETS["gpu"], models="s4d-lin", seeds=1, width=64,
+    train=replace(PRESETS["gpu"].train, steps=4_800, warmup_steps=400),
+)  # fmt: skip
 
 
 def own(config: Config, name: str) -> Own:
