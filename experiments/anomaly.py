@@ -35,7 +35,7 @@ from jaxseq.analysis import (
 )
 from jaxseq.data import Recording, nab_recordings, one_class_recordings, pooled, smd_recordings
 from jaxseq.fields import check_counts, chosen
-from jaxseq.models import ForecasterConfig
+from jaxseq.models import ForecasterConfig, named_forecaster
 from jaxseq.train import (
     CheckpointConfig,
     MeshConfig,
@@ -82,7 +82,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Config(ForecasterConfig):
+class Config:
     """Recordings, models and training, the same for all models. One model is trained on all recordings."""
 
     seed: int = 0
@@ -99,13 +99,10 @@ class Config(ForecasterConfig):
     """Steps from one forecast to the next, at most the horizon."""
     false_alarms: float = 0.01
     """Share of the rows to calibrate on that are above the threshold."""
-    width: int = 16
-    """Width of the models that have one."""
-    heads: int = 2
-    """Their heads, where they attend."""
     shown: str = "nyc_taxi"
     """What is in the name of the recording to draw; the first with anomalies where no name has it."""
     data: DataConfig = DataConfig()
+    model: ForecasterConfig = ForecasterConfig(width=16, heads=2)
     train: TrainConfig = TrainConfig(
         steps=400, batch_size=32, learning_rate=3e-3, warmup_steps=20, final_learning_rate_ratio=0.0, weight_decay=0.01
     )
@@ -113,7 +110,6 @@ class Config(ForecasterConfig):
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        super().__post_init__()
         check_counts(self, "seeds", "lookback", "horizon", "stride")
         if self.stride > self.horizon:
             raise ValueError(f"stride={self.stride} must be at most horizon={self.horizon}: each row is forecast.")
@@ -127,23 +123,19 @@ class Config(ForecasterConfig):
 
 MODELS = ("rlinear", "s4d", "mamba", "itransformer", "chimera")
 
-
-def build(config: Config, name: str, variates: int):
-    """The model of a name; of one variate Chimera has one direction."""
-    return config.forecaster("chimera-one-way" if name == "chimera" and variates == 1 else name, config.horizon)
-
-
 PRESETS = {
     "cpu": Config(),
     "ecg": Config(data=DataConfig(kind="class")),
     # With --data.kind smd, or either of the others.
     "gpu": Config(
-        seeds=5, lookback=96, horizon=1, stride=1, width=128, cell_width=16, depth=3, states=16, heads=8,
+        seeds=5, lookback=96, horizon=1, stride=1,
+        model=ForecasterConfig(width=128, cell_width=16, depth=3, states=16, heads=8),
         train=TrainConfig(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01, log_every=50),
     ),
     # Seconds: to see that everything works.
     "debug": Config(
-        seeds=2, models="s4d", lookback=12, horizon=2, stride=2, width=4, cell_width=2, depth=1, states=2,
+        seeds=2, models="s4d", lookback=12, horizon=2, stride=2,
+        model=ForecasterConfig(width=4, cell_width=2, depth=1, states=2, heads=2),
         train=TrainConfig(steps=3, batch_size=8, learning_rate=2e-3, log_every=1),
     ),
 }  # fmt: skip
@@ -158,13 +150,15 @@ def ruled(config: Config, name: str, recordings: Sequence[Recording]) -> list[np
 
 def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
     """Parameters of all seeds, stacked."""
-    config, model = run.config, build(run.config, name, recordings[0].values.shape[1])
+    config, variates = run.config, recordings[0].values.shape[1]
+    model = named_forecaster(config.model, name, config.horizon, variates)
     learned = [r.values[: r.fitted] for r in recordings if r.fitted]
     windows, starts = pooled(learned, config.lookback, config.horizon)
     first = jnp.asarray(windows.at(starts[:1])["inputs"])
 
     def loss(params, batch, key):
-        mse = jnp.mean((model.apply(params, batch["inputs"]) - batch["targets"]) ** 2)
+        rngs = None if key is None else {"dropout": key}
+        mse = jnp.mean((model.apply(params, batch["inputs"], rngs=rngs) - batch["targets"]) ** 2)
         return mse, {"mse": mse}
 
     init = ensemble_init(lambda key: model.init(key, first), config.seeds)
@@ -176,7 +170,7 @@ def fitted(run: Run[Config], name: str, recordings: Sequence[Recording]) -> Any:
 @cache
 def squares(config: Config, name: str, variates: int) -> Callable:
     """`(params, B L V, B S V) -> B S M`: squared errors of M models, whose parameters are stacked; compiled once."""
-    model = build(config, name, variates)
+    model = named_forecaster(config.model, name, config.horizon, variates)
     square = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2, axis=-1)
     return jax.jit(jax.vmap(square, in_axes=(0, None, None), out_axes=-1))
 

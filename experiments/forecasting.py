@@ -13,7 +13,7 @@ Expect  On ETTh1, three seeds, 0.390 ± 0.001 against 0.381 and 0.384 of linear 
 Run     python -m experiments.forecasting [--preset cpu|ett|exchange|illness|gpu] [--data.csv TABLE.csv --horizon 96]
         A table has a row a time step and a column a variate; a column `date` or --data.date NAME is of times, and
         --data.leave-out NAMES are not read. What the best model on the validation part forecasts after the last row is
-        written to forecast.csv.
+        written to forecast.csv, times in UTC where the table's had an offset.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,15 @@ from jaxseq.data import (
     write_forecast,
 )
 from jaxseq.fields import check_counts, check_positive, chosen
-from jaxseq.models import FORECASTERS, ForecasterConfig, last_value, seasonal_naive, window_mean
+from jaxseq.models import (
+    ForecasterConfig,
+    PatchForecaster,
+    forecaster_names,
+    last_value,
+    named_forecaster,
+    seasonal_naive,
+    window_mean,
+)
 from jaxseq.tasks import lagged_copies, lagged_copies_forecast
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, digest, main, mean_metrics
 
@@ -66,7 +75,7 @@ class DataConfig(TableConfig):
 
 
 @dataclass(frozen=True)
-class Config(ForecasterConfig):
+class Config:
     """Table, windows, models and training; the same for all models."""
 
     seed: int = 0
@@ -84,8 +93,6 @@ class Config(ForecasterConfig):
     period: int | None = None
     """Steps of the season that the seasonal rule repeats; where none is given those of a day, week or year of the
     dates, and 24 of a table without."""
-    dropout: float = 0.1
-    """Share of channels and weights dropped in training."""
     variates: float = 1.0
     """Share of the variates, drawn for each step, that the inverted transformer is trained on; it forecasts all."""
     halve_every_epoch: bool = False
@@ -94,6 +101,7 @@ class Config(ForecasterConfig):
     chimera_learning_rate: float = 1e-3
     """Chimera's learning rate; that of all others is the training's."""
     data: DataConfig = DataConfig()
+    model: ForecasterConfig = ForecasterConfig(dropout=0.1)
     train: TrainConfig = TrainConfig(
         steps=450, batch_size=32, learning_rate=1e-3, weight_decay=0.0, log_every=10, evaluate_every=50
     )
@@ -101,7 +109,6 @@ class Config(ForecasterConfig):
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        super().__post_init__()
         check_counts(self, "seeds", "lookback", "horizon")
         if any(n < 1 for n in self.horizons) or len({self.horizon, *self.horizons}) <= len(self.horizons):
             raise ValueError(f"horizons={self.horizons} beside horizon={self.horizon}; each is 1 or more, and once.")
@@ -110,10 +117,11 @@ class Config(ForecasterConfig):
         check_positive(self, "chimera_learning_rate")
         if not 0 < self.variates <= 1:
             raise ValueError(f"variates={self.variates}; a share is above 0 and at most 1.")
-        self.names()
+        if "patches" in self.names() and self.lookback < PatchForecaster.patch:
+            raise ValueError(f"lookback={self.lookback}; models=patches takes {PatchForecaster.patch} or more.")
 
     def names(self) -> list[str]:
-        return chosen("models", self.models, (*NAIVE, *FORECASTERS))
+        return chosen("models", self.models, (*NAIVE, *forecaster_names()))
 
 
 BORDERS = {"shares": None, "ett": ETT_HOURLY, "ett-minutes": ETT_MINUTES}
@@ -144,7 +152,7 @@ PRESETS = {
     "cpu": Config(),
     # The authors' settings of this horizon, four epochs of their ten, in the last of which the rate is an eighth.
     "ett": Config(
-        horizon=96, width=256, halve_every_epoch=True,
+        horizon=96, halve_every_epoch=True, model=ForecasterConfig(width=256, dropout=0.1),
         data=DataConfig(csv=Path("ETTh1.csv"), borders="ett", marks=True),
         train=TrainConfig(steps=1056, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
@@ -159,14 +167,15 @@ PRESETS = {
         train=TrainConfig(steps=400, batch_size=32, learning_rate=5e-4, weight_decay=0.0, evaluate_every=50),
     ),
     "gpu": Config(
-        models="", horizon=96, horizons=(192, 336, 720), width=256, cell_width=64, states=16, seeds=3,
-        halve_every_epoch=True,
+        models="", horizon=96, horizons=(192, 336, 720), seeds=3, halve_every_epoch=True,
+        model=ForecasterConfig(width=256, cell_width=64, states=16, dropout=0.1),
         data=DataConfig(csv=Path("ETTh1.csv"), borders="ett", marks=True),
         train=TrainConfig(steps=2640, batch_size=32, learning_rate=1e-4, weight_decay=0.0),
     ),
     # Seconds: to see that everything works.
     "debug": Config(
-        lookback=24, horizon=8, width=16, depth=1, heads=2, data=DataConfig(generated=300),
+        lookback=24, horizon=8, data=DataConfig(generated=300),
+        model=ForecasterConfig(width=16, depth=1, heads=2, dropout=0.1),
         train=TrainConfig(steps=3, batch_size=8, learning_rate=1e-3, weight_decay=0.0, log_every=1),
     ),
 }  # fmt: skip
@@ -189,12 +198,18 @@ def arguments(config: Config, name: str, batch) -> tuple:
     return tuple(batch[n] for n in ("inputs", "marks") if n in batch and (n == "inputs" or name == "itransformer"))
 
 
-def forecaster(config: Config, name: str) -> Callable:
+def build(config: Config, name: str, series: Series) -> tuple[nn.Module, tuple]:
+    """The model of a name, and arguments to begin with."""
+    model = named_forecaster(config.model, name, config.horizon, len(series.names))
+    return model, jax.tree.map(jnp.asarray, arguments(config, name, series.train.at(np.arange(1))))
+
+
+def forecaster(config: Config, name: str, series: Series) -> Callable:
     """`(params, batch, key) -> B S V`, dropping where there is a key; a rule has no parameters."""
     if name in NAIVE:
         rule = NAIVE[name](config)
         return lambda params, batch, key: rule(batch["inputs"])
-    model = config.forecaster(name, config.horizon)
+    model, _ = build(config, name, series)
     rngs = lambda key: None if key is None else {"dropout": key}
     return lambda params, batch, key: model.apply(params, *arguments(config, name, batch), rngs=rngs(key))
 
@@ -221,11 +236,10 @@ def fitted(run: Run[Config], config: Config, name: str, series: Series, loss: Ca
     """The parameters that do best on validation; of a linear map those of least error in training, of a rule none."""
     if name in NAIVE:
         return ()
-    model = config.forecaster(name, config.horizon)
+    model, first = build(config, name, series)
     if name in LINEAR:
         parts = -(-series.train.number // series.train.at_once)
         return model.solved(map(series.train.at, np.array_split(np.arange(series.train.number), parts)))
-    first = jax.tree.map(jnp.asarray, arguments(config, name, series.train.at(np.arange(1))))
     share = config.variates if name == "itransformer" else 1.0
     batches = series.train.batches(config.train.batch_size, config.seed, variates=share)
     evaluate = lambda params: {"validation": errors(loss, params, series.validation)}
@@ -264,7 +278,7 @@ def measure(run: Run[Config]) -> None:
         found.append((*compared(run, replace(config, horizon=horizon, horizons=()), series), series))
     run.plot()
     scores, params, series = found[0]
-    verdict(run, config, table, scores, params, series, [each for each, _, _ in found])
+    verdict(run, config, scores, params, series, [each for each, _, _ in found])
 
 
 def compared(run: Run[Config], config: Config, series: Series):
@@ -278,9 +292,13 @@ def compared(run: Run[Config], config: Config, series: Series):
         print(f"{'':<4}{name:<16}{validation['mse']:>15.4f}{test['mse']:>10.4f}{test['mae']:>10.4f}", flush=True)
         run.record(config.train.steps, f"test/{name}-{config.horizon}-{seed}", test | {"loss": test["mse"]})
 
+    for name in config.names():  # sizes that do not fit are told before anything is trained
+        if name not in NAIVE:
+            model, first = build(config, name, series)
+            jax.eval_shape(model.init, jax.random.key(0), *first)
     print(f"{config.horizon:<4}{'model':<16}{'validation MSE':>15}{'test MSE':>10}{'test MAE':>10}")
     for name in config.names():
-        loss = partial(squares, forecaster(config, name))
+        loss = partial(squares, forecaster(config, name, series))
         for seed in range(config.seed, config.seed + (1 if name in (*NAIVE, *LINEAR) else config.seeds)):
             params[name] = fitted(run, replace(config, seed=seed), name, series, loss)
             score(name, seed, loss, params[name])
@@ -289,17 +307,17 @@ def compared(run: Run[Config], config: Config, series: Series):
     return scores, params
 
 
-def verdict(run: Run, config: Config, table: Table, scores, params, series: Series, every: list[dict]) -> None:
+def verdict(run: Run, config: Config, scores, params, series: Series, every: list[dict]) -> None:
     """Of the first horizon, and errors of all."""
     over = lambda rows, key, f=np.mean: {
         name: float(f([row[key] for row in of_model])) for name, of_model in rows.items()
     }
     mse, validation = over(scores, "mse"), over(scores, "validation")
     best = min(params, key=validation.__getitem__)
-    ahead = forecaster(config, best)(params[best], jax.tree.map(jnp.asarray, series.latest), None)
-    write_forecast(run.folder / "forecast.csv", np.asarray(ahead)[0], series, table.dates)
+    ahead = forecaster(config, best, series)(params[best], jax.tree.map(jnp.asarray, series.latest), None)
+    write_forecast(run.folder / "forecast.csv", np.asarray(ahead)[0], series)
     shown = [name for name in dict.fromkeys((best, "itransformer", "last value")) if name in scores]
-    plot(run, series, {n: (forecaster(config, n), params[n]) for n in shown}, mse)
+    plot(run, series, {n: (forecaster(config, n, series), params[n]) for n in shown}, mse)
     rules = {name: mse[name] for name in NAIVE if name in mse}
     rule = min(rules, key=rules.__getitem__, default=best)
     beside = "" if rule == best else f", {rule} {mse[rule]:.4f}"

@@ -20,6 +20,7 @@ from test_labelled import write_digits
 
 from experiments import anomaly, efficient_transformers, long_range, mqar, recall_gap, rich_lazy, timescales
 from jaxseq.data import Recording, mnist
+from jaxseq.models import named_forecaster
 from jaxseq.train import Curriculum, Run
 from jaxseq.train.files import read_arrays
 from jaxseq.train.optimizer import STATE_SPACE
@@ -366,8 +367,10 @@ def test_mqar_judges_what_has_limits(tmp_path):
 def test_the_bench_of_a_checkpoint(run, tmp_path):
     done = run("experiments.bench_checkpoint", "--preset", "debug", "--kind", "mamba2", "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
-    measured = json.loads((tmp_path / "r" / "result.json").read_text())["measured"]
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    measured = result["measured"]
     assert measured["forward"] > 0 and measured["decoding"] > 0
+    assert (result["holds"] is None) == (result["baseline"] is None)  # with no other library nothing is compared
 
 
 @pytest.mark.slow
@@ -392,7 +395,7 @@ def test_forecasting_of_ones_own_table(run_here, tmp_path):
     table.write_text("\n".join(["date,load,oil", *rows]))
     command = ("experiments.forecasting", "--preset", "debug", "--data.csv", str(table), "--horizon", "6")
     command = (*command, "--models", "season,rlinear,itransformer,chimera-trend", "--data.marks", "--horizons", "3")
-    command = (*command, "--inverted", "mingru", "--variates", "0.5")
+    command = (*command, "--model.inverted", "mingru", "--variates", "0.5")
     done = run_here(*command, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "300 rows of 2 variates (load, oil)" in done.stdout and f"{out / 'forecast.csv'} is by " in done.stdout
@@ -751,7 +754,7 @@ def test_a_row_is_scored_by_all_its_forecasts(key):
     """Of every seed and recording, from windows that end before it, by a loop over windows."""
     config = anomaly.Config(seeds=2, lookback=4, horizon=2, stride=1)
     recordings = [recording(np.random.default_rng(n).standard_normal(9 + 3 * n)) for n in range(2)]
-    model = anomaly.build(config, "rlinear", 1)
+    model = named_forecaster(config.model, "rlinear", config.horizon)
     params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 1))))(jax.random.split(key, 2))
     found = anomaly.errors(config, "rlinear", params, recordings, size=3)
     for seed, scores in enumerate(found):

@@ -23,7 +23,7 @@ from jaxseq.models.forecasters import (
     window_mean,
 )
 from jaxseq.models.itransformer import ITransformer
-from jaxseq.models.named_forecasters import FORECASTERS, ForecasterConfig
+from jaxseq.models.named_forecasters import ForecasterConfig, forecaster_names, named_forecaster
 
 
 def recorded_itransformer(**fields):
@@ -142,26 +142,31 @@ def test_forecasters(name):
 
 
 def test_every_name_is_a_forecaster():
-    """Of the config's horizon; no two have the same parameters."""
+    """Of this horizon; no two have the same parameters, but that of one variate Chimera looks one way."""
     config = ForecasterConfig(width=16, depth=1, heads=2, states=2, dropout=0.1)
+    shaped = lambda model, x: jax.eval_shape(model.init_with_output, jax.random.key(0), x)
     shapes = {}
-    for name in FORECASTERS:
-        model = config.forecaster(name, 6)
-        y, shapes[name] = jax.eval_shape(model.init_with_output, jax.random.key(0), windows())
+    for name in forecaster_names():
+        y, shapes[name] = shaped(named_forecaster(config, name, 6, 3), windows())
         assert y.shape == (2, 6, 3)
-    assert all(shapes[a] != shapes[b] for a, b in combinations(FORECASTERS, 2))
+    assert all(shapes[a] != shapes[b] for a, b in combinations(shapes, 2))
+    alone = shaped(named_forecaster(config, "chimera", 6, 1), windows(variates=1))[1]
+    assert alone == shaped(named_forecaster(config, "chimera-one-way", 6), windows(variates=1))[1]
+    with pytest.raises(ValueError, match="no forecaster is called 'nbeats'; choose dlinear, rlinear, "):
+        named_forecaster(config, "nbeats", 6)
 
 
 def test_what_mixes_the_variates():
-    """A mixer by name in both directions; another name is an error."""
+    """A mixer by name in both directions; another name, or several, is an error."""
     config = ForecasterConfig(width=16, depth=1, heads=2, inverted="gla")
-    params = jax.eval_shape(config.forecaster("itransformer", 6).init, jax.random.key(0), windows())["params"]
-    mixer = params["stack"]["layers"]["block_0"]["mixer"]
-    assert {"forwards", "backwards"} <= set(mixer)
+    model = named_forecaster(config, "itransformer", 6)
+    params = jax.eval_shape(model.init, jax.random.key(0), windows())["params"]
+    assert {"forwards", "backwards"} <= set(params["stack"]["layers"]["block_0"]["mixer"])
     for fields, message in (
-        (dict(inverted="glow"), "no mixer is called 'glow'"),
-        (dict(dropout=1.0), "dropout=1.0 must be 0 or more and below 1"),
-        (dict(width=0), "width=0"),
+        (dict(inverted="glow"), "model.inverted='glow' is no mixer; choose abc, "),
+        (dict(inverted="gla,mamba2"), "model.inverted='gla,mamba2' is no mixer"),
+        (dict(dropout=1.0), "model.dropout=1.0 must be 0 or more and below 1"),
+        (dict(width=0), "model.width=0"),
     ):
         with pytest.raises(ValueError, match=message):
             ForecasterConfig(**fields)

@@ -282,7 +282,7 @@ def test_the_forecast_goes_on_in_calendar_months(written, tmp_path):
     path = written(stamps(months).replace("date,", "when,"))
     table = forecasting.DataConfig(csv=path, date="when").read(0)
     series = forecasting_series(table, 4, 2, forecasting.BORDERS["shares"])
-    write_forecast(tmp_path / "forecast.csv", series.latest["inputs"][0, -2:], series, table.dates)
+    write_forecast(tmp_path / "forecast.csv", series.latest["inputs"][0, -2:], series)
     lines = (tmp_path / "forecast.csv").read_text().split()
     assert lines == ["date,a", "2023-05-01", "00:00:00,38", "2023-06-01", "00:00:00,39"]
 
@@ -294,7 +294,7 @@ def test_the_forecast_goes_on_from_the_last_row(written, tmp_path):
     table = read_table(path)
     series = forecasting_series(table, 4, 2, Borders(20, 5, 5), marks=True)
     assert series.latest["marks"].shape == (1, 4, 4)
-    write_forecast(tmp_path / "forecast.csv", series.latest["inputs"][0, -2:], series, table.dates)
+    write_forecast(tmp_path / "forecast.csv", series.latest["inputs"][0, -2:], series)
     lines = (tmp_path / "forecast.csv").read_text().splitlines()
     assert [line.partition(" ")[0] for line in lines[1:]] == ["2020-02-10", "2020-02-11"]
     cells = np.array([line.split(",")[1:] for line in lines[1:]], float)
@@ -302,8 +302,22 @@ def test_the_forecast_goes_on_from_the_last_row(written, tmp_path):
     np.testing.assert_allclose(cells[:, 1], [76e6, 78e6], rtol=1e-5)
 
 
+def test_a_forecast_that_is_none_is_not_written(tmp_path):
+    """Of one variate of two, of a batch, or one that diverged; nothing is left behind."""
+    table = Table(np.random.default_rng(0).standard_normal((40, 2)), ("a", "b"), None)
+    series = forecasting_series(table, 4, 2)
+    for scaled, message in (
+        (np.zeros((2, 1)), r"scaled has shape \(2, 1\); a forecast is \(steps, 2\)"),
+        (np.zeros((1, 2, 2)), r"scaled has shape \(1, 2, 2\)"),
+        (np.array([[0.0, np.nan]]), "scaled is not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_forecast(str(tmp_path / "forecast.csv"), scaled, series)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_share_of_the_variates():
-    """The same for inputs and targets, another one each step, and a function of the step."""
+    """The same for inputs and targets, in their order, another one each step, and a function of the step."""
     table = Table(np.random.default_rng(0).standard_normal((100, 6)), tuple("abcdef"), None)
     windows = forecasting_series(table, 6, 4).train
     whole, some = (windows.batches(8, seed=0, variates=share) for share in (1.0, 0.5))
@@ -311,8 +325,10 @@ def test_a_share_of_the_variates():
         np.flatnonzero([(x == y).all() for y in np.moveaxis(whole(step)["inputs"], 2, 0)])[0]
         for x in np.moveaxis(some(step)["inputs"], 2, 0)
     ]
-    assert len(set(at(0))) == 3 and at(0) == at(0) and len({tuple(sorted(at(step))) for step in range(8)}) > 1
+    assert len(set(at(0))) == 3 and at(0) == sorted(at(0)) and len({tuple(at(step)) for step in range(8)}) > 1
     np.testing.assert_array_equal(some(2)["targets"], whole(2)["targets"][..., at(2)])
+    with pytest.raises(ValueError, match=r"variates=1\.5; a share is above 0 and at most 1"):
+        windows.batches(8, seed=0, variates=1.5)
 
 
 def test_what_is_asked_of_forecasters():

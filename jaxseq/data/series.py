@@ -89,6 +89,7 @@ class Windows(NamedTuple):
 
         def some(step: int) -> dict[str, np.ndarray]:
             drawn = np.random.default_rng((seed, step)).permutation(number)[: max(1, round(variates * number))]
+            drawn.sort()  # a mixer may go by their order
             batch = self.at(starts[rows(step)])
             return batch | {name: batch[name][..., drawn] for name in ("inputs", "targets")}
 
@@ -127,6 +128,7 @@ class Series(NamedTuple):
     deviation: np.ndarray  # V
     names: tuple[str, ...]
     latest: dict[str, np.ndarray]  # the table's last rows: `inputs 1 L V`, and `marks 1 L C` where there are any
+    dates: np.ndarray | None  # of the table's rows
 
 
 def forecasting_series(
@@ -174,21 +176,30 @@ def forecasting_series(
     part = lambda a, b: Windows(series[a:b], cut(times, a, b), lookback, horizon)
     train, validation, test = (part(max(0, end - n - lookback), end) for n, end in zip(borders, ends, strict=True))
     latest = {"inputs": series[None, -lookback:]} | ({} if times is None else {"marks": times[None, -lookback:]})
-    return Series(train, validation, test, mean, deviation, table.names, latest)
+    return Series(train, validation, test, mean, deviation, table.names, latest, table.dates)
 
 
-def write_forecast(path: Path, scaled: np.ndarray, series: Series, dates: np.ndarray | None) -> None:
+def write_forecast(path: str | Path, scaled: np.ndarray, series: Series) -> None:
     """A CSV table of the steps after the last row of a series, given as `S V` in its deviations, in its own units.
 
-    The first column is `date`, going on as `dates` do, or `step`, from 1, where there are none.
+    The first column is `date`, going on as the table's do, in UTC where these had an offset; without dates it is
+    `step`, from 1.
+
+    Raises:
+      ValueError: the forecast has other variates than the series, or is not finite.
     """
+    if scaled.ndim != 2 or scaled.shape[1] != len(series.names):
+        raise ValueError(f"scaled has shape {scaled.shape}; a forecast is (steps, {len(series.names)}).")
+    if not np.isfinite(scaled).all():
+        raise ValueError("scaled is not finite: this forecast diverged.")
     values = np.float64(scaled) * series.deviation + series.mean
     # To a ten-thousandth of a deviation: of a high level that moves little six digits would tell nothing.
     places = np.clip(4 - np.floor(np.log10(series.deviation)), 0, 300).astype(int)
-    times = range(1, len(values) + 1) if dates is None else map(str, dates_ahead(dates, len(values)).tolist())
-    with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    ahead = None if series.dates is None else dates_ahead(series.dates, len(values))
+    times = range(1, len(values) + 1) if ahead is None else map(str, ahead.tolist())
+    with atomically(Path(path)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(("step" if dates is None else "date", *series.names))
+        rows.writerow(("step" if ahead is None else "date", *series.names))
         rows.writerows(
             (time, *(f"{round(x, n):.15g}" for x, n in zip(row, places, strict=True)))
             for time, row in zip(times, values, strict=True)

@@ -19,8 +19,9 @@ from .language import LanguageModel as LanguageModel
 from .named import ModelConfig as ModelConfig
 from .named import mixer_names as mixer_names
 from .named import named_language_model as named_language_model
-from .named_forecasters import FORECASTERS as FORECASTERS
 from .named_forecasters import ForecasterConfig as ForecasterConfig
+from .named_forecasters import forecaster_names as forecaster_names
+from .named_forecasters import named_forecaster as named_forecaster
 from .regressor import SequenceRegressor as SequenceRegressor
 from .switching_glm import SwitchingGLM as SwitchingGLM
 from .switching_glm import gumbel_softmax_log_density as gumbel_softmax_log_density

@@ -15,7 +15,7 @@ from ..mixers import LSTM, S4D, Attention, Mamba
 from .chimera import SEASON, TREND, ChimeraForecaster, ChimeraGrid
 from .forecasters import LinearForecaster, PatchForecaster, SequenceForecaster
 from .itransformer import ITransformer
-from .named import ModelConfig
+from .named import ModelConfig, mixer_names
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,33 @@ class ForecasterConfig:
     """What mixes the variates of the inverted transformer: a mixer by name, in both directions; attention where none
     is given."""
     dropout: float = 0.0
-    """Share of channels and weights dropped in training."""
+    """Share of channels and weights dropped in training; Chimera and the linear maps drop none."""
     remat: bool = False
     """Whether Chimera's blocks are computed again in the backward pass, in less memory."""
 
     def __post_init__(self):
-        check_counts(self, "width", "depth", "heads", "cell_width", "states")
+        check_counts(self, "width", "depth", "heads", "cell_width", "states", section="model.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be 0 or more and below 1.")
-        _variate_mixer(self)  # raises where it is unknown
+            raise ValueError(f"model.dropout={self.dropout} must be 0 or more and below 1.")
+        if self.inverted not in ("", *mixer_names()):
+            raise ValueError(f"model.inverted={self.inverted!r} is no mixer; choose {', '.join(mixer_names())}.")
 
-    def forecaster(self, name: str, horizon: int) -> nn.Module:
-        """The model of a name in `FORECASTERS`: `B L V -> B S V`, of S = `horizon` steps."""
-        return FORECASTERS[name](self, horizon)
+
+def named_forecaster(config: ForecasterConfig, name: str, horizon: int, variates: int | None = None) -> nn.Module:
+    """The model of a name, `B L V -> B S V` of S = `horizon` steps; of one variate Chimera has one direction.
+
+    Raises:
+      ValueError: no forecaster is called so.
+    """
+    if name not in _FORECASTERS:
+        raise ValueError(f"no forecaster is called {name!r}; choose {', '.join(_FORECASTERS)}.")
+    alone = name.startswith("chimera") and variates == 1
+    return _FORECASTERS[name](config, horizon, **({"bidirectional": False} if alone else {}))
+
+
+def forecaster_names() -> list[str]:
+    """The names that `named_forecaster` takes."""
+    return list(_FORECASTERS)
 
 
 def _attention(c: ForecasterConfig) -> Any:
@@ -78,7 +92,7 @@ def _chimera(c: ForecasterConfig, horizon: int, season: bool = True, gated: bool
     return ChimeraForecaster(horizon, partial(ChimeraGrid, c.cell_width, c.depth, **fields))
 
 
-FORECASTERS: dict[str, Callable[[ForecasterConfig, int], nn.Module]] = {
+_FORECASTERS: dict[str, Callable[..., nn.Module]] = {
     "dlinear": lambda c, horizon: LinearForecaster(horizon),
     "rlinear": lambda c, horizon: LinearForecaster(horizon, window=None, normalise=True),
     "patches": lambda c, horizon: PatchForecaster(horizon, **_stack(_attention(c), c), mlp=_mlp(c)),
