@@ -164,6 +164,79 @@ def test_a_band_limit_silences_what_turns_too_fast():
         S4D(3, bandlimit=0.0).init_state(1)
 
 
+def test_what_frozen_states_can_express():
+    """The best kernel over C, a bump at lag 300, by how A starts: the frequencies decide, and have to be spread."""
+    L, dt = 1024, np.array([1e-3, 2e-3, 4e-3, 1e-2])
+    bump = np.exp(-0.5 * ((np.arange(L) - 300) / 10) ** 2)
+
+    def error(name):
+        module = S4D(len(dt), 64, name, num_copies=1)
+        params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, len(dt))))["params"]
+        log_A, B, _ = inner(module)(params | {"log_dt": jnp.log(dt)[:, None]}, "_discrete")
+        modes = 2 * np.asarray(B)[:, None] * np.exp(np.arange(L)[:, None] * np.asarray(log_A, complex)[:, None])
+        fits = (np.linalg.lstsq(K, bump)[0] @ K.T - bump for K in np.concatenate([modes.real, -modes.imag], axis=2))
+        return min(map(np.linalg.norm, fits)) / np.linalg.norm(bump)
+
+    found = {name: error(name) for name in ("lin", "inv", "legs", "real", "random", "quad")}
+    assert found["lin"] < found["inv"] < found["legs"] < 0.3, found
+    assert min(found[name] for name in ("real", "random", "quad")) > 0.5, found
+
+
+def test_copies_that_start_in_turn():
+    """As each alone; a rank below the largest is filled with zeros."""
+    x = jnp.zeros((1, 1, 4))
+    start = lambda module: jax.jit(module.init)(jax.random.key(0), x)["params"]
+    for kind, rank in ((partial(S4D, 4, 8), 0), (partial(S4, 4, 8), 1)):
+        both, *alone = (start(kind(names, num_copies=2)) for names in (("legs", "fout"), "legs", "fout"))
+        for name in ("A_real", "A_imag", "B") + ("P",) * rank:
+            np.testing.assert_array_equal(both[name], jnp.stack([alone[i][name][i] for i in (0, 1)]))
+    P = start(S4(4, 8, ("legt", "legs")))["P"]
+    assert np.abs(P).max(axis=(2, 3)).astype(bool).tolist() == [[True, True], [True, False]] * 2
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (S4D(4, initialisation=()), r"initialisation=\(\); S4D takes one, or a tuple whose length divides 4"),
+        (
+            S4D(4, initialisation=("inv", "lin", "legs")),
+            r"initialisation=\('inv', 'lin', 'legs'\); .* divides 4 copies",
+        ),
+        (
+            S4D(4, initialisation=("inv", "lin"), num_copies=1),
+            r"initialisation=\('inv', 'lin'\); .* divides 1 copies",
+        ),
+        (S4D(4, initialisation=("inv", "hippo")), "initialisation='hippo' is unknown to S4D; choose one of legs, fout"),
+        (S4(4, measure=("legs", "lin")), "measure='lin' is unknown to S4; choose one of legs, legt"),
+        (S4(4, measure=()), r"measure=\(\); S4 takes one, or a tuple"),
+    ],
+)
+def test_starts_that_are_none(module, message):
+    with pytest.raises(ValueError, match=message):
+        module.init_state(1)
+
+
+@pytest.mark.parametrize("kind", [S4, S4D, DSS])
+def test_the_state_of_something_else(kind):
+    module, x = kind(4, 2), jnp.zeros((1, 1, 4))
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    other = LRU(4, 2).init_state(1)
+    with pytest.raises(TypeError, match=f"state is a {type(other).__name__}; {kind.__name__} takes a StateSpaceState"):
+        jax.eval_shape(partial(module.apply, method="prefill"), params, x, other)
+
+
+@pytest.mark.parametrize("kind", [S4, S4D, DSS, S5])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_both_directions_by_kernels_and_by_steps(kind, length):
+    """The default form and `sequential`, in value and gradient."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, length, 4)), jnp.float32)
+    module = kind(4, 4, bidirectional=True)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    weight = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    of = lambda impl: with_gradients(lambda i: module.clone(impl=impl).apply(*i), (params, x), weight)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), of(None), of("sequential"))
+
+
 # ---- S4 ------------------------------------------------------------------------------------------------------------
 
 

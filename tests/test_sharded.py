@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from sampled import by_default
 
 from jaxseq import GLA, S4D, Attention, Classifier, LanguageModel, Mamba, monoid, ops, scan
-from jaxseq.mixers import MinGRU
+from jaxseq.mixers import DSS, S4, S5, MinGRU
 from jaxseq.sharded import AXIS, sharded
 from jaxseq.train import MeshConfig, TrainConfig, cross_entropy, device_mesh, fit
 
@@ -169,6 +169,15 @@ def test_what_takes_whole_sequences_says_so(name):
     params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((2, LENGTH, WIDTH)))
     apart = split(module.apply, 4, (P(), IN_TIME), IN_TIME)
     with pytest.raises(NotImplementedError, match=f"time split over mesh axis {AXIS}; give every device whole"):
+        jax.eval_shape(apart, params, jax.ShapeDtypeStruct((2, LENGTH, WIDTH), jnp.float32))
+
+
+@pytest.mark.parametrize("kind", [S4, S4D, DSS, S5])
+def test_both_directions_take_whole_sequences(kind):
+    module = kind(WIDTH, 4, bidirectional=True)
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((2, LENGTH, WIDTH)))
+    apart = split(module.apply, 4, (P(), IN_TIME), IN_TIME)
+    with pytest.raises(NotImplementedError, match="bidirectional=True.* cannot run with time split over mesh axis"):
         jax.eval_shape(apart, params, jax.ShapeDtypeStruct((2, LENGTH, WIDTH), jnp.float32))
 
 

@@ -21,6 +21,7 @@ from .state_space import (
     check_pairs,
     check_steps,
     empty_state_space,
+    in_turn,
     pairs,
     parameter,
     positive,
@@ -78,8 +79,8 @@ class DiagonalStateSpace(StateSpace):
 
     def _discrete(self, dtype):
         """log Ā, B̄, C, each `D N/2`, and a C for the other direction of time, from the parameters."""
-        H, M, S = self.d_model, self.state_size // 2, self.num_copies or self.d_model
-        names = [self._names()[i % len(self._names())] for i in range(S)]
+        names = in_turn(self, S4D_INITIALISATIONS, "initialisation")
+        H, M, S = self.d_model, self.state_size // 2, len(names)
         A0, B0 = (
             np.stack(values) for values in zip(*(s4d_eigenvalues(n, self.state_size) for n in names), strict=True)
         )
@@ -101,22 +102,13 @@ class DiagonalStateSpace(StateSpace):
         return *DISCRETISATIONS[self.discretisation](A, B, dt.astype(A.dtype)), *C
 
     @nn.nowrap
-    def _names(self) -> tuple[str, ...]:
-        return self.initialisation if isinstance(self.initialisation, tuple) else (self.initialisation,)
-
-    @nn.nowrap
     def _check(self) -> None:
         check_choice(self, tuple(DISCRETISATIONS), "discretisation")
         check_choice(self, tuple(POSITIVE), "real_map", "imag_map")
         check_choice(self, ("exp", "softplus"), "dt_map")
-        for name in self._names():
-            if name not in S4D_INITIALISATIONS:
-                known = ", ".join(S4D_INITIALISATIONS)
-                raise ValueError(f"initialisation={name!r} is unknown to {type(self).__name__}; choose one of {known}.")
+        in_turn(self, S4D_INITIALISATIONS, "initialisation")
         if self.bandlimit is not None and not self.bandlimit > 0:
             raise ValueError(f"bandlimit={self.bandlimit}; {type(self).__name__} takes a number above 0, or None.")
         check_pairs(self)
         check_steps(self)
         check_choice(self, GATED_OUTPUTS, "output")
-        if self.num_copies is not None:
-            self.checked_heads(num_copies=self.num_copies)

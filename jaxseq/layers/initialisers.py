@@ -11,11 +11,17 @@ from ..shapes import accumulator
 from .hippo import clipped, eigenbasis, hippo
 
 
-def legs_diagonal(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The normal part of HiPPO-LegS in its eigenbasis: one of each pair of (eigenvalues, V*B), `clipped`."""
-    A, B, P = hippo("legs", size)
+@cache
+def diagonal_plus_low_rank(measure: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A HiPPO matrix in the eigenbasis of its normal part: one of each pair of Λ, P `R N/2` and V*B, `clipped`."""
+    A, B, P = hippo(measure, size)
     eigenvalues, V = eigenbasis(A, P)
-    return eigenvalues, clipped(V.conj().T @ B)
+    return eigenvalues, P @ V.conj(), clipped(V.conj().T @ B)
+
+
+def legs_diagonal(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The normal part of HiPPO-LegS: Λ and V*B."""
+    return diagonal_plus_low_rank("legs", size)[::2]
 
 
 @cache
@@ -25,8 +31,8 @@ def s4d_eigenvalues(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     The imaginary parts of "random" are drawn by the layer, log-normal.
     """
     n = np.arange(size // 2)
-    if name == "legs":
-        return legs_diagonal(size)
+    if name in ("legs", "fout"):
+        return diagonal_plus_low_rank(name, size)[::2]
     real, imaginary = {
         "inv": (-0.5 * np.ones_like(n), size / np.pi * (size / (2 * n + 1) - 1)),
         "lin": (-0.5 * np.ones_like(n), np.pi * n),
@@ -37,7 +43,7 @@ def s4d_eigenvalues(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     return real - 1j * imaginary, np.ones(n.shape, complex)
 
 
-S4D_INITIALISATIONS = ("legs", "inv", "lin", "quad", "real", "random")
+S4D_INITIALISATIONS = ("legs", "fout", "inv", "lin", "quad", "real", "random")
 
 
 def log_uniform(low: float, high: float):

@@ -86,10 +86,31 @@ def check_steps(module: Mixer) -> None:
 def check_choice(module: Mixer, allowed, *names: str) -> None:
     """Raise unless the fields of these names are among those allowed."""
     for name in names:
-        if (value := getattr(module, name)) not in allowed:
-            raise ValueError(
-                f"{name}={value!r} is unknown to {type(module).__name__}; choose one of {', '.join(allowed)}."
-            )
+        _check_known(module, allowed, name, getattr(module, name))
+
+
+def _check_known(module: Mixer, allowed, name: str, value) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown to {type(module).__name__}; choose one of {', '.join(allowed)}.")
+
+
+def in_turn(module: Mixer, allowed, name: str) -> tuple[str, ...]:
+    """What the field of this name says of each of the module's copies: one for all, or a tuple for them in turn.
+
+    Raises:
+      ValueError: the copies do not divide the channels, the tuple not the copies, or a value is not allowed.
+    """
+    if module.num_copies is not None:
+        module.checked_heads(num_copies=module.num_copies)
+    field, copies = getattr(module, name), module.num_copies or module.d_model
+    values = field if isinstance(field, tuple) else (field,)
+    for value in values:
+        _check_known(module, allowed, name, value)
+    if not values or copies % len(values):
+        raise ValueError(
+            f"{name}={field!r}; {type(module).__name__} takes one, or a tuple whose length divides {copies} copies."
+        )
+    return values * (copies // len(values))
 
 
 def check_pairs(module: Mixer) -> None:
@@ -130,6 +151,7 @@ def state_space_layer(
 
     Raises:
       ValueError: there is a mask, and the module is causal.
+      TypeError: `state` is that of something else.
       NotImplementedError: the module is bidirectional, and there is a state or time is split over devices.
     """
     module.check_mask(mask)
@@ -144,6 +166,10 @@ def state_space_layer(
             y = two_sided(lambda u, ids, direction: run(u, direction, segment_ids=ids)[0], u, segment_ids)
         after = None
     else:
+        if not isinstance(state, StateSpaceState | None):
+            raise TypeError(
+                f"state is a {type(state).__name__}; {type(module).__name__} takes a StateSpaceState, or None."
+            )
         initial = None if state is None else state.ssm
         y, ssm = run(u, 0, initial_state=initial, segment_ids=segment_ids)
         after = StateSpaceState(ssm if state is None else ssm.astype(state.ssm.dtype))

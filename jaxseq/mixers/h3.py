@@ -10,7 +10,7 @@ from ..layers.mixer import Mixer
 from ..layers.projection import projection, split_heads
 from ..layers.short_convolution import ShortConvolution
 from ..layers.state_space import StateSpaceState
-from ..shapes import Array, Complex, Float, Int, typed
+from ..shapes import Array, Complex, Float, Int, accumulator, typed
 
 
 class H3State(NamedTuple):
@@ -41,19 +41,23 @@ class H3(Mixer):
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         state = self.resumed(x, state)
         (batch, length, _), P = x.shape, self.head_width
+        ssm_before, shift_before = state or (None, self.init_state(batch, dtype=accumulator(x.dtype)).shift)
         q, k, v = (projection(self.d_model, f"{name}_proj", self)(x) for name in "qkv")
         shift = ShortConvolution(self.shift_size, True, self.dtype, self.param_dtype, False, name="shift")
-        k, before = shift(k, state.shift, segment_ids)
+        k, shift_after = shift(k, shift_before, segment_ids)
         q, k, v = (split_heads(a, P) for a in (q, k, v))
         # Each product of a key's and a value's channel is a sequence of its own, in all heads' state spaces.
         products = jnp.einsum("bthi,bthj->bijth", k, v).reshape(batch * P * P, length, -1)
         ids = None if segment_ids is None else jnp.repeat(segment_ids, P * P, axis=0)
         ssm = self._ssm(name="ssm")
-        folded = jnp.moveaxis(state.ssm, 1, 3).reshape(batch * P * P, -1, self.state_size // 2)
-        kept, after = ssm.prefill(products, StateSpaceState(folded), ids)
+        fold = lambda s: StateSpaceState(jnp.moveaxis(s, 1, 3).reshape(batch * P * P, -1, self.state_size // 2))
+        kept, after = ssm.prefill(products, None if ssm_before is None else fold(ssm_before), ids)
         y = jnp.einsum("bthi,bijth->bthj", q, kept.reshape(batch, P, P, length, -1))
         y = projection(self.d_model, "out_proj", self)(y.reshape(x.shape).astype(x.dtype))
-        return y, H3State(jnp.moveaxis(after.ssm.reshape(batch, P, P, *after.ssm.shape[1:]), 3, 1), before)
+        return y, H3State(jnp.moveaxis(after.ssm.reshape(batch, P, P, *after.ssm.shape[1:]), 3, 1), shift_after)
+
+    def start(self, x, *, max_length: int | None = None):
+        """None, as of a `StateSpace`."""
 
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> H3State:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import ops
+from ..exact import matmul
 from ..layers.initialisers import step_size_bias, symmetric_uniform
 from ..layers.mixer import Mixer, at_least
 from ..layers.projection import projection
@@ -64,7 +65,7 @@ class Mamba(Mixer):
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)
         dt_kernel = self.param("dt_kernel", uniform, (rank, width), self.param_dtype)
         dt_bias = self.param("dt_bias", step_size_bias(self.dt_min, self.dt_max), (width,), self.param_dtype)
-        dt = nn.softplus(r.astype(wide) @ dt_kernel.astype(wide) + dt_bias.astype(wide)[None, None])
+        dt = nn.softplus(matmul(r.astype(wide), dt_kernel.astype(wide)) + dt_bias.astype(wide)[None, None])
         initial_A_log = lambda _, shape, dtype: jnp.broadcast_to(
             jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], shape
         )

@@ -5,10 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import ops
 from ..layers.gated_output import GATED_OUTPUTS
-from ..layers.hippo import MEASURES, clipped, eigenbasis, hippo
+from ..layers.hippo import MEASURES
+from ..layers.initialisers import diagonal_plus_low_rank
 from ..layers.state_space import (
     StateSpace,
     StateSpaceState,
@@ -17,6 +19,7 @@ from ..layers.state_space import (
     check_pairs,
     check_steps,
     empty_state_space,
+    in_turn,
     pairs,
     parameter,
     positive,
@@ -35,14 +38,15 @@ class S4(StateSpace):
 
     Discretised by the bilinear rule: a convolution in training, a recurrence through the discretised step in decoding.
     `state_size` N counts conjugate pairs in full. `measure` is the HiPPO matrix that Λ, P and B start from: "legs",
-    "legt" (of rank 2), "lagt" or "fout"; `num_copies` sets of them are shared by the channels, channel h using copy
-    h mod num_copies (None: one a channel). `rate`, `bidirectional` and `output` are as in S4D, `impl` is a form of
-    `ops.dplr_state_space`. P is parametrised as itself.
+    "legt" (of rank 2), "lagt" or "fout", or a tuple of them for the copies in turn; `num_copies` sets of Λ, P and B are
+    shared by the channels, channel h using copy h mod num_copies (None: one a channel). `rate`, `bidirectional` and
+    `output` are as in S4D, `impl` is a form of `ops.dplr_state_space`. P is parametrised as itself;
+    where copies are of ranks 1 and 2 the second row of the former is zero, and stays so: so is its gradient.
     """
 
     d_model: int
     state_size: int = 64
-    measure: str = "legs"
+    measure: str | tuple[str, ...] = "legs"
     dt_min: float = 1e-3
     dt_max: float = 0.1
     num_copies: int | None = None
@@ -79,23 +83,22 @@ class S4(StateSpace):
 
     def _continuous(self, dtype):
         """Λ, P, B, dt, C, and a C for the other direction of time, from the parameters."""
-        H, M, S = self.d_model, self.state_size // 2, self.num_copies or self.d_model
-        A0, B0, P0 = hippo(self.measure, self.state_size)
-        eigenvalues, V = eigenbasis(A0, P0)
+        starts = [diagonal_plus_low_rank(name, self.state_size) for name in in_turn(self, MEASURES, "measure")]
+        H, M, S, R = self.d_model, self.state_size // 2, len(starts), max(len(P) for _, P, _ in starts)
+        padded = [(A, np.pad(P, ((0, R - len(P)), (0, 0))), B) for A, P, B in starts]
+        A0, P0, B0 = map(np.stack, zip(*padded, strict=True))
         param = parameter(self, dtype)
-        A_real = param("A_real", positive(-eigenvalues.real, "exp"), S, M)
-        A_imag = param("A_imag", positive(-eigenvalues.imag, "none"), S, M)
-        P = as_complex(param("P", pairs(P0 @ V.conj()), S, len(P0), M, 2))
-        B = as_complex(param("B", pairs(clipped(V.conj().T @ B0)), S, M, 2))
+        A_real = param("A_real", positive(-A0.real, "exp"), S, M)
+        A_imag = param("A_imag", positive(-A0.imag, "none"), S, M)
+        P = as_complex(param("P", pairs(P0), S, R, M, 2))
+        B = as_complex(param("B", pairs(B0), S, M, 2))
         each = lambda x: jnp.tile(x, (H // S, *(1,) * (x.ndim - 1)))
         dt = step_size(self, param, H)
         return *map(each, (jax.lax.complex(-jnp.exp(A_real), -A_imag), P, B)), dt, *readouts(self, param, H, M)
 
     @nn.nowrap
     def _check(self) -> None:
-        check_choice(self, MEASURES, "measure")
+        in_turn(self, MEASURES, "measure")
         check_pairs(self)
         check_steps(self)
         check_choice(self, GATED_OUTPUTS, "output")
-        if self.num_copies is not None:
-            self.checked_heads(num_copies=self.num_copies)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from .. import scan
-from ..exact import matmul
+from ..exact import einsum, matmul
 from ..monoid import MatrixAffine, matrix_affine
 from ..segments import segment_starts
 from ..shapes import Array, Complex, Float, Int, accumulator, promoted, typed, zeros_from
@@ -38,13 +38,13 @@ def discretised(s: System):
     real, dt = s.dt[:, None] / 2, s.dt[:, None].astype(s.P.dtype)
     half = dt / 2
     shrink = 1 / (1 - half * s.Lambda)
-    project = lambda x: 2 * jnp.einsum("drn,bdn->bdr", s.P.conj(), x).real
-    spread = lambda r: jnp.einsum("drn,bdr->bdn", s.P, r.astype(s.P.dtype))
-    small = 2 * jnp.einsum("drn,dn,dsn->drs", s.P.conj(), shrink, s.P).real
+    project = lambda x: 2 * einsum("drn,bdn->bdr", s.P.conj(), x).real
+    spread = lambda r: einsum("drn,bdr->bdn", s.P, r.astype(s.P.dtype))
+    small = 2 * einsum("drn,dn,dsn->drs", s.P.conj(), shrink, s.P).real
     inverse = _inverse(jnp.eye(s.P.shape[1], dtype=real.dtype)[None] + real[..., None] * small)
 
     def solve(b):
-        r = jnp.einsum("drs,bds->bdr", inverse, project(shrink[None] * b))
+        r = einsum("drs,bds->bdr", inverse, project(shrink[None] * b))
         return shrink[None] * (b - spread(real[None] * r))
 
     apply = lambda x: solve(x + half[None] * (s.Lambda[None] * x - spread(project(x))))
@@ -118,11 +118,11 @@ def dplr_kernel(
     # Both of a pair: XY/(a − bΛ) + its mirror = (a 2 Re(XY) − b 2 Re(XY Λ̄)) / ((a − bΛ)(a − bΛ̄))
     d, mirror = (a[..., None] - b[..., None] * x[None] for x in (Lambda, Lambda.conj()))
     reciprocal = 1 / (d * mirror)
-    over = lambda X: jnp.einsum("ldn,drsn->ldrs", reciprocal, 2 * X.real.astype(reciprocal.dtype))
+    over = lambda X: einsum("ldn,drsn->ldrs", reciprocal, 2 * X.real.astype(reciprocal.dtype))
     pair = lambda x: x[..., None, None]
     k = pair(a) * over(XY) - pair(b) * over(XY * Lambda[:, None, None].conj())
     low_rank = _inverse(jnp.eye(P.shape[1], dtype=k.dtype)[None, None] + pair(b) * k[..., 1:, 1:])
-    correction = jnp.einsum("ldr,ldrs,lds->ld", k[..., 0, 1:], low_rank, k[..., 1:, 0])
+    correction = einsum("ldr,ldrs,lds->ld", k[..., 0, 1:], low_rank, k[..., 1:, 0])
     shrunk = jnp.fft.irfft(k[..., 0, 0] - b * correction, length, axis=0)
     return shrunk * jnp.asarray(r ** -np.arange(length), shrunk.dtype)[:, None]
 
@@ -134,16 +134,15 @@ def sequential(u, starts, system, x):
     def step(x, token):
         u, start = token
         x = apply(jnp.where(start[:, None, None], 0, x)) + B[None] * u[..., None].astype(B.dtype)
-        return x, 2 * jnp.einsum("bdn,dn->bd", x, system.C).real
+        return x, 2 * einsum("bdn,dn->bd", x, system.C).real
 
     return scan.loop(step, x, (u, starts))
 
 
 def convolution(u, starts, system, x, from_zero):
-    """The kernel by FFT. What is left of the first state, and the last one, come of the recurrence."""
-    y = fourier_convolution(u, dplr_kernel(*system, u.shape[1]))
-    y = y if from_zero else y + sequential(jnp.zeros_like(u), starts, system, x)[0]
-    return y, sequential(u, starts, system, x)[1]
+    """The kernel by FFT, from zero. The last state comes of the recurrence, and from a first one y comes with it."""
+    y, final = sequential(u, starts, system, x)
+    return fourier_convolution(u, dplr_kernel(*system, u.shape[1])) if from_zero else y, final
 
 
 @typed
@@ -165,7 +164,8 @@ def dplr_state_space(
 
     N counts one state of each conjugate pair; the rank R is 1 or 2. `initial_state` is x_0, zeros when None; a change
     of `segment_ids` restarts from zero, which only `sequential` can do. `convolution` costs O(T log T) a channel and
-    O(T·D·N) for the kernel; where the final state is used, or there is an initial one, it steps through time beside.
+    O(T·D·N) for the kernel; where the final state is used it steps through time beside, and where there is an initial
+    one, or time is split over devices, it does that alone.
 
     Raises:
       ValueError: shapes disagree, T = 0, or R is neither 1 nor 2.

@@ -75,7 +75,7 @@ def _decayed_to_end(u, log_A):
     rows, stride = len(coarse), len(fine)
     u = jnp.pad(u, ((0, 0), (rows * stride - u.shape[1], 0), (0, 0))).reshape(-1, rows, stride, u.shape[2])
     sums = (einsum("bijd,jdn->bidn", u, part[::-1]) for part in (fine.real, fine.imag))
-    return jnp.einsum("bidn,idn->bdn", lax.complex(*sums), coarse[::-1])
+    return einsum("bidn,idn->bdn", lax.complex(*sums), coarse[::-1])
 
 
 def convolution(u, log_A, B, C, state):
@@ -162,10 +162,10 @@ def mimo_state_space(
       NotImplementedError: `impl` is none of the forms.
     """
     wide = accumulator(u.dtype)
-    inputs = lax.complex(*(jnp.einsum("btd,nd->btn", u.astype(wide), M.astype(wide)) for M in (B.real, B.imag)))
+    inputs = lax.complex(*(einsum("btd,nd->btn", u.astype(wide), M.astype(wide)) for M in (B.real, B.imag)))
     x, final = linear_recurrence(
         decay.astype(inputs.dtype)[None, None], inputs,
         initial_state=initial_state, segment_ids=segment_ids, reverse=reverse, impl=impl,
     )  # fmt: skip
-    re, im = (jnp.einsum("btn,fn->btf", a, M.astype(wide)) for a, M in ((x.real, C.real), (x.imag, C.imag)))
+    re, im = (einsum("btn,fn->btf", a, M.astype(wide)) for a, M in ((x.real, C.real), (x.imag, C.imag)))
     return (re - im).astype(u.dtype), final
