@@ -9,13 +9,15 @@ Source  S4D (arXiv 2206.11893), tables 3 and 4, on digits read pixel after pixel
         (2203.14343), S5 (2208.04933), LRU (2303.06349), Mamba (2312.00752).
 Expect  On digits pooled to 196 steps 0.76 to 0.80, Real 0.45 and Random 0.71 after 500 steps, means of three seeds of
         these and S4 in 4 minutes on 2 CPU cores; a point is 20 digits of the test there, less than one seed differs
-        from the next. On all 784 pixels, pixels, S4D-Lin alone 0.9936 in 35 minutes. Of the gpu, speech and listops
-        presets nothing is measured yet.
-Run     python -m experiments.long_range --data.path FOLDER [--preset cpu|pixels|gpu|speech|listops]
+        from the next. On all 784 pixels, pixels, S4D-Lin alone 0.9936 in 35 minutes. Of the gpu, speech, listops
+        and pathfinder presets nothing is measured yet.
+Run     python -m experiments.long_range --data.path FOLDER [--preset cpu|pixels|gpu|speech|listops|pathfinder]
         [--models s4d-lin,s4,lstm]
-        FOLDER holds the four idx files of MNIST; for speech the npz of the spoken digits; listops needs none.
+        FOLDER holds the four idx files of MNIST; for speech the npz of the spoken digits; listops and
+        pathfinder need none.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,32 +34,52 @@ from jaxseq.data import Labelled, listops_table, mnist, spoken_digits
 from jaxseq.fields import check_counts, chosen
 from jaxseq.layers import GatedMLP
 from jaxseq.mixers import DSS, LRU, S4, S5
-from jaxseq.tasks import listops
+from jaxseq.tasks import listops, pathfinder
 from jaxseq.tasks.listops import PADDING
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
 from jaxseq.train.evaluation import mean_metrics
 from jaxseq.train.optimizer import STATE_SPACE
 
 
+def curves(examples: int, pixels: int) -> Labelled:
+    """Pathfinder at 32 × 32 pixels, and as Path-X with longer curves of longer dashes in larger images."""
+    size = math.isqrt(pixels)
+    large: dict[str, Any] = dict(dashes=14, distractors=8, dash=4.0, gap=3.0) if size >= 128 else {}
+    images, labels = pathfinder(0, examples, size=size, **large)
+    return Labelled(images, labels, np.full(examples, size**2, np.int32))
+
+
+def trees(examples: int, longest: int) -> Labelled:
+    return Labelled(*listops(0, examples, lengths=(longest // 4, longest)))
+
+
+#: Made, not read.
+GENERATED = {"listops": trees, "pathfinder": curves}
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The sequences."""
 
-    task: Literal["mnist", "spoken_digits", "listops"] = "mnist"
-    """Digits as pixels, spoken digits as raw samples, or nested operations on digits."""
+    task: Literal["mnist", "spoken_digits", "listops", "pathfinder"] = "mnist"
+    """Digits as pixels, spoken digits as raw samples, nested operations on digits, or dashed curves as pixels."""
     path: Path | None = None
-    """A folder with the idx files, the npz of the recordings, or a table of ListOps; generated where it is none."""
+    """A folder with the idx files, the npz of the recordings, or a table of ListOps; trees and curves are generated."""
     pool: int = 2
     """Pixels are means of pool × pool first: 784 / pool² steps."""
     length: int = 8192
-    """Samples of a recording; the longest tree that is generated."""
+    """Samples of a recording; the longest tree that is generated; pixels of the images of curves."""
     examples: int = 20_000
-    """Sequences to train on, at most; trees that are generated, a tenth of them for the test."""
+    """Sequences to train on, at most; those that are generated, a tenth of them for the test."""
     test_examples: int = 2_000
     """Sequences to test on, at most."""
 
     def __post_init__(self):
         check_counts(self, "pool", "length", "examples", "test_examples", section="data.")
+        if self.task == "pathfinder" and (self.path is not None or math.isqrt(self.length) ** 2 != self.length):
+            raise ValueError(
+                f"data.length={self.length}, data.path={self.path}; pathfinder takes a square, and no file."
+            )
 
     def steps(self) -> int:
         """Of the longest sequence."""
@@ -65,10 +87,10 @@ class DataConfig:
 
     def read(self, keep_every: int = 1) -> tuple[Labelled, Labelled]:
         """Train and test; of recordings every `keep_every`-th sample."""
-        if self.task == "listops" and self.path is None:
-            trees = Labelled(*listops(0, self.examples, lengths=(self.length // 4, self.length)))
+        if self.task in GENERATED and self.path is None:
+            made = GENERATED[self.task](self.examples, self.length)
             cut = self.examples - self.examples // 10
-            splits = trees.take(slice(cut)), trees.take(slice(cut, None))
+            splits = made.take(slice(cut)), made.take(slice(cut, None))
         elif self.path is None:
             raise ValueError(f"data.path is needed for data.task={self.task}.")
         elif self.task == "mnist":
@@ -173,6 +195,7 @@ LEADS = {
     "pixels": {"s4d-real": 0.01, "s4d-random": 0.0, "s4": -0.01},
     "spoken_digits": {"s4d-real": 0.0, "s4d-random": 0.0, "s4": -0.01},
     "listops": {"s4": -0.01},
+    "pathfinder": {"s4": -0.01},
 }
 LEAST = {"pixels": 0.98, "spoken_digits": 0.9}
 
@@ -207,6 +230,12 @@ PAPERS = {
         "s5": Own(dict(state_size=16, num_blocks=8), dict(prenorm=True), dict(learning_rate=3e-3, weight_decay=0.04)),
         "lru": Own(
             dict(state_size=256, r_min=0.0, r_max=0.99), dict(prenorm=True), dict(state_space_learning_rate=5e-3)
+        ),
+    },
+    "pathfinder": PEERS | {
+        "s5": Own(
+            dict(state_size=256, num_blocks=8), dict(prenorm=True, dropout=0.05),
+            dict(learning_rate=4.5e-3, state_space_learning_rate=9e-4, weight_decay=0.03),
         ),
     },
 }  # fmt: skip
@@ -244,6 +273,15 @@ PRESETS = {
             final_learning_rate_ratio=0.0, weight_decay=0.05,
         ),
     ),
+    # 160,000 curves, of 32 × 32 pixels; of Path-X with --data.length 16384.
+    "pathfinder": Config(
+        papers=True, width=256, depth=6, states=64, norm="layer", bidirectional=True,
+        data=DataConfig(task="pathfinder", length=1024, examples=178_000, test_examples=17_800),
+        train=TrainConfig(
+            steps=500_000, batch_size=64, learning_rate=4e-3, state_space_learning_rate=1e-3, warmup_steps=2500,
+            final_learning_rate_ratio=0.0, weight_decay=0.03,
+        ),
+    ),
     # Seconds: to see that everything works.
     "debug": Config(
         width=8, depth=1, states=4, data=DataConfig(task="listops", length=40, examples=200),
@@ -267,7 +305,8 @@ def build(config: Config, name: str, **fields) -> Classifier:
     tokens = PADDING + 1 if config.data.task == "listops" else None
     mlp = GatedMLP if name == "transformer" else None
     options = {key: getattr(config, key) for key in ("norm", "prenorm", "dropout")} | own(config, name).model
-    return Classifier(10, config.width, (slot,) * config.depth, mlp, vocab_size=tokens, **options)
+    classes = 2 if config.data.task == "pathfinder" else 10
+    return Classifier(classes, config.width, (slot,) * config.depth, mlp, vocab_size=tokens, **options)
 
 
 def optimizer(config: Config, name: str) -> optax.GradientTransformation:

@@ -282,7 +282,7 @@ def test_long_range_asks_each_margin_of_the_models_there_are():
     assert asked(speech, {"s4d-lin": 0.8}, half_rate) == lost
 
 
-@pytest.mark.parametrize("preset", ["gpu", "speech", "listops"])
+@pytest.mark.parametrize("preset", ["gpu", "speech", "listops", "pathfinder"])
 def test_long_range_has_the_papers_settings(preset):
     """The models that have their own can be built and trained."""
     config = long_range.PRESETS[preset]

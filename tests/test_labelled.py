@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 from recorded import REFERENCE
+from scipy import ndimage
 
 from jaxseq.data import Labelled, epoch_rows, listops_table, mnist, spoken_digits
-from jaxseq.tasks import listops
+from jaxseq.tasks import listops, pathfinder
 from jaxseq.tasks.listops import PADDING, evaluate
 
 DATA = REFERENCE.parent / "data"
@@ -35,6 +36,31 @@ def test_trees_are_distinct_and_of_the_lengths_asked_for():
     for wrong in ([11], [10, 14], [1, 2], [14]):
         with pytest.raises(ValueError, match="tokens="):
             evaluate(wrong)
+
+
+@pytest.mark.parametrize("size, dashes, number", [(32, 6, 60), (64, 9, 10)])
+def test_a_path_joins_the_dots_or_none_does(size, dashes, number):
+    """By the pixels alone: both dots lie in one connected part of the image, or in two parts of about one size."""
+    images, labels = pathfinder(1, number, size=size, dashes=dashes)
+    assert images.shape == (number, size * size, 1) and images.min() == 0 and images.max() == 1
+    assert 0.25 < labels.mean() < 0.75
+    for image, label in zip(images.reshape(number, size, size), labels, strict=True):
+        parts, _ = ndimage.label(image > 0.05, np.ones((3, 3)))
+        dots, count = ndimage.label(ndimage.binary_erosion(image > 0.85), np.ones((3, 3)))
+        assert count == 2
+        first, second = (parts[dots == n][0] for n in (1, 2))
+        assert (first == second) == bool(label)
+        sizes = np.sort(np.bincount(parts[parts > 0]))
+        assert sizes[-2] > 0.5 * sizes[-1]  # the curve without dots is as long
+    for a, b in zip(pathfinder(1, 5), pathfinder(1, 5), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_paths_that_do_not_fit():
+    with pytest.raises(ValueError, match="size=16: two curves of 14 dashes .* hardly fit; choose fewer"):
+        pathfinder(0, 1, size=16, dashes=14)
+    with pytest.raises(ValueError, match="dashes=0.*; pathfinder takes 1 or more"):
+        pathfinder(0, 1, dashes=0)
 
 
 def write_digits(folder, rng, count=30):

@@ -16,6 +16,7 @@ from .lagged_copies import lagged_copies as lagged_copies
 from .lagged_copies import lagged_copies_forecast as lagged_copies_forecast
 from .listops import listops as listops
 from .matching import match_sums as match_sums
+from .pathfinder import pathfinder as pathfinder
 from .reactor import reactor as reactor
 from .reactor import reactor_energy as reactor_energy
 from .reactor import reactor_path as reactor_path
