@@ -11,7 +11,7 @@ from families import assert_close
 from jaxseq import ops
 from jaxseq.layers.feature_maps import FEATURE_MAPS, Hedgehog, dpfp, quadratic, taylor
 from jaxseq.layers.hippo import hippo
-from jaxseq.layers.initialisers import legs_diagonal
+from jaxseq.layers.initialisers import diagonal_plus_low_rank
 from jaxseq.mixers import LinearAttention
 from jaxseq.ops.state_space import DISCRETISATIONS
 
@@ -26,7 +26,7 @@ def test_the_diagonal_of_legs_has_its_limit():
         P = np.sqrt(np.arange(N) + 0.5)
         eigenvalues, V = np.linalg.eigh(-1j * (A + np.outer(P, P) + np.eye(N) / 2))
         half, complex_A = slice(0, N // 2), -0.5 + 1j * eigenvalues
-        np.testing.assert_allclose(complex_A[half], legs_diagonal(N)[0], atol=1e-8)
+        np.testing.assert_allclose(complex_A[half], diagonal_plus_low_rank("legs", N)[0], atol=1e-8)
         forward, backward = np.eye(N) + dt / 2 * A, np.linalg.inv(np.eye(N) - dt / 2 * A)
         dense, x = np.zeros((steps, 4)), np.zeros(N)
         for t in range(steps):

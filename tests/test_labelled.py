@@ -59,8 +59,14 @@ def test_a_path_joins_the_dots_or_none_does(size, dashes, number):
 def test_paths_that_do_not_fit():
     with pytest.raises(ValueError, match="size=16: two curves of 14 dashes .* hardly fit; choose fewer"):
         pathfinder(0, 1, size=16, dashes=14)
-    with pytest.raises(ValueError, match="dashes=0.*; pathfinder takes 1 or more"):
-        pathfinder(0, 1, dashes=0)
+    for fields, message in (
+        (dict(dashes=0), "dashes=0; pathfinder takes 1 or more, whole numbers"),
+        (dict(size=32.5), "size=32.5; pathfinder takes 16 or more"),
+        (dict(bend=float("nan")), "bend=nan; pathfinder takes"),
+        (dict(dash=float("inf")), "dash=inf, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pathfinder(0, 1, **fields)
 
 
 def write_digits(folder, rng, count=30):

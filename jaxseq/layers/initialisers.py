@@ -19,11 +19,6 @@ def diagonal_plus_low_rank(measure: str, size: int) -> tuple[np.ndarray, np.ndar
     return eigenvalues, P @ V.conj(), clipped(V.conj().T @ B)
 
 
-def legs_diagonal(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The normal part of HiPPO-LegS: Λ and V*B."""
-    return diagonal_plus_low_rank("legs", size)[::2]
-
-
 @cache
 def s4d_eigenvalues(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(A, B) `N/2` of one copy, one state of each conjugate pair (S4D, arXiv 2206.11893, section 4.3).

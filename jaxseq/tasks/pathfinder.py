@@ -5,6 +5,8 @@ from functools import partial
 
 import numpy as np
 
+from .draws import require
+
 #: Pixels: half of a dash's width, a dot's radius, and what stays black between curves: more than a pixel's diagonal.
 DASH_RADIUS, DOT_RADIUS, CLEARANCE = 0.3, 1.5, 1.5
 
@@ -29,14 +31,15 @@ def pathfinder(
     example is a function of the seed; it runs on the host, a hundredth of a second an image.
 
     Raises:
-      ValueError: a number is too small, or curves of this length hardly fit into an image.
+      ValueError: a number is none that is taken, or curves of this length hardly fit into an image.
     """
-    numbers = dict(num_examples=num_examples, size=size, dashes=dashes, distractors=distractors + 1)
-    if min(numbers.values()) < 1 or min(dash, gap) <= 0 or not 0 <= bend <= math.pi:
+    require(
+        "pathfinder", {"size": 16, "distractors": 0},
+        num_examples=num_examples, size=size, dashes=dashes, distractors=distractors,
+    )  # fmt: skip
+    if not (0 < dash < math.inf and 0 < gap < math.inf and 0 <= bend <= math.pi):
         raise ValueError(
-            f"num_examples={num_examples}, size={size}, dashes={dashes}, distractors={distractors}, dash={dash}, "
-            f"gap={gap}, bend={bend}; pathfinder takes 1 or more of the first three, 0 or more distractors, lengths "
-            "above 0 and a bend of 0 to π."
+            f"dash={dash}, gap={gap}, bend={bend}; pathfinder takes pixels above 0 and radians from 0 to π."
         )
     rng = np.random.default_rng(seed)
     labels = rng.integers(2, size=num_examples, dtype=np.int32)
