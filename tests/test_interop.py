@@ -166,7 +166,7 @@ def test_the_names_of_the_original_release(name, tiny, tmp_path):
     tied, mamba2 = model.tied, "mamba2" in name
     ssm = {"layer": "Mamba2", "headdim": 16, "d_state": 16} if mamba2 else {"d_state": 16}
     config = {"d_model": model.d_model, "n_layer": 2, "vocab_size": 97, "ssm_cfg": ssm, "rms_norm": True}
-    write(tmp_path, config | {"pad_vocab_size_multiple": 8, "tie_embeddings": tied}, weights)
+    write(tmp_path, config | {"tie_embeddings": tied}, weights)
     released, theirs = load_huggingface(tmp_path)
     assert released.vocab_size == 104
     tokens = jnp.arange(12).reshape(1, 12) % 97
@@ -192,7 +192,7 @@ MODELS = {
         norm_eps=1e-5,
     ),
     "gla": LanguageModel(11, 16, (partial(GLA, num_heads=2, conv_window=4, norm_eps=1e-6),) * 3),
-    "retnet": LanguageModel(11, 16, (partial(RetNet, num_heads=2, norm_eps=1e-6),) * 2),
+    "retnet": LanguageModel(11, 16, (partial(RetNet, num_heads=2, conv_window=3, norm_eps=1e-6),) * 2),
     "delta_net": LanguageModel(11, 16, (partial(DeltaNet, num_heads=2, conv_window=None, norm_eps=1e-6),) * 2),
     "gated_deltanet": LanguageModel(
         11,
@@ -201,7 +201,7 @@ MODELS = {
         * 2,
         tied=True,
     ),
-    "hgrn2": LanguageModel(11, 16, (partial(HGRN2, num_heads=2, norm_eps=1e-6),) * 2),
+    "hgrn2": LanguageModel(11, 16, (partial(HGRN2, num_heads=2, conv_window=4, norm_eps=1e-6),) * 2),
 }
 
 
@@ -338,7 +338,7 @@ def test_their_layers_in_a_model_of_theirs(name, tmp_path):
         ("retnet", {"use_output_gate": False}),
         ("retnet", {"num_kv_heads": 1}),
         ("retnet", {"feature_map": "relu"}),
-        ("retnet", {"use_short_conv": True}),
+        ("retnet", {"conv_bias": True}),
         ("delta_net", {"use_gate": True}),
         ("delta_net", {"use_beta": False}),
         ("delta_net", {"qk_norm": "sum"}),
@@ -348,7 +348,7 @@ def test_their_layers_in_a_model_of_theirs(name, tmp_path):
         ("gated_deltanet", {"conv_bias": True}),
         ("gated_deltanet", {"expand_v": 0.3}),
         ("gated_deltanet", {"attn": {"layers": [0], "num_heads": 2}}),
-        ("hgrn2", {"use_short_conv": True}),
+        ("hgrn2", {"conv_bias": True}),
         ("hgrn2", {"num_heads": 3}),
         ("hgrn2", {"hidden_act": "gelu"}),
     ],
@@ -414,7 +414,8 @@ def test_infinity_in_both_spellings(saved, tmp_path):
 def test_a_release_says_how_its_layers_started(saved, tmp_path):
     source, _ = saved("mamba")
     ssm = {"d_state": 4, "dt_rank": 3, "dt_min": 0.01, "dt_max": 0.2, "dt_init": "random", "dt_init_floor": 1e-4}
-    config = {"d_model": 16, "n_layer": 2, "vocab_size": 11, "rms_norm": True, "tie_embeddings": False, "ssm_cfg": ssm}
+    config = {"d_model": 16, "n_layer": 2, "vocab_size": 11, "rms_norm": True, "tie_embeddings": False}
+    config |= {"pad_vocab_size_multiple": 1, "ssm_cfg": ssm}
     edited(tmp_path, source, config)
     assert repr(load_huggingface(tmp_path)[0]) == repr(load_huggingface(source)[0])
 

@@ -21,8 +21,15 @@ class Layer(NamedTuple):
     inputs: dict[str, str] = {}
 
 
+def convolved(**names: str) -> dict[str, str]:
+    """Projections and the convolutions behind them, their letter and our name of each."""
+    kernels = {f"{x}_proj.weight": f"{ours}_proj/kernel" for x, ours in names.items()}
+    return kernels | {f"{x}_conv1d.weight": f"{ours}_conv/kernel" for x, ours in names.items()}
+
+
 QKV = {f"{x}_proj.weight": f"{x}_proj/kernel" for x in "qkv"}
-CONVOLVED = QKV | {f"{x}_conv1d.weight": f"{x}_conv/kernel" for x in "qkv"}
+CONVOLVED = convolved(q="q", k="k", v="v")
+BIASES = {f"{x}_proj.bias": f"{x}_proj/bias" for x in ("in", "out")}
 OUT = {"o_proj.weight": "out_proj/kernel"}
 GATE = {"g_proj.weight": "gate_proj/kernel"}
 NORM = {"o_norm.weight": "norm/scale"}
@@ -64,7 +71,8 @@ LAYERS = {
     ),
     "Mamba": Layer(
         mixers.Mamba,
-        {
+        BIASES
+        | {
             "in_proj.weight": "in_proj/kernel",
             "conv1d.weight": "conv/kernel",
             "conv1d.bias": "conv/bias",
@@ -78,7 +86,7 @@ LAYERS = {
     ),
     "Mamba2": Layer(
         mixers.Mamba2,
-        DT
+        BIASES | DT
         | {
             "in_proj.weight": "in_proj/kernel",
             "conv1d.weight": "conv/kernel",
@@ -126,29 +134,18 @@ LAYERS = {
             "down_proj.weight": "out_proj/kernel",
         },
     ),
-    "MultiScaleRetention": Layer(mixers.RetNet, QKV | GATE | OUT | {"g_norm_swish_gate.weight": "norm/scale"}),
+    "MultiScaleRetention": Layer(mixers.RetNet, CONVOLVED | GATE | OUT | {"g_norm_swish_gate.weight": "norm/scale"}),
     "LinearAttention": Layer(mixers.LinearAttention, QKV | OUT | {"norm.weight": "norm/scale"}),
     "ReBasedLinearAttention": Layer(
         mixers.ReBased, QKV | OUT | {"feature_map.gamma": "norm/scale", "feature_map.beta": "norm/bias"}
     ),
     "HGRNAttention": Layer(
         mixers.HGRN,
-        GATE | OUT
-        | {
-            "i_proj.weight": "input_proj/kernel",
-            "f_proj.weight": "decay_proj/kernel",
-            "g_norm.weight": "norm/scale",
-        },
+        GATE | OUT | convolved(f="decay", i="input") | {"g_norm.weight": "norm/scale"},
     ),
     "HGRN2Attention": Layer(
         mixers.HGRN2,
-        OUT
-        | {
-            "q_proj.weight": "q_proj/kernel",
-            "f_proj.weight": "decay_proj/kernel",
-            "i_proj.weight": "v_proj/kernel",
-            "g_norm.weight": "norm/scale",
-        },
+        OUT | convolved(q="q", f="decay", i="v") | {"g_norm.weight": "norm/scale"},
     ),
     "GatedSlotAttention": Layer(
         mixers.GSA, CONVOLVED | OUT | {"f_proj.weight": "decay_proj/kernel", "g_norm.weight": "norm/scale"}

@@ -78,19 +78,18 @@ def _gla_config(model: LanguageModel, mixer: Any) -> Config:
 
 def _retnet(words: Words) -> dict[str, Any]:
     fields = _expansions(words)
-    words.need(feature_map=None, use_short_conv=False, use_output_gate=True, fuse_norm=True)
+    words.need(feature_map=None, use_output_gate=True, fuse_norm=True)
     if words("num_kv_heads", optional(COUNT), None) is not None:
         words.need(num_kv_heads=fields["num_heads"])
-    return fields
+    return fields | {"conv_window": _convolution(words, False)}
 
 
 def _retnet_config(model: LanguageModel, mixer: Any) -> Config:
-    return _config(model, mixer) | {
+    return _config(model, mixer) | _convolution_config(mixer) | {
         "architectures": ["RetNetForCausalLM"],
         "expand_k": mixer.expand_k,
         "expand_v": mixer.expand_v,
-        "use_short_conv": False,
-    }
+    }  # fmt: skip
 
 
 def _delta_net(words: Words) -> dict[str, Any]:
@@ -153,23 +152,21 @@ def _gated_delta_net_config(model: LanguageModel, mixer: Any) -> Config:
 
 
 def _hgrn2(words: Words) -> dict[str, Any]:
-    words.need(use_short_conv=False)
     width, heads = words("hidden_size", COUNT), words("num_heads", optional(COUNT), None)
     key = words("expand_ratio", optional(COUNT), None) if heads else words("expand_ratio", COUNT)
     heads, key = heads or width // key, key or width // heads
     if heads * key != width:
         given = " of ".join(f"{name}={words.values.get(name)}" for name in ("num_heads", "expand_ratio"))
         raise ValueError(f"{words.where} has {given}, and hidden_size={width}; give heads that fill it.")
-    return {"num_heads": heads}
+    return {"num_heads": heads, "conv_window": _convolution(words, False)}
 
 
 def _hgrn2_config(model: LanguageModel, mixer: Any) -> Config:
-    return _config(model, mixer) | {
+    return _config(model, mixer) | _convolution_config(mixer) | {
         "architectures": ["HGRN2ForCausalLM"],
         "expand_ratio": model.d_model // mixer.num_heads,
         "use_lower_bound": False,
-        "use_short_conv": False,
-    }
+    }  # fmt: skip
 
 
 def _read_hgrn2(words: Words, take: Take) -> LanguageModel:

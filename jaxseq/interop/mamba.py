@@ -33,7 +33,7 @@ def of_release(words: Words) -> Words:
     if layer not in KINDS:
         raise NotImplementedError(f"{ssm.where} has layer={layer!r}, which has no model here; choose Mamba1 or Mamba2.")
     words.need(rms_norm=True, attn_layer_idx=[], d_intermediate=0)
-    multiple = words("pad_vocab_size_multiple", COUNT, 1)
+    multiple = words("pad_vocab_size_multiple", COUNT, 8)
     config: Config = {
         "model_type": KINDS[layer],
         "vocab_size": -(-words("vocab_size", COUNT) // multiple) * multiple,
@@ -146,14 +146,13 @@ def _write_mamba2(model: LanguageModel, mixer: Any) -> Config:
 
 
 def _mamba(read, write, mixer: type, names: dict[str, str]) -> Architecture:
-    biases = {f"{name}.bias": f"{name}/bias" for name in ("in_proj", "out_proj")}
     layer = {"norm.weight": "mixer_norm/scale"}
     return Architecture(
         read,
         write,
         mixer,
         "backbone.layers.{}.",
-        layer | {f"mixer.{theirs}": f"mixer/{ours}" for theirs, ours in (names | biases).items()},
+        layer | {f"mixer.{theirs}": f"mixer/{ours}" for theirs, ours in names.items()},
         {
             "backbone.embeddings.weight": "Embed_0/embedding",
             "backbone.norm_f.weight": "stack/norm/scale",
