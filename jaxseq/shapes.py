@@ -89,9 +89,10 @@ def _kind(array_type) -> type:
 
 
 def check_width(x: Array, d_model: int, owner: str) -> None:
-    """Raise unless x `B T …` has one step or more, of this width."""
-    if x.shape[1] == 0:
-        raise ValueError(f"x has shape {x.shape}; {owner} takes at least one step of time.")
+    """Raise unless x `B T …` has one sequence or more, of one step or more, of this width."""
+    for axis, least in enumerate(("sequence", "step of time")):
+        if x.shape[axis] == 0:
+            raise ValueError(f"x has shape {x.shape}; {owner} takes at least one {least}.")
     if x.shape[-1] != d_model:
         raise ValueError(f"x has width {x.shape[-1]}; {owner}(d_model={d_model}) takes inputs of width {d_model}.")
 

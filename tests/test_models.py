@@ -66,10 +66,18 @@ def test_states_of_another_stack_are_named():
     for mixers, others, message in (
         ((gla,) * 3, (gla, attention), "states has 2 entries; these 3 mixers take 1"),
         ((convolution,) * 3, (convolution,) * 2, "states has 2 entries; these 3 mixers take 3"),
+        ((gla,) * 3, (gla,) * 2, r"states\[0\] holds an array of shape \(2, 1, .*; these 3 mixers take 3 in front"),
+        ((gla,) * 3, (attention,) * 3, r"states\[0\] is a .*State; .*GLA.* takes a MatrixState"),
     ):
         stack, other = (Stack(WIDTH, slots) for slots in (mixers, others))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             jax.eval_shape(stack.init, jax.random.key(0), jnp.zeros((1, 2, WIDTH)), other.init_state(1, max_length=4))
+
+
+def test_an_empty_batch_is_refused():
+    model = MODELS["hybrid, tied"]
+    with pytest.raises(ValueError, match=r"x has shape \(0, 9, .*; .* takes at least one sequence"):
+        jax.eval_shape(model.init, jax.random.key(0), tokens[:0])
 
 
 def test_a_step_of_long_convolutions_moves_no_state():

@@ -178,8 +178,7 @@ class Stack(nn.Module):
         block = {name: getattr(self, name) for name in names}
         places = segment_ids, None if lengths is None else counted_tokens(x.shape[1], lengths)
         apart = states is not None and self._writes_in_place(self._modules())
-        if states is not None and len(states) != (due := len(self.mixers if apart else self._pattern()[0])):
-            raise ValueError(f"states has {len(states)} entries; these {len(self.mixers)} mixers take {due}.")
+        self._check_states(states)
         if apart:
             states = self._together(states)
         if self.reversible:
@@ -266,6 +265,27 @@ class Stack(nn.Module):
             return tuple(empty(m) for m in modules * repeats)
         repeat = lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape))
         return tuple(jax.tree.map(repeat, empty(m)) for m in modules)
+
+    @nn.nowrap
+    def _check_states(self, states: Any) -> None:
+        """Raise where they are those of other mixers, or of another number of layers."""
+        if states is None:
+            return
+        like, (pattern, repeats) = jax.eval_shape(lambda: self.init_state(1, max_length=0)), self._pattern()
+        if len(states) != len(like):
+            raise ValueError(f"states has {len(states)} entries; these {len(self.mixers)} mixers take {len(like)}.")
+        stacked = len(like) == len(pattern)
+        for i, (state, due) in enumerate(zip(states, like, strict=True)):
+            if type(state) is not type(due):
+                raise TypeError(
+                    f"states[{i}] is a {type(state).__name__}; {self.mixers[i]!r} takes a {type(due).__name__}."
+                )
+            for leaf in jax.tree.leaves(state) if stacked else ():
+                if leaf.shape[:1] != (repeats,):
+                    raise ValueError(
+                        f"states[{i}] holds an array of shape {leaf.shape}; these {len(self.mixers)} mixers take "
+                        f"{repeats} in front."
+                    )
 
     @nn.nowrap
     def _modules(self) -> list:
