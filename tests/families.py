@@ -304,9 +304,10 @@ def _state_space(inputs, segment_ids, impl):
 
 
 def _mimo_inputs(rng, T, strength):
-    decay = np.exp(log_decays(rng, 4, strength) + 1j * rng.uniform(-3, 3, 4))
-    B, C = _complex(rng, (4, 3)), _complex(rng, (2, 4))
-    return dict(u=rng.standard_normal((2, T, 3)), decay=decay, B=B, C=C, initial_state=_complex(rng, (2, 4)))
+    """Decays of the tokens, and gains for all of them."""
+    decay = np.exp(log_decays(rng, (2, T, 4), strength) + 1j * rng.uniform(-3, 3, (2, T, 4)))
+    B, C, gain = _complex(rng, (4, 3)), _complex(rng, (2, 4)), _complex(rng, (2, 1, 4))
+    return dict(u=rng.standard_normal((2, T, 3)), decay=decay, B=B, C=C, gain=gain, initial_state=_complex(rng, (2, 4)))
 
 
 def _mimo(inputs, segment_ids, impl):
@@ -520,7 +521,7 @@ OPS = {
         sweep=True,
         float32="float32 transform",
     ),
-    "mimo_state_space": OpMember(_mimo_inputs, _mimo, moving=("u",)),
+    "mimo_state_space": OpMember(_mimo_inputs, _mimo, moving=("u", "decay")),
     "dplr_state_space": OpMember(_dplr_state_space_inputs, _dplr_state_space, forms=("sequential",), moving=("u",)),
     "dplr_state_space convolution": OpMember(
         _dplr_state_space_inputs,

@@ -182,6 +182,33 @@ def test_what_frozen_states_can_express():
     assert min(found[name] for name in ("real", "random", "quad")) > 0.5, found
 
 
+def test_the_diagonal_of_legs_acts_as_all_of_it():
+    """On a smooth input, the first four coordinates of the state, the wider the closer; with half of B, and not all."""
+    steps, dt = 3000, 1e-3
+    u = np.sin(np.pi * dt * np.arange(steps))
+
+    @partial(jax.jit, static_argnums=0)
+    def errors(size):
+        A, B, P = hippo("legs", size)
+        Lambda, V = eigenbasis(A, P)
+        rows = lambda a: jnp.broadcast_to(jnp.asarray(a), (4, *np.shape(a)))
+        L, B, C = rows(Lambda), rows(V.conj().T @ B), jnp.asarray(V[:4])  # a coordinate of the state a channel
+        four, steps = jnp.broadcast_to(u[None, :, None], (1, len(u), 4)), jnp.full(4, dt)
+        whole, _ = ops.dplr_state_space(four, L, rows(P @ V.conj()), B, C, steps)
+
+        def off(half):
+            log_A, B_bar = DISCRETISATIONS["bilinear"](L, half * B, steps[:, None].astype(L.dtype))
+            alone, _ = ops.diagonal_state_space(four, log_A, B_bar, C)
+            return jnp.linalg.norm(alone - whole) / jnp.linalg.norm(whole)
+
+        return off(0.5), off(1.0)
+
+    with jax.enable_x64(True):
+        halved, full = np.transpose([errors(size) for size in (16, 32, 64, 128)])
+    assert halved[2] < 0.01 and (halved[:-1] / halved[1:]).min() > 4, halved
+    assert np.abs(full - 1).max() < 0.05, full
+
+
 def test_copies_that_start_in_turn():
     """As each alone; a rank below the largest is filled with zeros."""
     x = jnp.zeros((1, 1, 4))
@@ -192,6 +219,18 @@ def test_copies_that_start_in_turn():
             np.testing.assert_array_equal(both[name], jnp.stack([alone[i][name][i] for i in (0, 1)]))
     P = start(S4(4, 8, ("legt", "legs")))["P"]
     assert np.abs(P).max(axis=(2, 3)).astype(bool).tolist() == [[True, True], [True, False]] * 2
+
+
+def test_starts_that_are_drawn():
+    """Real parts from −U[0, 1]; the imaginary ones what each rule makes of numbers from U[0, N/2]."""
+    module = S4D(9, 64, ("lin", "inv", "quad"), random_real=True, random_imag=True)
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1, 9)))["params"]
+    real, imag = np.exp(params["A_real"]), np.array(params["A_imag"])
+    n = [imag[0::3] / np.pi, (64 / (imag[1::3] * np.pi / 64 + 1) - 1) / 2, (np.sqrt(np.pi * imag[2::3]) - 1) / 2]
+    for drawn, most in ((real, 1), *((numbers, 32) for numbers in n)):
+        assert 0 <= drawn.min() < 0.2 * most and 0.8 * most < drawn.max() <= most
+    with pytest.raises(ValueError, match="random_imag=True, initialisation='legs'; drawn are those of inv, lin, quad"):
+        S4D(2, 4, "legs", random_imag=True).init_state(1)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +503,36 @@ def test_s5_starts_in_their_basis(group):
     eigenvalues, V = eigenbasis(A, P)
     count = len(eigenvalues)
     assert_near(np.abs(V), np.abs(z["V"][:size, :count]), 1e-5)
+
+
+@pytest.mark.parametrize("start, bound", [("trunc_standard_normal", 1), ("lecun_normal", 1 / 8), ("complex_normal", 8)])
+def test_how_the_readout_of_s5_starts(start, bound):
+    """Norms of the rows, of 64 states: one, one over √d_model, and √64 of what is not rotated."""
+    params = jax.jit(S5(64, 128, C_init=start).init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]
+    norms = np.linalg.norm(params["C"], axis=(1, 2))
+    assert abs(norms.mean() / bound - 1) < 0.1 and norms.std() < 0.2 * bound
+
+
+def test_intervals_of_s5():
+    """An input held for three steps is one of three; intervals of two are a rate of two, and steps are the whole."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4)), jnp.float32)
+    run, slower = S5(4, 8, dt_min=0.1, dt_max=0.5, output="identity"), S5(4, 8, dt_min=0.1, dt_max=0.5, rate=2.0)
+    params = jax.jit(run.init)(jax.random.key(0), x)
+    held = jnp.array([1, 3, 2, 1, 3])
+    ends = jnp.cumsum(held) - 1
+    at_once = run.apply(params, x, intervals=jnp.broadcast_to(held[None].astype(float), (2, 5)))
+    assert_near(at_once, run.apply(params, jnp.repeat(x, held, axis=1))[:, ends], 1e-5)
+    twos = jnp.full((2, 5), 2.0)
+    assert_near(run.apply(params, x, intervals=twos), slower.clone(output="identity").apply(params, x), 1e-6)
+    state, outputs = run.init_state(2), []
+    for t in range(5):
+        y, state = run.apply(params, x[:, t], state, intervals=jnp.full(2, float(held[t])), method="step")
+        outputs.append(y)
+    assert_near(jnp.stack(outputs, axis=1), at_once, 1e-5)
+    with pytest.raises(ValueError, match="intervals holds -1.0; S5 takes numbers of steps of 0 or more"):
+        run.apply(params, x, intervals=-jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match="intervals: .*bidirectional=True.* takes none"):
+        S5(4, 8, bidirectional=True).init(jax.random.key(0), x, intervals=twos)
 
 
 @recorded

@@ -1,5 +1,6 @@
 """One diagonal state space a channel: a global convolution in training and a recurrence in decoding."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from .. import ops
 from ..ops.state_space import DISCRETISATIONS
 from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
 from .gated_output import GATED_OUTPUTS
-from .initialisers import S4D_INITIALISATIONS, s4d_eigenvalues
+from .initialisers import S4D_FREQUENCIES, S4D_INITIALISATIONS, s4d_eigenvalues
 from .state_space import (
     POSITIVE,
     StateSpace,
@@ -44,6 +45,8 @@ class DiagonalStateSpace(StateSpace):
     dt_min: float = 1e-3
     dt_max: float = 0.1
     num_copies: int | None = None
+    random_real: bool = False
+    random_imag: bool = False
     untied_dt: bool = False
     rate: float = 1.0
     bandlimit: float | None = None
@@ -85,14 +88,23 @@ class DiagonalStateSpace(StateSpace):
             np.stack(values) for values in zip(*(s4d_eigenvalues(n, self.state_size) for n in names), strict=True)
         )
 
+        def real(key, shape, dtype):
+            value = jax.random.uniform(key, shape, dtype) if self.random_real else -A0.real
+            return positive(value, self.real_map)(key, shape, dtype)
+
         def imaginary(key, shape, dtype):
-            random = np.array([name == "random" for name in names])[:, None]
-            value = jnp.where(random, jnp.exp(jax.random.normal(key, shape, dtype)), jnp.asarray(-A0.imag, dtype))
+            which, value = np.array(names)[:, None], jnp.asarray(-A0.imag, dtype)
+            drawn = {"random": lambda: jnp.exp(jax.random.normal(key, shape, dtype))}
+            if self.random_imag:
+                n = jax.random.uniform(key, shape, dtype, maxval=M)
+                drawn |= {name: partial(f, n, self.state_size) for name, f in S4D_FREQUENCIES.items()}
+            for name in drawn.keys() & set(names):
+                value = jnp.where(which == name, drawn[name](), value)
             return positive(value, self.imag_map)(key, shape, dtype)
 
         param = parameter(self, dtype)
         dt = step_size(self, param, H, M if self.untied_dt else 1, kind=self.dt_map)
-        A_real, A_imag = param("A_real", positive(-A0.real, self.real_map), S, M), param("A_imag", imaginary, S, M)
+        A_real, A_imag = param("A_real", real, S, M), param("A_imag", imaginary, S, M)
         B = as_complex(param("B", pairs(B0), S, M, 2))
         A = jax.lax.complex(-POSITIVE[self.real_map][0](A_real), -POSITIVE[self.imag_map][0](A_imag))
         A, B = (jnp.tile(a, (H // S, 1)) for a in (A, B))
@@ -106,7 +118,11 @@ class DiagonalStateSpace(StateSpace):
         check_choice(self, tuple(DISCRETISATIONS), "discretisation")
         check_choice(self, tuple(POSITIVE), "real_map", "imag_map")
         check_choice(self, ("exp", "softplus"), "dt_map")
-        in_turn(self, S4D_INITIALISATIONS, "initialisation")
+        names = in_turn(self, S4D_INITIALISATIONS, "initialisation")
+        if self.random_imag and (fixed := set(names) - {"random", *S4D_FREQUENCIES}):
+            raise ValueError(
+                f"random_imag=True, initialisation={min(fixed)!r}; drawn are those of {', '.join(S4D_FREQUENCIES)}."
+            )
         if self.bandlimit is not None and not self.bandlimit > 0:
             raise ValueError(f"bandlimit={self.bandlimit}; {type(self).__name__} takes a number above 0, or None.")
         check_pairs(self)

@@ -19,6 +19,15 @@ def diagonal_plus_low_rank(measure: str, size: int) -> tuple[np.ndarray, np.ndar
     return eigenvalues, P @ V.conj(), clipped(V.conj().T @ B)
 
 
+#: Imaginary parts of S4D's starts, by the number n of a state, a whole one or one drawn, and N.
+S4D_FREQUENCIES: dict[str, Callable] = {
+    "inv": lambda n, size: size / np.pi * (size / (2 * n + 1) - 1),
+    "lin": lambda n, size: np.pi * n,
+    "quad": lambda n, size: (2 * n + 1) ** 2 / np.pi,
+}
+S4D_INITIALISATIONS = ("legs", "fout", *S4D_FREQUENCIES, "real", "random")
+
+
 @cache
 def s4d_eigenvalues(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(A, B) `N/2` of one copy, one state of each conjugate pair (S4D, arXiv 2206.11893, section 4.3).
@@ -28,17 +37,9 @@ def s4d_eigenvalues(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     n = np.arange(size // 2)
     if name in ("legs", "fout"):
         return diagonal_plus_low_rank(name, size)[::2]
-    real, imaginary = {
-        "inv": (-0.5 * np.ones_like(n), size / np.pi * (size / (2 * n + 1) - 1)),
-        "lin": (-0.5 * np.ones_like(n), np.pi * n),
-        "quad": (-0.5 * np.ones_like(n), (2 * n + 1) ** 2 / np.pi),
-        "real": (-(n + 1.0), 0.0 * n),
-        "random": (-0.5 * np.ones_like(n), 0.0 * n),
-    }[name]
+    real = -(n + 1.0) if name == "real" else -0.5 * np.ones_like(n)
+    imaginary = S4D_FREQUENCIES[name](n, size) if name in S4D_FREQUENCIES else 0.0 * n
     return real - 1j * imaginary, np.ones(n.shape, complex)
-
-
-S4D_INITIALISATIONS = ("legs", "fout", "inv", "lin", "quad", "real", "random")
 
 
 def log_uniform(low: float, high: float):

@@ -54,7 +54,7 @@ class LRU(Mixer):
         D = param("D", nn.initializers.normal(1.0), H)
         u = x.astype(wide)
         y, hidden = ops.mimo_state_space(
-            u, decay, as_complex(B), as_complex(C), initial_state=state.hidden, segment_ids=segment_ids,
+            u, decay[None, None], as_complex(B), as_complex(C), initial_state=state.hidden, segment_ids=segment_ids,
             impl=self.impl,
         )  # fmt: skip
         y = gated_output(self, (y + D[None, None] * u).astype(x.dtype), self.output)

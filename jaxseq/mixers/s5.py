@@ -13,8 +13,15 @@ from ..layers.hippo import eigenbasis, hippo
 from ..layers.initialisers import drawn_wide, log_uniform
 from ..layers.state_space import StateSpace, as_complex, check_choice, check_steps, parameter, zeroed
 from ..ops.state_space import DISCRETISATIONS
-from ..shapes import Array, Bool, Complex, Float, Int, accumulator, promoted, typed
+from ..shapes import Array, Bool, Complex, Float, Int, accumulator, known, promoted, typed
 from ..sharded import check_whole
+
+#: How C starts before its rotation, pairs of a row a channel; the last one is not rotated.
+C_STARTS = {
+    "trunc_standard_normal": nn.initializers.lecun_normal(batch_axis=(0, 1)),
+    "lecun_normal": nn.initializers.lecun_normal(batch_axis=0),
+    "complex_normal": nn.initializers.normal(0.5**0.5),
+}
 
 
 class S5State(NamedTuple):
@@ -28,9 +35,13 @@ class S5(StateSpace):
 
     `state_size` N counts conjugate pairs in full, N/2 states are kept; with `conjugate` False all N are, and the
     factor 2 goes. Λ starts as the normal part of HiPPO-LegS of size N / `num_blocks`, once a block; B̃ = V*B and
-    C̃ = C V. `clip` keeps Re Λ at −1e-4 or below; `rate` r reads an input sampled at 1/r of the training rate. With
-    `bidirectional` a second scan runs backwards on the same inputs: the mixer looks at the whole sequence and has no
-    state. `output` is a gate of `layers.gated_output`.
+    C̃ = C V, where C starts as `C_init` says in the authors' words: with rows of norm 1, by √d_model shorter ones
+    ("lecun_normal"), or C̃ itself with entries of variance 1 ("complex_normal"). `clip` keeps Re Λ at −1e-4 or below;
+    `rate` r reads an input sampled at 1/r of the training rate. With `bidirectional` a second scan runs backwards on
+    the same inputs: the mixer looks at the whole sequence and has no state. `output` is a gate of
+    `layers.gated_output`.
+
+    Samples may come irregularly: an input `intervals` `B T` is the time since the token before, in steps (section 6.3).
     """
 
     d_model: int
@@ -40,6 +51,7 @@ class S5(StateSpace):
     discretisation: str = "zoh"
     dt_min: float = 1e-3
     dt_max: float = 0.1
+    C_init: str = "trunc_standard_normal"
     clip: bool = False
     rate: float = 1.0
     bidirectional: bool = False
@@ -57,16 +69,23 @@ class S5(StateSpace):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Bool[Array, "B T"] | None = None,
+        intervals: Float[Array, "B T"] | None = None,
     ):
         self._check()
         state = self.resumed(x, state)
         self.check_mask(mask)
+        self._check_intervals(intervals)
         u = zeroed(x, mask).astype(accumulator(x.dtype))
-        decay, B, C, D = self._discrete(u.dtype)
-        N = decay.shape[0]
+        Lambda, B, C, D, step = self._continuous(u.dtype)
+        Lambda, step = Lambda[None, None], step[None, None]
+        if intervals is not None:
+            step = step * intervals[..., None].astype(step.dtype)
+        log_decay, gain = DISCRETISATIONS[self.discretisation](Lambda, jnp.ones_like(Lambda), step)
+        N = self._states()
         run = lambda C, **options: ops.mimo_state_space(
-            u, decay, B, (2 if self.conjugate else 1) * C, segment_ids=segment_ids, impl=self.impl, **options
-        )
+            u, jnp.exp(log_decay), B, (2 if self.conjugate else 1) * C, gain=gain, segment_ids=segment_ids,
+            impl=self.impl, **options,
+        )  # fmt: skip
         if self.bidirectional:
             check_whole("S5(bidirectional=True)", "give every device whole sequences")
             y, after = run(C[:, :N])[0] + run(C[:, N:], reverse=True)[0], None
@@ -79,18 +98,21 @@ class S5(StateSpace):
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> S5State:
         self._check()
         self.check_causal()
-        size = self.state_size // 2 if self.conjugate else self.state_size
-        return S5State(jnp.zeros((batch_size, size), promoted(dtype, jnp.complex64)))
+        return S5State(jnp.zeros((batch_size, self._states()), promoted(dtype, jnp.complex64)))
 
-    def _discrete(self, dtype):
-        """Λ̄ `N`, B̄ `N D`, C̃ `D N`, or twice as wide, and D `1 1 D`, from the parameters."""
+    @nn.nowrap
+    def _states(self) -> int:
+        return self.state_size // 2 if self.conjugate else self.state_size
+
+    def _continuous(self, dtype):
+        """Λ `N`, B̃ `N D`, C̃ `D N`, or twice as wide, D `1 1 D` and the steps `N`, complex, from the parameters."""
         H, directions = self.d_model, 2 if self.bidirectional else 1
         A, _, P = hippo("legs", self.state_size // self.num_blocks)
         eigenvalues, V = eigenbasis(A, P)
         if not self.conjugate:
             eigenvalues, V = np.concatenate([eigenvalues, eigenvalues.conj()]), np.concatenate([V, V.conj()], axis=1)
         eigenvalues, V = np.tile(eigenvalues, self.num_blocks), np.kron(np.eye(self.num_blocks), V)
-        lecun, each_row = nn.initializers.lecun_normal(), nn.initializers.lecun_normal(batch_axis=(0, 1))
+        lecun = nn.initializers.lecun_normal()
         pairs = lambda M, dtype: jnp.stack([M.real, M.imag], axis=-1).astype(dtype)
 
         def initial_B(key, shape, dtype):
@@ -100,8 +122,10 @@ class S5(StateSpace):
             )
 
         def initial_C(key, shape, dtype):
-            drawn = each_row(key, (directions, H, self.state_size, 2), dtype)
-            C = as_complex(drawn) @ jnp.asarray(V, promoted(dtype, jnp.complex64))
+            rotated = self.C_init != "complex_normal"
+            size = self.state_size if rotated else len(eigenvalues)
+            C = as_complex(C_STARTS[self.C_init](key, (directions, H, size, 2), dtype))
+            C = C @ jnp.asarray(V, promoted(dtype, jnp.complex64)) if rotated else C
             return pairs(jnp.concatenate(list(C), axis=-1), dtype)
 
         param = parameter(self, dtype)
@@ -111,15 +135,23 @@ class S5(StateSpace):
         step = self.rate * jnp.exp(param("log_step", log_uniform(self.dt_min, self.dt_max), N, 1))
         B, C = param("B", drawn_wide(initial_B), N, H, 2), param("C", drawn_wide(initial_C), H, directions * N, 2)
         D = param("D", nn.initializers.normal(1.0), H)
-        Lambda = jax.lax.complex(jnp.minimum(re, -1e-4) if self.clip else re, im)[:, None]
-        B, C = as_complex(B), as_complex(C)
-        log_decay, B = DISCRETISATIONS[self.discretisation](Lambda, B, step.astype(Lambda.dtype))
-        return jnp.exp(log_decay[:, 0]), B, C, D[None, None]
+        Lambda = jax.lax.complex(jnp.minimum(re, -1e-4) if self.clip else re, im)
+        return Lambda, as_complex(B), as_complex(C), D[None, None], step[:, 0].astype(Lambda.dtype)
+
+    @nn.nowrap
+    def _check_intervals(self, intervals) -> None:
+        if intervals is not None and self.bidirectional:
+            raise ValueError(
+                "intervals: S5(bidirectional=True) takes none; what passed before a token is not what follows."
+            )
+        if (values := known(intervals)) is not None and not (values >= 0).all():
+            raise ValueError(f"intervals holds {values[~(values >= 0)][0]}; S5 takes numbers of steps of 0 or more.")
 
     @nn.nowrap
     def _check(self) -> None:
         check_choice(self, tuple(DISCRETISATIONS), "discretisation")
         check_choice(self, GATED_OUTPUTS, "output")
+        check_choice(self, tuple(C_STARTS), "C_init")
         check_steps(self)
         size, blocks = self.state_size, self.num_blocks
         if blocks < 1 or size < 2 * blocks or size % (2 * blocks):

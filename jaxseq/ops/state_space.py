@@ -141,10 +141,11 @@ def diagonal_state_space(
 @typed
 def mimo_state_space(
     u: Float[Array, "B T D"],
-    decay: Complex[Array, "N"],
+    decay: Complex[Array, "#B #T N"],
     B: Complex[Array, "N D"],
     C: Complex[Array, "F N"],
     *,
+    gain: Complex[Array, "#B #T N"] | None = None,
     initial_state: Complex[Array, "B N"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     reverse: bool = False,
@@ -152,10 +153,10 @@ def mimo_state_space(
 ) -> tuple[Float[Array, "B T F"], Complex[Array, "B N"]]:
     """A discretised diagonal state space of all inputs at once, as in S5 (arXiv 2208.04933, section 3) and the LRU.
 
-        x_t = decay ⊙ x_{t-1} + B u_t        y_t = Re(C x_t)
+        x_t = decay_t ⊙ x_{t-1} + gain_t ⊙ B u_t        y_t = Re(C x_t)
 
-    `initial_state` is x_0, zeros when None; a change of `segment_ids` restarts from zero; in reverse time runs
-    backwards. The forms are those of `linear_recurrence`, O(T·N) beside the products with B and C.
+    `gain` is 1 and `initial_state` x_0 zeros when None; a change of `segment_ids` restarts from zero; in reverse time
+    runs backwards. The forms are those of `linear_recurrence`, O(T·N) beside the products with B and C.
 
     Raises:
       ValueError: shapes disagree, or T = 0.
@@ -163,8 +164,9 @@ def mimo_state_space(
     """
     wide = accumulator(u.dtype)
     inputs = lax.complex(*(einsum("btd,nd->btn", u.astype(wide), M.astype(wide)) for M in (B.real, B.imag)))
+    inputs = inputs if gain is None else gain.astype(inputs.dtype) * inputs
     x, final = linear_recurrence(
-        decay.astype(inputs.dtype)[None, None], inputs,
+        decay.astype(inputs.dtype), inputs,
         initial_state=initial_state, segment_ids=segment_ids, reverse=reverse, impl=impl,
     )  # fmt: skip
     re, im = (einsum("btn,fn->btf", a, M.astype(wide)) for a, M in ((x.real, C.real), (x.imag, C.imag)))
