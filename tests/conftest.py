@@ -4,8 +4,12 @@ limit that turns a hang into a trace."""
 import faulthandler
 import gc
 import os
+import runpy
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # both: see experiments/__init__.py
 os.environ.setdefault("NPROC", "32")
@@ -51,3 +55,40 @@ def little_garbage():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+# ---- for the experiments -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs a script in a process of its own."""
+
+    def completed(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=500)
+
+    return completed
+
+
+@pytest.fixture
+def run_here(capsys, monkeypatch):
+    """Runs a script that has nothing to compute in this process: the exit code, and what it wrote."""
+
+    def completed(name: str, *arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        code = 0
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as leaving:
+            code = leaving.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return completed
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog; " * 400)
+    return folder

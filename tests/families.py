@@ -754,6 +754,7 @@ MIXERS = {
     "Mamba": MixerMember(
         partial(Mamba, WIDTH, state_size=4, chunk_size=CHUNK, impl="chunked"), extreme={"dt_bias": 100.0}
     ),
+    "Mamba, B alone": MixerMember(partial(Mamba, WIDTH, state_size=4, selective=("B",), chunk_size=CHUNK)),
     "Mamba2": MixerMember(
         partial(Mamba2, WIDTH, state_size=4, num_heads=4, num_groups=2, chunk_size=CHUNK),
         extreme={"dt_bias": 100.0},

@@ -383,3 +383,25 @@ def test_the_start_of_mamba():
     assert np.abs(out(Mamba(64))).max() > bound
     with pytest.raises(ValueError, match="num_layers=0; Mamba takes 1 or more"):
         jax.eval_shape(Mamba(64, num_layers=0).init, jax.random.key(0), jnp.zeros((1, 1, 64)))
+
+
+def test_mamba_of_constants_is_a_state_space_in_its_block():
+    """With nothing selective its scan is that of S4D-Real with B by Euler's rule; the order of names says nothing."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 6)), jnp.float32)
+    module = Mamba(6, state_size=4, selective=())
+    params = random_params(module, x)
+    p = jax.tree.map(np.asarray, params["params"])
+    assert not {"x_proj", "dt_kernel"} & set(p) and p["B"].shape == p["C"].shape == (12, 4)
+    u, z = np.split(linear(p["in_proj"], np.asarray(x[0])), 2, axis=-1)
+    u = convolved(p["conv"], u, [0] * 9)
+    u, dt = u * sigmoid(u), softplus(p["dt_bias"])
+    powers = np.exp(-np.arange(9)[:, None, None] * dt[:, None] * np.exp(p["A_log"]))
+    kernel = np.einsum("tdn,dn,dn,d->td", powers, p["B"], p["C"], dt)
+    y = np.stack([np.sum(u[: t + 1] * kernel[t::-1], axis=0) for t in range(9)]) + p["D"] * u
+    expected = linear(p["out_proj"], y * z * sigmoid(z))
+    assert_close(module.apply(params, x), expected[None], "mixer")
+    orders = [Mamba(6, selective=names) for names in (("dt", "B", "C"), ("C", "B", "dt"))]
+    first, second = (jax.jit(m.init)(jax.random.key(0), x) for m in orders)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    with pytest.raises(ValueError, match="selective=.'A',. has 'A'; Mamba takes those of 'dt', 'B' and 'C'"):
+        Mamba(6, selective=("A",)).init(jax.random.key(0), x)
