@@ -4,8 +4,8 @@ import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import ops
 from ..exact import matmul
@@ -30,6 +30,9 @@ class Mamba(Mixer):
     A = −exp(A_log) starts at −1 … −N, dt log-uniform in [dt_min, dt_max]. B enters by Euler's rule, as in the
     authors' code. Inner width is `expand` · d_model; `dt_rank` is ⌈d_model/16⌉ when None. W_out starts as the authors'
     does, uniform in ±1/√(inner width · num_layers), where the layers of the model are given.
+
+    `selective` is the authors' ablation: those of "dt", "B" and "C" that are functions of the input. The others are
+    parameters: b_dt alone, and a row of B, which starts at 1, and of C, normal, a channel. With () it is S4D-Real.
     """
 
     d_model: int
@@ -41,6 +44,7 @@ class Mamba(Mixer):
     dt_min: float = 1e-3
     dt_max: float = 0.1
     use_bias: bool = False
+    selective: tuple[str, ...] = ("dt", "B", "C")
     num_layers: int | None = None
     chunk_size: int = 64
     impl: str | None = None
@@ -54,18 +58,28 @@ class Mamba(Mixer):
         if not 0 < self.dt_min < self.dt_max:
             raise ValueError(f"dt_min={self.dt_min} and dt_max={self.dt_max}; Mamba takes 0 < dt_min < dt_max.")
         at_least(self, dt_rank=1)
+        if odd := set(self.selective) - {"dt", "B", "C"}:
+            raise ValueError(f"selective={self.selective} has {min(odd)!r}; Mamba takes those of 'dt', 'B' and 'C'.")
         rank = math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
         width, N = self.expand * self.d_model, self.state_size
         u, z = jnp.split(projection(2 * width, "in_proj", self, self.use_bias)(x), 2, axis=-1)
         convolution = ShortConvolution(self.conv_window, self.conv_bias, self.dtype, self.param_dtype, name="conv")
         u, conv = convolution(u, state.conv, segment_ids)
-        r, B, C = jnp.split(projection(rank + 2 * N, "x_proj", self)(u), (rank, rank + N), axis=-1)
+        sizes = {name: size for name, size in dict(dt=rank, B=N, C=N).items() if name in self.selective}
+        moving = {}
+        if sizes:
+            parts = jnp.split(projection(sum(sizes.values()), "x_proj", self)(u), np.cumsum([*sizes.values()])[:-1], -1)
+            moving = dict(zip(sizes, parts, strict=True))
         # The step size, A and the states stay in float32: bfloat16 rounds exp(dt A) to 1.
-        wide = accumulator(u.dtype)
-        uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(rank**-0.5), rank**-0.5)
-        dt_kernel = self.param("dt_kernel", uniform, (rank, width), self.param_dtype)
+        wide, dt = accumulator(u.dtype), jnp.zeros(u.shape, accumulator(u.dtype))
+        if "dt" in moving:
+            dt_kernel = self.param("dt_kernel", symmetric_uniform(rank**-0.5), (rank, width), self.param_dtype)
+            dt = matmul(moving["dt"].astype(wide), dt_kernel.astype(wide))
         dt_bias = self.param("dt_bias", step_size_bias(self.dt_min, self.dt_max), (width,), self.param_dtype)
-        dt = nn.softplus(matmul(r.astype(wide), dt_kernel.astype(wide)) + dt_bias.astype(wide)[None, None])
+        dt = nn.softplus(dt + dt_bias.astype(wide)[None, None])
+        constant = lambda name, start: self.param(name, start, (width, N), self.param_dtype)
+        B = moving["B"] if "B" in moving else constant("B", nn.initializers.ones)
+        C = moving["C"] if "C" in moving else constant("C", nn.initializers.normal(1.0))
         initial_A_log = lambda _, shape, dtype: jnp.broadcast_to(
             jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], shape
         )
