@@ -11,8 +11,8 @@ Expect  On digits pooled to 196 steps 0.76 to 0.80, Real 0.45 and Random 0.71 af
         these and S4 in 4 minutes on 2 CPU cores; a point is 20 digits of the test there, less than one seed differs
         from the next. On all 784 pixels, pixels, S4D-Lin alone 0.9936 in 35 minutes. Of the gpu, speech, listops
         and pathfinder presets nothing is measured yet.
-Run     python -m experiments.long_range --data.path FOLDER [--preset cpu|pixels|gpu|speech|listops|pathfinder]
-        [--models s4d-lin,s4,lstm]
+Run     python -m experiments.long_range --data.path FOLDER [--models s4d-lin,s4,lstm]
+        [--preset cpu|pixels|gpu|speech-cpu|speech|listops-cpu|listops|pathfinder]
         FOLDER holds the four idx files of MNIST; for speech the npz of the spoken digits; listops and
         pathfinder need none.
 """
@@ -69,13 +69,15 @@ class DataConfig:
     """Pixels are means of pool × pool first: 784 / pool² steps."""
     length: int = 8192
     """Samples of a recording; the longest tree that is generated; pixels of the images of curves."""
+    keep_every: int = 1
+    """Samples of a recording whose mean is one step: a lower rate than its 8 kHz."""
     examples: int = 20_000
     """Sequences to train on, at most; those that are generated, a tenth of them for the test."""
     test_examples: int = 2_000
     """Sequences to test on, at most."""
 
     def __post_init__(self):
-        check_counts(self, "pool", "length", "examples", "test_examples", section="data.")
+        check_counts(self, "pool", "length", "keep_every", "examples", "test_examples", section="data.")
         if self.task == "pathfinder" and (self.path is not None or math.isqrt(self.length) ** 2 != self.length):
             raise ValueError(
                 f"data.length={self.length}, data.path={self.path}; pathfinder takes a square, and no file."
@@ -83,10 +85,10 @@ class DataConfig:
 
     def steps(self) -> int:
         """Of the longest sequence."""
-        return (28 // self.pool) ** 2 if self.task == "mnist" else self.length
+        return (28 // self.pool) ** 2 if self.task == "mnist" else -(-self.length // self.keep_every)
 
-    def read(self, keep_every: int = 1) -> tuple[Labelled, Labelled]:
-        """Train and test; of recordings every `keep_every`-th sample."""
+    def read(self, slower: int = 1) -> tuple[Labelled, Labelled]:
+        """Train and test; recordings at a rate `slower` times as low."""
         if self.task in GENERATED and self.path is None:
             made = GENERATED[self.task](self.examples, self.length)
             cut = self.examples - self.examples // 10
@@ -96,7 +98,7 @@ class DataConfig:
         elif self.task == "mnist":
             splits = mnist(self.path, pool=self.pool)
         elif self.task == "spoken_digits":
-            splits = spoken_digits(self.path, length=self.length, keep_every=keep_every)
+            splits = spoken_digits(self.path, length=self.length, keep_every=slower * self.keep_every)
         else:
             splits = listops_table(self.path)
         train, test = splits
@@ -293,6 +295,18 @@ PRESETS["pixels"] = replace(
     PRESETS["gpu"], models="s4d-lin", seeds=1, width=64,
     train=replace(PRESETS["gpu"].train, steps=4_800, warmup_steps=400),
 )  # fmt: skip
+# "speech" in minutes: samples at 4 kHz, the first half a second.
+PRESETS["speech-cpu"] = replace(
+    PRESETS["speech"], models="s4d-lin", papers=False, width=64, depth=2, states=32,
+    data=DataConfig(task="spoken_digits", length=4096, keep_every=2),
+    train=replace(PRESETS["speech"].train, steps=1_200, warmup_steps=100),
+)  # fmt: skip
+# "listops" of trees up to a hundred tokens.
+PRESETS["listops-cpu"] = replace(
+    PRESETS["listops"], models="s4d-lin,s4d-inv,s4d-legs,s4,mamba,lstm,transformer", width=64, depth=4, states=32,
+    data=DataConfig(task="listops", length=100, examples=42_000, test_examples=4_200),
+    train=replace(PRESETS["listops"].train, steps=1_500, learning_rate=5e-3, warmup_steps=150),
+)  # fmt: skip
 
 
 def own(config: Config, name: str) -> Own:
@@ -327,7 +341,7 @@ def classify(model: Classifier, params, batch, key):
 def measure(run: Run[Config]) -> None:
     config = run.config
     train, test = config.data.read()
-    slower = config.data.read(keep_every=2)[1] if config.data.task == "spoken_digits" else None
+    slower = config.data.read(slower=2)[1] if config.data.task == "spoken_digits" else None
     majority = float(np.mean(test.labels == np.bincount(train.labels).argmax()))
     found: dict[str, list[float]] = {}
     half_rate: dict[str, list[float]] = {}
