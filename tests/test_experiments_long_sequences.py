@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import long_range
@@ -48,6 +49,19 @@ def test_long_range_asks_each_margin_of_the_models_there_are():
     half_rate = {"s4d-lin, dt × 1": 0.5, "s4d-lin, dt × 2": 0.75}
     lost = {"s4d-lin": (0.8, 0.9), "lost with dt × 1": (0.3, 0.2), "kept with dt × 2": (-0.05, -0.1)}
     assert asked(speech, {"s4d-lin": 0.8}, half_rate) == lost
+
+
+def test_long_range_reads_recordings_at_their_rates(tmp_path):
+    """Four samples a step where there were two; as many steps as it says."""
+    audio = np.random.default_rng(0).integers(-99, 99, 80).astype(np.int16)
+    parts = dict(offsets=np.array([0, 40, 80]), digit=np.array([3, 4]), index=np.array([0, 5]))
+    np.savez(tmp_path / "fsdd_recordings.npz", audio=audio, **parts)
+    data = long_range.DataConfig(task="spoken_digits", path=tmp_path, length=30, keep_every=2)
+    (_, test), (_, slower) = data.read(), data.read(slower=2)
+    assert test.inputs.shape == (1, data.steps(), 1) and data.steps() == 15 and slower.inputs.shape == (1, 8, 1)
+    np.testing.assert_allclose(
+        slower.inputs[0, :7], test.inputs[0, :14].reshape(7, 2, 1).mean(axis=1), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("preset", ["gpu", "speech", "listops", "pathfinder"])
