@@ -80,6 +80,8 @@ class DataConfig:
 
     def __post_init__(self):
         check_counts(self, "pool", "length", "keep_every", "examples", "test_examples", section="data.")
+        if self.keep_every > 1 and self.task != "spoken_digits":
+            raise ValueError(f"data.keep_every={self.keep_every}; of data.task={self.task} every step is kept: give 1.")
         if self.task == "pathfinder" and (self.path is not None or math.isqrt(self.length) ** 2 != self.length):
             raise ValueError(
                 f"data.length={self.length}, data.path={self.path}; pathfinder takes a square, and no file."

@@ -129,10 +129,10 @@ def _sums(exact, which, x):
 
 
 def _sums_of_logs(exact, which, g):
-    """`_sums` of what stands still, and so needs no adjoint.
+    """`_sums`, which cannot be differentiated: the cut has no gradient.
 
-    A float32 is the sum of three bfloat16, whose products with zeros and ones are exact: three of a matrix unit's
-    fastest in half the registers, where `exact` takes three of tf32, or six.
+    A float32 is the sum of three bfloat16, whose products with zeros and ones are exact: three products of bfloat16 in
+    half the registers, where `exact` takes three of tf32, or six of bfloat16.
     """
     if g.dtype != jnp.float32 or g.shape[1] == 1:
         return _sums(exact, which, g)
@@ -180,7 +180,7 @@ def _borders(exact, g, n):
     i, j = _rows_and_columns(g.shape[0])
     late, late_too, same = (i >> n) % 2 == 1, (j >> n) % 2 == 1, i >> (n + 1) == j >> (n + 1)
     between = same & ((late & late_too & (j <= i)) | (~late & ~late_too & (j > i)))
-    # Another g for every n, for all that a compiler knows: else its parts are made once, and held in registers all the
+    # With 0·n in g a compiler cannot take its three parts out of the loop, where they would be in registers all the
     # time (sm_90a: 2.3 kB of spills a thread, 0.6 so).
     g = g + 0 * jnp.asarray(n).astype(g.dtype)
     return jnp.exp(_sums_of_logs(exact, between, g)), same & late & ~late_too

@@ -24,6 +24,7 @@ from jaxseq.train.paths import named_leaves
 VOCAB, WIDTH = 11, 8
 gla = partial(GLA, num_heads=2)
 attention = partial(Attention, num_heads=2)
+convolution = partial(LongConv, max_length=4)
 MODELS = {
     "one mixer": LanguageModel(VOCAB, WIDTH, (gla,) * 3),
     "hybrid, tied": LanguageModel(VOCAB, WIDTH, (partial(Mamba, state_size=4), attention) * 2, tied=True),
@@ -62,16 +63,28 @@ def test_call_is_prefill_and_steps(name):
 
 
 def test_states_of_another_stack_are_named():
-    convolution = partial(LongConv, max_length=4)
     for mixers, others, message in (
         ((gla,) * 3, (gla, attention), "states has 2 entries; these 3 mixers take 1"),
         ((convolution,) * 3, (convolution,) * 2, "states has 2 entries; these 3 mixers take 3"),
-        ((gla,) * 3, (gla,) * 2, r"states\[0\] holds an array of shape \(2, 1, .*; these 3 mixers take 3 in front"),
-        ((gla,) * 3, (attention,) * 3, r"states\[0\] is a .*State; .*GLA.* takes a MatrixState"),
+        (
+            (gla,) * 3,
+            (gla,) * 2,
+            r"states\[0\] holds an array of shape \(2, 1, .*its first axis is 3",
+        ),
+        ((gla,) * 3, (attention,) * 3, r"state is a .*; GLA takes a MatrixState, or None"),
     ):
         stack, other = (Stack(WIDTH, slots) for slots in (mixers, others))
         with pytest.raises((ValueError, TypeError), match=message):
             jax.eval_shape(stack.init, jax.random.key(0), jnp.zeros((1, 2, WIDTH)), other.init_state(1, max_length=4))
+
+
+@pytest.mark.parametrize("mixers", [(convolution,), (convolution, gla), (convolution,) * 2, (gla, attention)])
+def test_a_stack_takes_its_own_states(mixers):
+    """Those that lie apart too, where the pattern does not repeat."""
+    stack, x = Stack(WIDTH, mixers), jnp.ones((2, 3, WIDTH))
+    params = random_params(stack, x)
+    y, _ = stack.apply(params, x, stack.init_state(2, max_length=3))
+    assert_close(y, stack.apply(params, x)[0], "mixer")
 
 
 def test_an_empty_batch_is_refused():

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import ops
 from ..ops.state_space import DISCRETISATIONS
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 from .gated_output import GATED_OUTPUTS
 from .initialisers import S4D_FREQUENCIES, S4D_INITIALISATIONS, s4d_eigenvalues
 from .state_space import (
@@ -66,8 +66,8 @@ class DiagonalStateSpace(StateSpace):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        check_width(x, self.d_model, type(self).__name__)
         self._check()
+        state = self.resumed(x, state)
         log_A, B, *C = self._discrete(accumulator(x.dtype))
         run = lambda u, direction, **options: ops.diagonal_state_space(
             u, log_A, B, C[direction], impl=self.impl, **options
@@ -119,10 +119,10 @@ class DiagonalStateSpace(StateSpace):
         check_choice(self, tuple(POSITIVE), "real_map", "imag_map")
         check_choice(self, ("exp", "softplus"), "dt_map")
         names = in_turn(self, S4D_INITIALISATIONS, "initialisation")
-        if self.random_imag and (fixed := set(names) - {"random", *S4D_FREQUENCIES}):
-            raise ValueError(
-                f"random_imag=True, initialisation={min(fixed)!r}; drawn are those of {', '.join(S4D_FREQUENCIES)}."
-            )
+        for field in ("random_real", "random_imag"):
+            if getattr(self, field) and (fixed := set(names) - {"random", *S4D_FREQUENCIES}):
+                drawn = ", ".join(S4D_FREQUENCIES)
+                raise ValueError(f"{field}=True, initialisation={min(fixed)!r}; drawn are those of {drawn}, random.")
         if self.bandlimit is not None and not self.bandlimit > 0:
             raise ValueError(f"bandlimit={self.bandlimit}; {type(self).__name__} takes a number above 0, or None.")
         check_pairs(self)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ..segments import padded_segments
@@ -113,12 +114,17 @@ class Mixer(nn.Module):
 
         Raises:
           ValueError: x is no sequence to take.
+          TypeError: `state` is that of something else.
           NotImplementedError: a state is given to what looks ahead.
         """
         check_width(x, self.d_model, type(self).__name__)
         if state is None:
             return self.start(x, max_length=max_length)
         self.check_causal()
+        due = type(jax.eval_shape(lambda: self.init_state(1, max_length=0)))
+        if issubclass(due, tuple) and not isinstance(state, due):
+            given, owner = type(state).__name__, type(self).__name__
+            raise TypeError(f"state is a {given}; {owner} takes a {due.__name__}, or None.")
         return state
 
     @nn.nowrap

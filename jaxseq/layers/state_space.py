@@ -151,14 +151,11 @@ def state_space_layer(
 
     Raises:
       ValueError: there is a mask, and the module is causal.
-      TypeError: `state` is that of something else.
-      NotImplementedError: the module is bidirectional, and there is a state or time is split over devices.
+      NotImplementedError: the module is bidirectional, and time is split over devices.
     """
     module.check_mask(mask)
     u = zeroed(x, mask).astype(accumulator(x.dtype))
     if module.bidirectional:
-        if state is not None:
-            module.check_causal()
         check_whole("bidirectional=True", "give every device whole sequences")
         if segment_ids is None and module.impl in (None, "convolution"):
             y = fourier_convolution(u, kernel(0, x.shape[1]), later=kernel(1, x.shape[1]))
@@ -166,10 +163,6 @@ def state_space_layer(
             y = two_sided(lambda u, ids, direction: run(u, direction, segment_ids=ids)[0], u, segment_ids)
         after = None
     else:
-        if not isinstance(state, StateSpaceState | None):
-            raise TypeError(
-                f"state is a {type(state).__name__}; {type(module).__name__} takes a StateSpaceState, or None."
-            )
         initial = None if state is None else state.ssm
         y, ssm = run(u, 0, initial_state=initial, segment_ids=segment_ids)
         after = StateSpaceState(ssm if state is None else ssm.astype(state.ssm.dtype))

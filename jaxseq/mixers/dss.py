@@ -20,7 +20,7 @@ from ..layers.state_space import (
     state_space_layer,
     step_size,
 )
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 
 VERSIONS = ("softmax", "exp", "exp_no_scale", "clip")
 
@@ -63,8 +63,8 @@ class DSS(StateSpace):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        check_width(x, self.d_model, "DSS")
         self._check()
+        state = self.resumed(x, state)
         log_A, B, *w = self._discrete(accumulator(x.dtype))
         C = [a / 2 for a in w]  # the op adds the conjugate of each state
         run = lambda u, direction, **options: ops.diagonal_state_space(

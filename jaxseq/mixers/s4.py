@@ -27,7 +27,7 @@ from ..layers.state_space import (
     state_space_layer,
     step_size,
 )
-from ..shapes import Array, Bool, Float, Int, accumulator, check_width, typed
+from ..shapes import Array, Bool, Float, Int, accumulator, typed
 
 
 class S4(StateSpace):
@@ -67,8 +67,8 @@ class S4(StateSpace):
         *,
         mask: Bool[Array, "B T"] | None = None,
     ):
-        check_width(x, self.d_model, "S4")
         self._check()
+        state = self.resumed(x, state)
         Lambda, P, B, dt, *C = self._continuous(accumulator(x.dtype))
         run = lambda u, direction, **options: ops.dplr_state_space(
             u, Lambda, P, B, C[direction], dt, impl=self.impl, **options

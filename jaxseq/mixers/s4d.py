@@ -11,10 +11,10 @@ class S4D(DiagonalStateSpace):
 
     `state_size` N counts conjugate pairs in full: N/2 complex states are kept. `initialisation` names how A starts,
     or a tuple of names for the copies in turn; `num_copies` sets of (A, B) are shared by the channels, channel h using
-    copy h mod num_copies (None: one a channel). With `random_real` the real parts are drawn from −U[0, 1], with
-    `random_imag` the numbers n of which "lin", "inv" and "quad" make imaginary parts from U[0, N/2]. `rate` r reads an
-    input sampled at 1/r of the training rate. `bandlimit` b silences states that turn by b π or more in a step: at 1,
-    by more than the sampling can tell apart.
+    copy h mod num_copies (None: one a channel). Of "lin", "inv", "quad" and "random", `random_real` draws the real
+    parts from −U[0, 1]; `random_imag` draws the n of the imaginary parts of the first three from U[0, N/2]. `rate` r
+    reads an input sampled at 1/r of the training rate. `bandlimit` b silences states that turn by b π or more in a
+    step: at 1, by more than the sampling can tell apart.
     With `bidirectional` a second kernel, of another C, adds what comes after each token: the mixer looks at the whole
     sequence and has no state. `output` is a gate of `layers.gated_output`, `impl` a form of `ops.diagonal_state_space`.
     The imaginary parts are negative, as in the authors' code.

@@ -178,7 +178,7 @@ class Stack(nn.Module):
         block = {name: getattr(self, name) for name in names}
         places = segment_ids, None if lengths is None else counted_tokens(x.shape[1], lengths)
         apart = states is not None and self._writes_in_place(self._modules())
-        self._check_states(states)
+        self._check_states(states, apart)
         if apart:
             states = self._together(states)
         if self.reversible:
@@ -267,24 +267,19 @@ class Stack(nn.Module):
         return tuple(jax.tree.map(repeat, empty(m)) for m in modules)
 
     @nn.nowrap
-    def _check_states(self, states: Any) -> None:
-        """Raise where they are those of other mixers, or of another number of layers."""
+    def _check_states(self, states: Any, apart: bool) -> None:
+        """Raise where there are too many or too few, or those of another number of layers."""
         if states is None:
             return
-        like, (pattern, repeats) = jax.eval_shape(lambda: self.init_state(1, max_length=0)), self._pattern()
-        if len(states) != len(like):
-            raise ValueError(f"states has {len(states)} entries; these {len(self.mixers)} mixers take {len(like)}.")
-        stacked = len(like) == len(pattern)
-        for i, (state, due) in enumerate(zip(states, like, strict=True)):
-            if type(state) is not type(due):
-                raise TypeError(
-                    f"states[{i}] is a {type(state).__name__}; {self.mixers[i]!r} takes a {type(due).__name__}."
-                )
-            for leaf in jax.tree.leaves(state) if stacked else ():
+        pattern, repeats = self._pattern()
+        if len(states) != (due := len(self.mixers) if apart else len(pattern)):
+            raise ValueError(f"states has {len(states)} entries; these {len(self.mixers)} mixers take {due}.")
+        for i, state in enumerate(() if apart else states):
+            for leaf in jax.tree.leaves(state):
                 if leaf.shape[:1] != (repeats,):
                     raise ValueError(
-                        f"states[{i}] holds an array of shape {leaf.shape}; these {len(self.mixers)} mixers take "
-                        f"{repeats} in front."
+                        f"states[{i}] holds an array of shape {leaf.shape}; of these {len(self.mixers)} mixers its "
+                        f"first axis is {repeats}: one for each layer."
                     )
 
     @nn.nowrap
