@@ -55,35 +55,15 @@ class Mamba(Mixer):
     @typed
     def prefill(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None = None):
         state = self.resumed(x, state)
-        if not 0 < self.dt_min < self.dt_max:
-            raise ValueError(f"dt_min={self.dt_min} and dt_max={self.dt_max}; Mamba takes 0 < dt_min < dt_max.")
-        at_least(self, dt_rank=1)
-        if odd := set(self.selective) - {"dt", "B", "C"}:
-            raise ValueError(f"selective={self.selective} has {min(odd)!r}; Mamba takes those of 'dt', 'B' and 'C'.")
-        rank = math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
         width, N = self.expand * self.d_model, self.state_size
         u, z = jnp.split(projection(2 * width, "in_proj", self, self.use_bias)(x), 2, axis=-1)
         convolution = ShortConvolution(self.conv_window, self.conv_bias, self.dtype, self.param_dtype, name="conv")
         u, conv = convolution(u, state.conv, segment_ids)
-        sizes = {name: size for name, size in dict(dt=rank, B=N, C=N).items() if name in self.selective}
-        moving = {}
-        if sizes:
-            parts = jnp.split(projection(sum(sizes.values()), "x_proj", self)(u), np.cumsum([*sizes.values()])[:-1], -1)
-            moving = dict(zip(sizes, parts, strict=True))
-        # The step size, A and the states stay in float32: bfloat16 rounds exp(dt A) to 1.
-        wide, dt = accumulator(u.dtype), jnp.zeros(u.shape, accumulator(u.dtype))
-        if "dt" in moving:
-            dt_kernel = self.param("dt_kernel", symmetric_uniform(rank**-0.5), (rank, width), self.param_dtype)
-            dt = matmul(moving["dt"].astype(wide), dt_kernel.astype(wide))
-        dt_bias = self.param("dt_bias", step_size_bias(self.dt_min, self.dt_max), (width,), self.param_dtype)
-        dt = nn.softplus(dt + dt_bias.astype(wide)[None, None])
-        constant = lambda name, start: self.param(name, start, (width, N), self.param_dtype)
-        B = moving["B"] if "B" in moving else constant("B", nn.initializers.ones)
-        C = moving["C"] if "C" in moving else constant("C", nn.initializers.normal(1.0))
+        dt, B, C = self._inputs(u)
         initial_A_log = lambda _, shape, dtype: jnp.broadcast_to(
             jnp.log(jnp.arange(1, N + 1, dtype=dtype))[None], shape
         )
-        A = -jnp.exp(self.param("A_log", initial_A_log, (width, N), self.param_dtype).astype(wide))
+        A = -jnp.exp(self.param("A_log", initial_A_log, (width, N), self.param_dtype).astype(dt.dtype))
         D = self.param("D", nn.initializers.ones, (width,), self.param_dtype)
         y, ssm = ops.selective_scan(
             u, dt, A, B, C, D, initial_state=state.ssm, segment_ids=segment_ids,
@@ -93,13 +73,37 @@ class Mamba(Mixer):
         y = projection(self.d_model, "out_proj", self, self.use_bias, start)(y * nn.silu(z))
         return y, MambaState(ssm.astype(state.ssm.dtype), conv)
 
+    def _inputs(self, u):
+        """dt `B T D`, and B and C: `B T N` where they are functions of u, `D N` where they are not."""
+        width, N, wide = u.shape[-1], self.state_size, accumulator(u.dtype)
+        rank = math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
+        sizes = {name: size for name, size in dict(dt=rank, B=N, C=N).items() if name in self.selective}
+        read = {}
+        if sizes:
+            parts = jnp.split(projection(sum(sizes.values()), "x_proj", self)(u), np.cumsum([*sizes.values()])[:-1], -1)
+            read = dict(zip(sizes, parts, strict=True))
+        # The step size, A and the states stay in float32: bfloat16 rounds exp(dt A) to 1.
+        dt = jnp.zeros(u.shape, wide)
+        if "dt" in read:
+            dt_kernel = self.param("dt_kernel", symmetric_uniform(rank**-0.5), (rank, width), self.param_dtype)
+            dt = matmul(read["dt"].astype(wide), dt_kernel.astype(wide))
+        dt_bias = self.param("dt_bias", step_size_bias(self.dt_min, self.dt_max), (width,), self.param_dtype)
+        constant = lambda name, start: self.param(name, start, (width, N), self.param_dtype)
+        B = read["B"] if "B" in read else constant("B", nn.initializers.ones)
+        C = read["C"] if "C" in read else constant("C", nn.initializers.normal(1.0))
+        return nn.softplus(dt + dt_bias.astype(wide)[None, None]), B, C
+
     @nn.nowrap
     def init_state(self, batch_size: int, *, max_length: int | None = None, dtype=jnp.float32) -> MambaState:
-        for name in ("state_size", "expand", "conv_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; Mamba takes 1 or more.")
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ValueError(f"num_layers={self.num_layers}; Mamba takes 1 or more, or None.")
+        self._check()
         width = self.expand * self.d_model
         ssm = jnp.zeros((batch_size, width, self.state_size), accumulator(dtype))
         return MambaState(ssm, jnp.zeros((batch_size, self.conv_window - 1, width), dtype))
+
+    @nn.nowrap
+    def _check(self) -> None:
+        at_least(self, state_size=1, expand=1, conv_window=1, dt_rank=1, num_layers=1)
+        if not 0 < self.dt_min < self.dt_max:
+            raise ValueError(f"dt_min={self.dt_min} and dt_max={self.dt_max}; Mamba takes 0 < dt_min < dt_max.")
+        if not isinstance(self.selective, tuple) or set(self.selective) - {"dt", "B", "C"}:
+            raise ValueError(f"selective={self.selective!r}; Mamba takes a tuple of some of 'dt', 'B' and 'C'.")
