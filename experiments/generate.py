@@ -54,8 +54,11 @@ def main() -> None:
             model = named_language_model(trained.model, VOCABULARY, trained.data.context)
             params, text = restore_parameters(options.run / "checkpoints"), byte_text()
         else:
-            (model, params), text = load_huggingface(options.hf), tokenizer_text(options.hf)
+            text = tokenizer_text(options.hf)  # first: without it there is no need of the weights
+            model, params = load_huggingface(options.hf)
         prompt = text.encode(options.prompt)
+        if not len(prompt):
+            raise ValueError("prompt='' has no token; give a text to go on from.")
         blocks = stream(
             model,
             params,

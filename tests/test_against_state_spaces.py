@@ -229,6 +229,9 @@ def test_starts_that_are_drawn():
     n = [imag[0::3] / np.pi, (64 / (imag[1::3] * np.pi / 64 + 1) - 1) / 2, (np.sqrt(np.pi * imag[2::3]) - 1) / 2]
     for drawn, most in ((real, 1), *((numbers, 32) for numbers in n)):
         assert 0 <= drawn.min() < 0.2 * most and 0.8 * most < drawn.max() <= most
+    for starts in (dict(initialisation="lin"), dict(initialisation="random"), dict(random_imag=True)):
+        with pytest.raises(ValueError, match="'sigmoid'.* reaches numbers below 1"):
+            jax.jit(S4D(2, 4, imag_map="sigmoid", **starts).init)(jax.random.key(0), jnp.zeros((1, 1, 2)))
     for field in ("random_real", "random_imag"):
         with pytest.raises(ValueError, match=f"{field}=True, initialisation='legs'; drawn are those of inv, lin, quad"):
             S4D(2, 4, "legs", **{field: True}).init_state(1)
@@ -530,8 +533,8 @@ def test_intervals_of_s5():
         y, state = run.apply(params, x[:, t], state, intervals=jnp.full(2, float(held[t])), method="step")
         outputs.append(y)
     assert_near(jnp.stack(outputs, axis=1), at_once, 1e-5)
-    with pytest.raises(ValueError, match="intervals holds -1.0; S5 takes numbers of steps of 0 or more"):
-        run.apply(params, x, intervals=-jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match="intervals holds inf; S5 takes finite numbers of steps, 0 or more"):
+        run.apply(params, x, intervals=twos.at[0, 3].set(jnp.inf))
     with pytest.raises(ValueError, match="intervals: .*bidirectional=True.* takes none"):
         S5(4, 8, bidirectional=True).init(jax.random.key(0), x, intervals=twos)
 

@@ -12,6 +12,12 @@ from .architecture import Architecture
 from .words import FILES, Words
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+#: What is carried over beside a config, as it is.
+BESIDE = (
+    GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*",
+)  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -25,8 +31,10 @@ class Tensors:
         if not files[0].exists():
             if not (folder / INDEX).exists():
                 pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
-                also = f"; {pickled} is pickled, which is not read: convert it to safetensors" if pickled else ""
-                raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{also}.")
+                remedy = "weights that are pickled are not read: convert them to safetensors"
+                raise FileNotFoundError(
+                    f"{folder} holds neither {WEIGHTS} nor {INDEX}{pickled and f', but {pickled}'}; {remedy}."
+                )
             names = sorted(set(words_of(folder / INDEX)("weight_map", FILES).values()))
             files = [folder / name for name in names]
             if missing := [file.name for file in files if not file.exists()]:
@@ -105,7 +113,7 @@ def local(folder: str | Path) -> Path:
     except ImportError:
         raise FileNotFoundError(f"{folder} is no folder here, and without huggingface_hub none is fetched.") from None
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", *BESIDE]))
     except Exception as error:  # of the network, of the hub, of a name that it does not know
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"{folder} is no folder here, and the hub does not give it ({reason}).") from error

@@ -20,15 +20,10 @@ from ..train.files import atomically, write_text
 from ..train.sharding import shardings
 from .architecture import Architecture
 from .architectures import architecture, of_model
-from .files import WEIGHTS, Tensors, local, safetensors, words_of
+from .files import BESIDE, GENERATION, WEIGHTS, Tensors, local, safetensors, words_of
 from .words import TOKENS, Words, optional
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
-#: What is carried over beside a config, as it is.
-BESIDE = (
-    GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "chat_template*",
-)  # fmt: skip
+CONFIG = "config.json"
 #: Words of a config that tell of the weights beside it, or are told by every model.
 OWN = {"model_type", "architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path"}
 #: Fields that say how to compute, not what.

@@ -19,6 +19,8 @@ START = {
     "dt_init": "time_step_init_scheme",
     "dt_scale": "time_step_scale",
 }
+#: How layers start or compute, which parameters that are read do not need.
+NOT_READ = {"A_init_range", "conv_init", "chunk_size"}
 
 
 def of_release(words: Words) -> Words:
@@ -51,11 +53,12 @@ def of_release(words: Words) -> Words:
     if layer == "Mamba1":
         config["time_step_rank"] = ssm("dt_rank", RANK, "auto")
     else:
+        ssm.need(rmsnorm=True, norm_before_gate=False, D_has_hdim=False)
         head = ssm("headdim", COUNT, 64)
         heads = config["expand"] * config["hidden_size"] // head
         config |= {"num_heads": heads, "head_dim": head, "n_groups": ssm("ngroups", COUNT, 1)}
         config["time_step_limit"] = ssm("dt_limit", LIMITS, (0.0, math.inf))
-    if unknown := set(ssm.values) - ssm.asked - set(START) - {"chunk_size"}:
+    if unknown := set(ssm.values) - ssm.asked - set(START) - NOT_READ:
         raise ValueError(f"{ssm.where} has entries that are unknown: {', '.join(sorted(unknown))}.")
     return Words(config, words.where)
 

@@ -93,13 +93,13 @@ class DiagonalStateSpace(StateSpace):
             return positive(value, self.real_map)(key, shape, dtype)
 
         def imaginary(key, shape, dtype):
-            which, value = np.array(names)[:, None], jnp.asarray(-A0.imag, dtype)
+            which, value = np.array(names)[:, None], -A0.imag
             drawn = {"random": lambda: jnp.exp(jax.random.normal(key, shape, dtype))}
             if self.random_imag:
                 n = jax.random.uniform(key, shape, dtype, maxval=M)
                 drawn |= {name: partial(f, n, self.state_size) for name, f in S4D_FREQUENCIES.items()}
             for name in drawn.keys() & set(names):
-                value = jnp.where(which == name, drawn[name](), value)
+                value = jnp.where(which == name, drawn[name](), jnp.asarray(value, dtype))
             return positive(value, self.imag_map)(key, shape, dtype)
 
         param = parameter(self, dtype)
@@ -123,6 +123,8 @@ class DiagonalStateSpace(StateSpace):
             if getattr(self, field) and (fixed := set(names) - {"random", *S4D_FREQUENCIES}):
                 drawn = ", ".join(S4D_FREQUENCIES)
                 raise ValueError(f"{field}=True, initialisation={min(fixed)!r}; drawn are those of {drawn}, random.")
+        if self.imag_map == "sigmoid" and (self.random_imag or "random" in names):
+            raise ValueError("imag_map='sigmoid' reaches numbers below 1; imaginary parts that are drawn are larger.")
         if self.bandlimit is not None and not self.bandlimit > 0:
             raise ValueError(f"bandlimit={self.bandlimit}; {type(self).__name__} takes a number above 0, or None.")
         check_pairs(self)

@@ -16,7 +16,7 @@ from ..ops.state_space import DISCRETISATIONS
 from ..shapes import Array, Bool, Complex, Float, Int, accumulator, known, promoted, typed
 from ..sharded import check_whole
 
-#: How C starts before its rotation, pairs of a row a channel; the last one is not rotated.
+#: How C `directions D N 2` starts, before its rotation by V; the last one is not rotated.
 C_STARTS = {
     "trunc_standard_normal": nn.initializers.lecun_normal(batch_axis=(0, 1)),
     "lecun_normal": nn.initializers.lecun_normal(batch_axis=0),
@@ -35,13 +35,14 @@ class S5(StateSpace):
 
     `state_size` N counts conjugate pairs in full, N/2 states are kept; with `conjugate` False all N are, and the
     factor 2 goes. Λ starts as the normal part of HiPPO-LegS of size N / `num_blocks`, once a block; B̃ = V*B and
-    C̃ = C V, where C starts as `C_init` says in the authors' words: with rows of norm 1, by √d_model shorter ones
-    ("lecun_normal"), or C̃ itself with entries of variance 1 ("complex_normal"). `clip` keeps Re Λ at −1e-4 or below;
+    C̃ = C V. `C_init` is the authors': rows of C of norm 1 ("trunc_standard_normal"), of norm 1/√d_model
+    ("lecun_normal"), or no V, and entries of C̃ of variance 1 ("complex_normal"). `clip` keeps Re Λ at −1e-4 or below;
     `rate` r reads an input sampled at 1/r of the training rate. With `bidirectional` a second scan runs backwards on
     the same inputs: the mixer looks at the whole sequence and has no state. `output` is a gate of
     `layers.gated_output`.
 
-    Samples may come irregularly: an input `intervals` `B T` is the time since the token before, in steps (section 6.3).
+    Samples may come irregularly: an input `intervals` `B T` is the time since the token before, in steps, 0 or more
+    (section 6.3). That of a first token says how long its own input lasted. `LanguageModel` and the like hand none on.
     """
 
     d_model: int
@@ -144,8 +145,8 @@ class S5(StateSpace):
             raise ValueError(
                 "intervals: S5(bidirectional=True) takes none; what passed before a token is not what follows."
             )
-        if (values := known(intervals)) is not None and not (values >= 0).all():
-            raise ValueError(f"intervals holds {values[~(values >= 0)][0]}; S5 takes numbers of steps of 0 or more.")
+        if (values := known(intervals)) is not None and not (fine := (values >= 0) & np.isfinite(values)).all():
+            raise ValueError(f"intervals holds {values[~fine][0]}; S5 takes finite numbers of steps, 0 or more.")
 
     @nn.nowrap
     def _check(self) -> None:
