@@ -528,6 +528,14 @@ def test_intervals_of_s5():
     assert_near(at_once, run.apply(params, jnp.repeat(x, held, axis=1))[:, ends], 1e-5)
     twos = jnp.full((2, 5), 2.0)
     assert_near(run.apply(params, x, intervals=twos), run.clone(rate=2.0).apply(params, x), 1e-6)
+    ids, waits = jnp.array([[0, 0, 1, 1, 1]] * 2), jax.random.uniform(jax.random.key(1), (2, 5), maxval=3.0) + 0.1
+    parts = [run.apply(params, x[:, s], intervals=waits[:, s]) for s in (slice(2), slice(2, 5))]
+    assert_near(run.apply(params, x, ids, intervals=waits), jnp.concatenate(parts, axis=1), 1e-5)
+    with jax.enable_x64(True):
+        *given, wide = cast((params, x, waits), jnp.float64)
+        total = lambda waits: jnp.sum(jnp.sin(run.clone(param_dtype=jnp.float64).apply(*given, intervals=waits)))
+        slope = (total(wide + 1e-5) - total(wide - 1e-5)) / 2e-5
+        np.testing.assert_allclose(jnp.sum(jax.grad(total)(wide)), slope, rtol=1e-6)
     state, outputs = run.init_state(2), []
     for t in range(5):
         y, state = run.apply(params, x[:, t], state, intervals=jnp.full(2, float(held[t])), method="step")

@@ -15,6 +15,8 @@ from jaxseq.mixers import (
     GLA,
     GSA,
     H3,
+    HGRN,
+    HGRN2,
     KDA,
     MLSTM,
     RGLRU,
@@ -249,6 +251,28 @@ def reflecting(p, x, starts):
     return linear(p["out_proj"], joined(o))
 
 
+def after_convolution(p, name, x, starts):
+    return convolved(p[f"{name}_conv"], linear(p[f"{name}_proj"], x), starts)
+
+
+def gated_network(p, x, starts, bound=0.3):
+    a, i = (after_convolution(p, name, x, starts) for name in ("decay", "input"))
+    a, h = bound + (1 - bound) * sigmoid(a), np.zeros_like(i)
+    for t in range(len(x)):
+        h[t] = (0 if starts[t] == t else a[t] * h[t - 1]) + (1 - a[t]) * silu(i[t])
+    return linear(p["out_proj"], rms(p["norm"], h) * silu(linear(p["gate_proj"], x)))
+
+
+def gated_outer_products(p, x, starts, bound=0.3):
+    q, a, v = (of_heads(after_convolution(p, name, x, starts)) for name in ("q", "decay", "v"))
+    q, a, o = silu(q), bound + (1 - bound) * sigmoid(a), np.zeros_like(v)
+    for h, t in np.ndindex(*v.shape[:2]):
+        S = 0 if starts[t] == t else a[h, t][:, None] * S
+        S = S + np.outer(1 - a[h, t], v[h, t])
+        o[h, t] = S.T @ q[h, t] / np.sqrt(q.shape[-1])
+    return linear(p["out_proj"], rms(p["norm"], joined(o)))
+
+
 LOOPS = {
     "Lightning": (partial(Lightning, num_heads=2, layer=1, num_layers=5), minimax),
     "ABC": (partial(ABC, num_heads=2, num_slots=3), bounded_memory),
@@ -261,6 +285,8 @@ LOOPS = {
     "MinGRU": (partial(MinGRU, expand=2), minimal_gru),
     "MinLSTM": (MinLSTM, minimal_lstm),
     "MLSTM": (partial(MLSTM, num_heads=2), matrix_lstm),
+    "HGRN, convolved": (partial(HGRN, lower_bound=0.3, conv_window=4), gated_network),
+    "HGRN2, convolved": (partial(HGRN2, num_heads=2, lower_bound=0.3, conv_window=4), gated_outer_products),
 }
 
 
