@@ -22,20 +22,24 @@ class Layer(NamedTuple):
 
 
 def convolved(**names: str) -> dict[str, str]:
-    """Projections and the convolutions behind them, their letter and our name of each."""
+    """`letter=name`: the projection of each letter of theirs, and the convolution behind it, by our name."""
     kernels = {f"{x}_proj.weight": f"{ours}_proj/kernel" for x, ours in names.items()}
     return kernels | {f"{x}_conv1d.weight": f"{ours}_conv/kernel" for x, ours in names.items()}
 
 
 QKV = {f"{x}_proj.weight": f"{x}_proj/kernel" for x in "qkv"}
 CONVOLVED = convolved(q="q", k="k", v="v")
-BIASES = {f"{x}_proj.bias": f"{x}_proj/bias" for x in ("in", "out")}
 OUT = {"o_proj.weight": "out_proj/kernel"}
 GATE = {"g_proj.weight": "gate_proj/kernel"}
 NORM = {"o_norm.weight": "norm/scale"}
 GROUP_NORM = {"g_norm.weight": "norm/scale", "g_norm.bias": "norm/bias"}
 LORA = {"w": "decay", "v": "value", "a": "a", "g": "gate"}
 DT = {"A_log": "A_log", "dt_bias": "dt_bias"}
+MAMBA = {"A_log": "A_log", "D": "D"} | {
+    f"{theirs}.{kind}": f"{ours}/{leaf}"
+    for theirs, ours in (("in_proj", "in_proj"), ("conv1d", "conv"), ("out_proj", "out_proj"))
+    for kind, leaf in (("weight", "kernel"), ("bias", "bias"))
+}
 GATED_DELTA = CONVOLVED | GATE | NORM | OUT | DT | {
     "b_proj.weight": "beta_proj/kernel",
     "a_proj.weight": "dt_proj/kernel",
@@ -71,31 +75,9 @@ LAYERS = {
     ),
     "Mamba": Layer(
         mixers.Mamba,
-        BIASES
-        | {
-            "in_proj.weight": "in_proj/kernel",
-            "conv1d.weight": "conv/kernel",
-            "conv1d.bias": "conv/bias",
-            "x_proj.weight": "x_proj/kernel",
-            "dt_proj.weight": "dt_kernel",
-            "dt_proj.bias": "dt_bias",
-            "A_log": "A_log",
-            "D": "D",
-            "out_proj.weight": "out_proj/kernel",
-        },
+        MAMBA | {"x_proj.weight": "x_proj/kernel", "dt_proj.weight": "dt_kernel", "dt_proj.bias": "dt_bias"},
     ),
-    "Mamba2": Layer(
-        mixers.Mamba2,
-        BIASES | DT
-        | {
-            "in_proj.weight": "in_proj/kernel",
-            "conv1d.weight": "conv/kernel",
-            "conv1d.bias": "conv/bias",
-            "D": "D",
-            "norm.weight": "norm/scale",
-            "out_proj.weight": "out_proj/kernel",
-        },
-    ),
+    "Mamba2": Layer(mixers.Mamba2, MAMBA | {"dt_bias": "dt_bias", "norm.weight": "norm/scale"}),
     "DeltaNet": Layer(mixers.DeltaNet, CONVOLVED | NORM | OUT | {"b_proj.weight": "beta_proj/kernel"}),
     "GatedDeltaNet": Layer(mixers.GatedDeltaNet, GATED_DELTA),
     "GatedDeltaProduct": Layer(
