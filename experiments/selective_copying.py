@@ -99,6 +99,10 @@ PRESETS = {
 }  # fmt: skip
 
 
+def loss(model: LanguageModel, params, batch, key):
+    return cross_entropy(model.apply(params, batch["inputs"]), batch["labels"])
+
+
 def measure(run: Run[Config]) -> None:
     config, task = run.config, run.config.task
     vocabulary = task.kinds + 2  # a blank, and the sign before the answer
@@ -114,8 +118,8 @@ def measure(run: Run[Config]) -> None:
     for name in config.names():
         layer = partial(Mamba, state_size=config.states, selective=MODELS[name], num_layers=config.depth)
         model = LanguageModel(vocabulary, config.width, (layer,) * config.depth, mlp=None, remat=False)
-        one = lambda params, batch, key, m=model: cross_entropy(m.apply(params, batch["inputs"]), batch["labels"])
-        init = ensemble_init(lambda key, m=model: m.init(key, jnp.zeros((1, 1), jnp.int32)), config.seeds)
+        one = partial(loss, model)
+        init = ensemble_init(partial(model.init, tokens=jnp.zeros((1, 1), jnp.int32)), config.seeds)
         optimizer, part = per_member(make_optimizer(config.train)), name.replace(" ", "-")
         params[name] = run.fit(ensemble_loss(one), init, batches, optimizer=optimizer, part=part).params
         _, metrics = jax.jit(jax.vmap(one, (0, None, None)))(params[name], test, None)

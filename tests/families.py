@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxseq import GLA, S4D, Attention, Mamba, monoid, ops
 from jaxseq.mixers import (
@@ -88,6 +89,13 @@ def assert_close(actual, expected, tolerance: str | float):
         assert np.isfinite(a).all(), f"{name}: {np.size(a) - np.isfinite(a).sum()} of {a.size} entries are not finite"
         error = np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)
         assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.0e}"
+
+
+def abstract_gpu():
+    """Under which a program is traced that is lowered for a GPU that is not there: jax 0.11 asks which one it is."""
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    mesh = AbstractMesh((1,), ("device",), (AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def cast(tree, dtype):

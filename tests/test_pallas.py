@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import OPS, assert_close, cast, log_decays, normals, segments
+from families import OPS, abstract_gpu, assert_close, cast, log_decays, normals, segments
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -344,7 +344,8 @@ def test_lowers_for_tpu_and_gpu(name, shape):
         op, inputs = partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(T, dtype, B, 2 * H, H, K, V)
         ids = jnp.zeros((B, T), jnp.int32)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    traced = everything(op, ids, "pallas").trace(inputs)
+    with abstract_gpu():
+        traced = everything(op, ids, "pallas").trace(inputs)
     for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
         assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -359,7 +360,8 @@ def test_single_tokens_lower_and_stay_in_place(name, K, V):
     inputs, _ = matrix_inputs(op, 1, decay, H=3, K=K, V=V)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     step = jax.jit(lambda S, inputs: op(**inputs, initial_state=S, impl="pallas")[::-1], donate_argnums=0)
-    traced = step.trace(inputs.pop("initial_state"), inputs)
+    with abstract_gpu():
+        traced = step.trace(inputs.pop("initial_state"), inputs)
     assert "input_output_aliases=((0, 0),)" in str(traced.jaxpr)
     for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
         (line,) = [line for line in traced.lower(lowering_platforms=(platform,)).as_text().splitlines() if call in line]

@@ -1,7 +1,7 @@
 """One diagonal state space a channel: a global convolution in training and a recurrence in decoding."""
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -93,7 +93,7 @@ class DiagonalStateSpace(StateSpace):
             return positive(value, self.real_map)(key, shape, dtype)
 
         def imaginary(key, shape, dtype):
-            which, value = np.array(names)[:, None], -A0.imag
+            which, value = np.array(names)[:, None], cast(Any, -A0.imag)  # an array of NumPy where nothing is drawn
             drawn = {"random": lambda: jnp.exp(jax.random.normal(key, shape, dtype))}
             if self.random_imag:
                 n = jax.random.uniform(key, shape, dtype, maxval=M)
