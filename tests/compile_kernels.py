@@ -10,12 +10,14 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from families import abstract_gpu
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -110,7 +112,8 @@ def main():
                 if direction == "backward" and name.endswith(STEP):
                     continue  # which is XLA's
                 start = time.perf_counter()
-                lowered = jax.jit(function, in_shardings=whole, out_shardings=whole).trace(inputs)
+                with abstract_gpu() if PLATFORM == "cuda" else nullcontext():
+                    lowered = jax.jit(function, in_shardings=whole, out_shardings=whole).trace(inputs)
                 platform = "cuda" if PLATFORM == "cuda" else "tpu"
                 compiled = lowered.lower(lowering_platforms=(platform,)).compile()
                 seconds = round(time.perf_counter() - start, 1)
