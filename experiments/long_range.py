@@ -11,8 +11,8 @@ Expect  On digits pooled to 196 steps 0.76 to 0.80, Real 0.45 and Random 0.71 af
         these and S4 in 4 minutes on 2 CPU cores; a point is 20 digits of the test there, less than one seed differs
         from the next. On all 784 pixels, pixels, S4D-Lin alone 0.9936 in 35 minutes. On spoken digits at 4 kHz,
         speech-cpu, S4D-Lin alone 0.91 in 8 minutes, at 2 kHz 0.86 with dt doubled and 0.12 without. On short trees,
-        listops-cpu, 0.41 to 0.45 of all models in 12 minutes. Of gpu, speech, listops and pathfinder nothing is
-        measured yet.
+        listops-cpu, 0.41 to 0.45 of all models, in 27 minutes beside other jobs. Of gpu, speech, listops and pathfinder
+        nothing is measured yet.
 Run     python -m experiments.long_range --data.path FOLDER [--models s4d-lin,s4,lstm]
         [--preset cpu|pixels|gpu|speech-cpu|speech|listops-cpu|listops|pathfinder]
         FOLDER holds the four idx files of MNIST; for speech the npz of the spoken digits; listops and

@@ -66,11 +66,7 @@ def test_states_of_another_stack_are_named():
     for mixers, others, message in (
         ((gla,) * 3, (gla, attention), "states has 2 entries; these 3 mixers take 1"),
         ((convolution,) * 3, (convolution,) * 2, "states has 2 entries; these 3 mixers take 3"),
-        (
-            (gla,) * 3,
-            (gla,) * 2,
-            r"states\[0\] holds an array of shape \(2, 1, .*its first axis is 3",
-        ),
+        ((gla,) * 3, (gla,) * 2, r"states\[0\] holds an array of shape \(2, 1, .*its first axis is 3"),
         ((gla,) * 3, (attention,) * 3, r"state is a .*; GLA takes a MatrixState, or None"),
     ):
         stack, other = (Stack(WIDTH, slots) for slots in (mixers, others))

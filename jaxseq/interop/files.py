@@ -30,11 +30,9 @@ class Tensors:
         files = [folder / WEIGHTS]
         if not files[0].exists():
             if not (folder / INDEX).exists():
-                pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
+                pickled = "".join(f", but {p.name}" for p in sorted(folder.glob("*.bin")))
                 remedy = "weights that are pickled are not read: convert them to safetensors"
-                raise FileNotFoundError(
-                    f"{folder} holds neither {WEIGHTS} nor {INDEX}{pickled and f', but {pickled}'}; {remedy}."
-                )
+                raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}{pickled}; {remedy}.")
             names = sorted(set(words_of(folder / INDEX)("weight_map", FILES).values()))
             files = [folder / name for name in names]
             if missing := [file.name for file in files if not file.exists()]:

@@ -1,7 +1,6 @@
 """One diagonal state space a channel: a global convolution in training and a recurrence in decoding."""
 
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -93,13 +92,15 @@ class DiagonalStateSpace(StateSpace):
             return positive(value, self.real_map)(key, shape, dtype)
 
         def imaginary(key, shape, dtype):
-            which, value = np.array(names)[:, None], cast(Any, -A0.imag)  # an array of NumPy where nothing is drawn
-            drawn = {"random": lambda: jnp.exp(jax.random.normal(key, shape, dtype))}
+            which, drawn = np.array(names)[:, None], {}
+            if "random" in names:
+                drawn["random"] = jnp.exp(jax.random.normal(key, shape, dtype))
             if self.random_imag:
                 n = jax.random.uniform(key, shape, dtype, maxval=M)
-                drawn |= {name: partial(f, n, self.state_size) for name, f in S4D_FREQUENCIES.items()}
-            for name in drawn.keys() & set(names):
-                value = jnp.where(which == name, drawn[name](), jnp.asarray(value, dtype))
+                drawn |= {name: f(n, self.state_size) for name, f in S4D_FREQUENCIES.items() if name in names}
+            value: Any = -A0.imag  # NumPy's where nothing is drawn: `positive` knows it under `jit`
+            for name, numbers in drawn.items():
+                value = jnp.where(which == name, numbers, jnp.asarray(value, dtype))
             return positive(value, self.imag_map)(key, shape, dtype)
 
         param = parameter(self, dtype)

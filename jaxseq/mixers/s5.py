@@ -82,6 +82,8 @@ class S5(StateSpace):
         if intervals is not None:
             step = step * intervals[..., None].astype(step.dtype)
         log_decay, gain = DISCRETISATIONS[self.discretisation](Lambda, jnp.ones_like(Lambda), step)
+        if intervals is None:  # once for all of time
+            B, gain = gain[0, 0, :, None] * B, None
         N = self._states()
         run = lambda C, **options: ops.mimo_state_space(
             u, jnp.exp(log_decay), B, (2 if self.conjugate else 1) * C, gain=gain, segment_ids=segment_ids,
