@@ -48,7 +48,7 @@ from jaxseq.mixers import (
     Synthesizer,
 )  # fmt: skip
 from jaxseq.models import Tagger
-from jaxseq.tasks import mqar
+from jaxseq.tasks import drawn_anew, mqar
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 
 
@@ -261,14 +261,10 @@ def text_task(config: Config) -> dict[str, Any]:
 def recall_task(config: Config) -> dict[str, Any]:
     task = config.recall
     sizes: dict[str, Any] = {"length": task.length, "num_pairs": task.pairs, "vocab_size": task.vocabulary}
-    draw = jax.jit(partial(mqar, **sizes, power=1.0, random_non_queries=False), static_argnames="num_examples")
-    named = lambda key, n: dict(zip(("inputs", "labels"), map(np.asarray, draw(key, num_examples=n)), strict=True))
-    train_key, test_key = jax.random.split(jax.random.key(config.seed))
+    draw = partial(mqar, **sizes, power=1.0, random_non_queries=False)
     count = max(1, config.train.batch_size * config.data.context // task.length)
-    batches = lambda step: named(jax.random.fold_in(train_key, step), count)
-    return {"batches": batches, "test": named(test_key, task.test_sequences)} | {
-        "vocabulary": task.vocabulary, "length": task.length,
-    }  # fmt: skip
+    batches, test = drawn_anew(draw, config.seed, count, task.test_sequences)
+    return {"batches": batches, "test": test, "vocabulary": task.vocabulary, "length": task.length}
 
 
 def quality(run: Run[Config], name: str, kind: str, task: dict[str, Any], train: TrainConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from jaxseq.layers.self_attention import SelfAttention
 from jaxseq.mixers import KroneckerAttention
 from jaxseq.models import Tagger
 from jaxseq.ops import kronecker_attention, kronecker_polynomial, kronecker_polynomial_error
-from jaxseq.tasks import match_sums
+from jaxseq.tasks import drawn_anew, match_sums
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 
 
@@ -178,11 +178,8 @@ def breaking_point(degree: int) -> float:
 
 def measure(run: Run[Config]) -> None:
     config = run.config
-    draw = jax.jit(partial(match_sums, length=config.length, modulus=config.modulus), static_argnames="num_examples")
-    drawn = lambda key, n: dict(zip(("inputs", "labels"), map(np.asarray, draw(key, num_examples=n)), strict=True))
-    train_key, test_key = jax.random.split(jax.random.key(config.seed))
-    batches = lambda step: drawn(jax.random.fold_in(train_key, step), config.train.batch_size)
-    test = drawn(test_key, 4000)
+    draw = partial(match_sums, length=config.length, modulus=config.modulus)
+    batches, test = drawn_anew(draw, config.seed, config.train.batch_size, 4000)
     hand = balanced_accuracy(np.eye(2)[by_hand(test["inputs"], config.modulus).astype(int)], test["labels"])
     print(f"{test['labels'].mean():.2f} of the numbers have partners; by hand {hand:.4f} of them are found", flush=True)
     table, params = {}, {}

@@ -12,11 +12,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxseq import GLA, LanguageModel
 from jaxseq.fields import check_counts
-from jaxseq.tasks import reset_recall
+from jaxseq.tasks import drawn_anew, reset_recall
 from jaxseq.tasks.reset_recall import vocabulary
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main
 
@@ -73,17 +72,8 @@ MOST = {"fixed": 0.92, "none": 0.85}
 
 def measure(run: Run[Config]) -> None:
     config, task = run.config, run.config.task
-    draw = jax.jit(
-        partial(reset_recall, length=task.length, num_keys=task.keys, num_values=task.values),
-        static_argnames="num_examples",
-    )
-    train_key, test_key = jax.random.split(jax.random.key(config.seed))
-    inputs, labels = draw(test_key, num_examples=task.test_sequences)
-
-    def batches(step):
-        drawn = draw(jax.random.fold_in(train_key, step), num_examples=config.train.batch_size)
-        return dict(zip(("inputs", "labels"), map(np.asarray, drawn), strict=True))
-
+    draw = partial(reset_recall, length=task.length, num_keys=task.keys, num_values=task.values)
+    batches, test = drawn_anew(draw, config.seed, config.train.batch_size, task.test_sequences)
     accuracy, params = {}, {}
     for gate in (*LEAST, *MOST):
         layer = partial(GLA, num_heads=config.heads, gate=gate)
@@ -91,7 +81,7 @@ def measure(run: Run[Config]) -> None:
         loss = lambda params, batch, key, m=model: cross_entropy(m.apply(params, batch["inputs"]), batch["labels"])
         init = lambda key, m=model: m.init(key, jnp.zeros((1, 1), jnp.int32))
         params[gate] = run.fit(loss, init, batches, part=gate).params
-        _, metrics = jax.jit(loss)(params[gate], {"inputs": inputs, "labels": labels}, None)
+        _, metrics = jax.jit(loss)(params[gate], test, None)
         accuracy[gate] = float(metrics["accuracy"])
         print(f"{gate:<8}{accuracy[gate]:.3f}", flush=True)
         run.record(config.train.steps, f"test/{gate}", {name: float(x) for name, x in metrics.items()})

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxseq import LanguageModel, Mamba
 from jaxseq.fields import check_counts, chosen
-from jaxseq.tasks import selective_copying
+from jaxseq.tasks import drawn_anew, selective_copying
 from jaxseq.train import CheckpointConfig, MeshConfig, Run, TrainConfig, cross_entropy, digest, main, make_optimizer
 from jaxseq.train.ensemble import ensemble_init, ensemble_loss, per_member
 
@@ -106,14 +106,8 @@ def loss(model: LanguageModel, params, batch, key):
 def measure(run: Run[Config]) -> None:
     config, task = run.config, run.config.task
     vocabulary = task.kinds + 2  # a blank, and the sign before the answer
-    draw = jax.jit(
-        partial(selective_copying, length=task.length, num_tokens=task.letters, vocab_size=vocabulary),
-        static_argnames="num_examples",
-    )
-    train_key, test_key = jax.random.split(jax.random.key(config.seed))
-    named = lambda drawn: dict(zip(("inputs", "labels"), map(np.asarray, drawn), strict=True))
-    batches = lambda step: named(draw(jax.random.fold_in(train_key, step), num_examples=config.train.batch_size))
-    test = named(draw(test_key, num_examples=task.test_sequences))
+    draw = partial(selective_copying, length=task.length, num_tokens=task.letters, vocab_size=vocabulary)
+    batches, test = drawn_anew(draw, config.seed, config.train.batch_size, task.test_sequences)
     accuracies, params = {}, {}
     for name in config.names():
         layer = partial(Mamba, state_size=config.states, selective=MODELS[name], num_layers=config.depth)

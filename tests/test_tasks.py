@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxseq.tasks import reset_recall, variate_chain
+from jaxseq.tasks import drawn_anew, reset_recall, selective_copying, variate_chain
 
 
 def test_reset_recall_asks_for_what_can_be_known():
@@ -48,3 +48,13 @@ def test_bad_numbers_are_named():
         reset_recall(jax.random.key(0), num_examples=1, reset=2)
     with pytest.raises(ValueError, match="delay=0; variate_chain takes 1 or more"):
         variate_chain(jax.random.key(0), num_examples=1, delay=0)
+
+
+def test_examples_that_are_drawn_anew():
+    """Other ones for each step and for the test, the same for the same step, as one call of the task makes them."""
+    task = partial(selective_copying, length=15, num_tokens=3)
+    (batches, test), (again, _) = (drawn_anew(task, seed, 4, 6) for seed in (0, 0))
+    assert test["inputs"].shape == (6, 15) and batches(7)["labels"].shape == (4, 15)
+    jax.tree.map(np.testing.assert_array_equal, batches(7), again(7))
+    other = [batches(8)["inputs"], drawn_anew(task, 1, 4, 6)[0](7)["inputs"], test["inputs"][:4]]
+    assert all((rows != batches(7)["inputs"]).any() for rows in other)

@@ -10,6 +10,7 @@ from .copying import selective_copying as selective_copying
 from .decaying_peaks import decaying_peaks as decaying_peaks
 from .decisions import delayed_match as delayed_match
 from .decisions import two_choices as two_choices
+from .drawn import drawn_anew as drawn_anew
 from .drifting_sensor import drifting_sensor as drifting_sensor
 from .fuzzy_recall import fuzzy_recall as fuzzy_recall
 from .lagged_copies import lagged_copies as lagged_copies
