@@ -61,7 +61,11 @@ SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     },
     "by_token": {
         "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
-        "gpu": {"width": (32, 64, 128, 256), "warps": (1, 2, 4, 8), "stages": (1,)},
+        "gpu": {"width": (16, 32, 64, 128), "warps": (1, 2, 4), "stages": (1, 2)},
+    },
+    "by_token_backward": {
+        "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
+        "gpu": {"width": (8, 16, 32, 64, 128), "warps": (1, 2, 4), "stages": (1, 2)},
     },
     "one_token": {
         "tpu": {"heads": (1, 2, 4, 8, 16)},
@@ -133,10 +137,10 @@ def search(run: Run[Config]) -> None:
     tables = tiles.parsed(tiles.PATH.read_text(encoding="utf-8"), str(tiles.PATH))
     found: dict[str, float] = {}
     ops = list(kernels(config))
-    for name, width in dict.fromkeys((op.runs_in, op.width) for op in ops):
+    for name, width in dict.fromkeys((name, op.width) for op in ops for name in op.runs_in):
         if name not in config.names():
             continue
-        some = [op for op in ops if (op.runs_in, op.width) == (name, width)]
+        some = [op for op in ops if name in op.runs_in and op.width == width]
         made = run.kept(f"{name}/{width}", partial(measured, config, name, platform, width, some))
         print(f"{name}, up to {width}: {made['row']}", flush=True)
         tables = tiles.rewritten(tables, name, made["row"])

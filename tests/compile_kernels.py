@@ -62,6 +62,7 @@ def call(name: str, width: int):
     elif name in CHANNELS:
         op, complex_ = CHANNELS[name]
         inputs, _ = channel_inputs(op, 256, D=8 * width, N=16, complex_=complex_)
+        inputs = {k: x.astype(jnp.bfloat16) if k in ("x", "B", "C") else x for k, x in inputs.items()}
     else:
         name, single, _ = name.partition(STEP)
         op, decay = MATRIX[name]

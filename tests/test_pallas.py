@@ -230,6 +230,15 @@ def test_channels_on_a_gpu(name, on_a_gpu):
     check(op, *channel_inputs(op, 37, complex_=complex_, N=3))
 
 
+def test_rows_of_bfloat16_on_a_gpu(on_a_gpu):
+    """They are read and written as they are; what is computed of them is float32."""
+    inputs, ids = channel_inputs(ops.selective_scan, 37)
+    inputs |= {name: inputs[name].astype(jnp.bfloat16) for name in ("x", "dt", "B", "C")}
+    check(ops.selective_scan, inputs, ids, "bfloat16 gradient")
+    before, kernel, *_ = str(everything(ops.selective_scan, ids, "pallas").trace(inputs).jaxpr).split("pallas_call")
+    assert "bf16[2,48,40]" in before and "f32[2,48,40]" not in before and "f32[2,48,40]" in kernel
+
+
 BLOCKS = [(name, length) for name in ("gla per channel", "delta_rule per channel") for length in (1, 63, 64, 65, 1000)]
 
 

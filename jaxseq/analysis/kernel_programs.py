@@ -65,7 +65,7 @@ class Kernel(NamedTuple):
 
     name: str
     length: int
-    runs_in: str  # a table of pallas_kernels/tiles.json
+    runs_in: tuple[str, ...]  # tables of pallas_kernels/tiles.json
     width: int
     op: Callable
     draw: Callable[[int, Any], tuple]  # (batch, key) -> inputs
@@ -160,6 +160,7 @@ def decoding(op, *inputs, impl):
 
 
 def kernels(config: Sizes) -> Iterator[Kernel]:
+    by_token = ("by_token", "by_token_backward")
     D, fused = config.channels, ("fused",) * (jax.default_backend() == "gpu")
     for T in config.lengths:
         batch = max(1, config.tokens // T)
@@ -168,25 +169,25 @@ def kernels(config: Sizes) -> Iterator[Kernel]:
             shape, heads = (T, D // K, K), D // K
             for name, (op, gate, beta, peer) in MATRIX.items():
                 inputs, flops = partial(matrix_inputs, shape, K, gate, beta, None), products(tokens, heads, K, K, beta)
-                yield Kernel(f"{name}/{K}", T, "over_time", K, op, inputs, batch, flops, peer)
+                yield Kernel(f"{name}/{K}", T, ("over_time",), K, op, inputs, batch, flops, peer)
             if config.most_attended >= T:
                 inputs, flops = partial(matrix_inputs, shape, K, None, False, None), tokens * T * 2.0 * D
                 forms, peer = ("chunked", "pallas", *fused), ("", attention_of_torch)
-                yield Kernel(f"attention/{K}", T, "over_pairs", K, attention, inputs, batch, flops, peer, forms)
+                yield Kernel(f"attention/{K}", T, ("over_pairs",), K, attention, inputs, batch, flops, peer, forms)
         V, N = config.widths[0], 8 * config.states
         inputs, flops = partial(matrix_inputs, (T, D // V, V), N, "head", False, 1), products(tokens, D // V, N, V)
         peer = "simple_gla:chunk_simple_gla", ssd_of_fla
-        yield Kernel("ssd", T, "over_time", max(N, V), ops.gated_linear_attention, inputs, batch, flops, peer)
+        yield Kernel("ssd", T, ("over_time",), max(N, V), ops.gated_linear_attention, inputs, batch, flops, peer)
         inputs = partial(selective_inputs, T, D, config.states)
-        yield Kernel("selective_scan", T, "by_token", config.states, ops.selective_scan, inputs, batch)
+        yield Kernel("selective_scan", T, by_token, config.states, ops.selective_scan, inputs, batch)
         inputs = partial(recurrence_inputs, T, D)
-        yield Kernel("linear_recurrence", T, "by_token", 1, ops.linear_recurrence, inputs, batch)
+        yield Kernel("linear_recurrence", T, by_token, 1, ops.linear_recurrence, inputs, batch)
     for K in config.widths:
         for name in ("gla", "gated_delta_rule"):
             op, gate, beta, _ = MATRIX[name]
             inputs = partial(matrix_inputs, (config.steps, D // K, K), K, gate, beta, None)
             yield Kernel(
-                f"{name}_step/{K}", config.steps, "one_token", K, partial(decoding, op), inputs, config.decoded,
+                f"{name}_step/{K}", config.steps, ("one_token",), K, partial(decoding, op), inputs, config.decoded,
                 forms=("sequential", "pallas"), stages=("forward",),
                 carried=config.steps * config.decoded * 2.0 * 4 * D * K,
             )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import log
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,18 @@ def _by_motion(length: int, **terms):
     return {n: M for n, M in terms.items() if moves(M)}, {n: M for n, M in terms.items() if not moves(M)}
 
 
-def in_kernel(x, dt, keep, A, B, C, h):
-    """States `N D`, channels along the lanes, which share B and C."""
-    if jnp.iscomplexobj(A) or B.shape[1:3] != (x.shape[1], 1) or C.shape[1:3] != (x.shape[1], 1):
+def wide(form):
+    """The form on terms in the precision of the state, which a kernel reads as they are."""
+
+    def run(x, dt, keep, A, B, C, h):
+        return form(x.astype(keep.dtype), dt.astype(keep.dtype), keep, A, B.astype(A.dtype), C.astype(A.dtype), h)
+
+    return run
+
+
+def in_kernel(x, dt, keep, A, B, C, h, restarts: bool):
+    """States `N D`, channels along the lanes, which share B and C. Processors know powers of two best."""
+    if any(map(jnp.iscomplexobj, (A, B, C))) or B.shape[1:3] != (x.shape[1], 1) or C.shape[1:3] != (x.shape[1], 1):
         raise NotImplementedError(
             f"impl='pallas' of selective_scan takes a real A, and B and C `B T N`; A is {A.dtype}, B {B.shape} and C "
             f"{C.shape}. Choose None, 'sequential', 'in_rows', 'parallel' or 'chunked'."
@@ -121,13 +131,15 @@ def in_kernel(x, dt, keep, A, B, C, h):
     filled = lambda M: jnp.pad(M, [(0, 0)] * (M.ndim - 1) + [(0, (1 << (N - 1).bit_length()) - N)])
     A, B, C, h = (filled(M) for M in (A, B[:, :, 0], C[:, :, 0], h))  # states that stay zero
     state = {"h": h.swapaxes(1, 2)}
-    inputs = Inputs(state, {"x": x, "dt": dt}, {"B": B, "C": C}, {"A": A.T}, {"keep": keep[..., None]})
+    flags = {"keep": keep[..., None]} if restarts else {}
+    inputs = Inputs(state, {"x": x, "dt": dt}, {"B": B, "C": C}, {"A": A.T / log(2)}, flags)
     state, out = tokenwise(_token, ("y",), inputs, {"keep": 1})
     return out["y"], state["h"].swapaxes(1, 2)[..., :N]
 
 
 def _token(h, fixed, row):
-    h = jnp.exp(row["dt"] * fixed["A"]) * row["keep"] * h["h"] + row["B"].T * (row["dt"] * row["x"])
+    left = h["h"] * row["keep"] if "keep" in row else h["h"]
+    h = jnp.exp2(row["dt"] * fixed["A"]) * left + row["B"].T * (row["dt"] * row["x"])
     return {"h": h}, {"y": jnp.sum(row["C"].T * h, axis=0, keepdims=True)}
 
 
@@ -164,7 +176,7 @@ def selective_scan(
     real = accumulator(x.dtype)
     state_dtype = promoted(A.dtype, real)
     groups = {2: lambda M: M[None, None], 3: lambda M: M[:, :, None], 4: lambda M: M}
-    B, C = (groups[M.ndim](M.astype(state_dtype)) for M in (B, C))
+    B, C = (groups[M.ndim](M) for M in (B, C))
     for name, M in (("B", B), ("C", C)):
         if channels % M.shape[2]:
             raise ValueError(f"{name} has {M.shape[2]} groups, which do not divide the {channels} channels of x.")
@@ -172,15 +184,15 @@ def selective_scan(
     shape = (batch, channels, A.shape[1])
     h = zeros_from(x, shape, state_dtype, plus=initial_state)
     forms: dict[str, Callable] = {
-        "sequential": sequential,
-        "in_rows": in_rows,
-        "parallel": partial(parallel, "parallel"),
-        "chunked": partial(chunked, chunk_size=min(chunk_size, length)),
-        "pallas": in_kernel,
+        "sequential": wide(sequential),
+        "in_rows": wide(in_rows),
+        "parallel": wide(partial(parallel, "parallel")),
+        "chunked": wide(partial(chunked, chunk_size=min(chunk_size, length))),
+        "pallas": partial(in_kernel, restarts=segment_ids is not None),
     }
     # A processor with few lanes loops fastest over time, but would have to keep every state for the gradient.
     best = {"cpu": "in_rows", "default": "chunked"} if length > 1 else "parallel"  # whose state stays as it lies
-    h, *tokens = own((h, x.astype(real), dt.astype(real), keep, A.astype(state_dtype), B, C))
+    h, *tokens = own((h, x, dt, keep, A.astype(state_dtype), B, C))
     run = partial(dispatch("selective_scan", impl, forms, best, "chunked"), *tokens)
     total = lambda: Affine(_total_decay(*tokens[1:4]), run(jnp.zeros_like(h))[1])
     y, final = across_devices(affine, total, run, h)
@@ -191,5 +203,5 @@ def selective_scan(
 
 def _total_decay(dt, keep, A):
     """What all tokens together leave of a state: nothing, where one of them restarts."""
-    dt, keep = (x.astype(A.dtype) for x in (jnp.sum(dt, 1), jnp.min(keep, 1)))
+    dt, keep = (x.astype(A.dtype) for x in (jnp.sum(dt.astype(keep.dtype), 1), jnp.min(keep, 1)))
     return jnp.exp(dt[..., None] * A[None]) * keep[:, None, None]
