@@ -4,39 +4,26 @@
 
 `token` is plain arithmetic on states `N W`, on what is fixed in time `N W`, and on the rows of one token: `1 W` of the
 channels, `1 N` of what all channels share. Its gradient is `jax.vjp` of it, from states computed again within a stride.
-A program has W channels of one sequence: on a GPU all of their time, on a TPU a block of time after the other, which
-comes while the one before is worked on.
+
+Where sequences are too few for the processors there are, each is cut into lanes that walk at once. A token is an affine
+map of the state, so a first walk from zero, and from unit states beside it, tells where each lane starts.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked, tpu_parameters, triton_parameters
-from .tiles import tile
+from .channel_programs import Programs, stride
+from .over_time import check_unchecked
 
 Arrays = dict[str, jax.Array]
 #: (states, fixed, rows) → (states, outputs)
 Token = Callable[[Arrays, Arrays, Arrays], tuple[Arrays, Arrays]]
-
-#: Times are filled up to a multiple, and longer ones to one that is worth a TPU's block.
-SHORT, LONG = 16, 128
-
-
-def whole(length: int) -> int:
-    return length + -length % (LONG if length > LONG else SHORT)
-
-
-def stride(states: int) -> int:
-    """Tokens between states that are kept, of so many states a channel: the states of a stride are in registers at once
-    in the backward pass, and its code is straight."""
-    return 16 if states == 1 else 8
 
 
 class Inputs(NamedTuple):
@@ -66,18 +53,12 @@ def pulled_back(
 
 def _on_platforms(f, *args):
     check_unchecked(args)
-    on = lambda platform, interpret=False: partial(f, partial(_call, platform, interpret))
+    on = lambda *which: partial(f, Programs(*which))
     return lax.platform_dependent(*args, cpu=on("tpu", True), tpu=on("tpu"), cuda=on("gpu"))
 
 
-def _width(platform: str, most: int, channels: int) -> int:
-    """Channels of a program, no more than there are: whole lanes of a TPU, of a GPU what a warp reads in one go."""
-    whole = -(-channels // 128) * 128 if platform == "tpu" else 1 << (channels - 1).bit_length()
-    return min(most, whole)
-
-
-def _forward(token: Token, outputs, reverse: bool, keep: bool, call, inputs: Inputs):
-    states, dtype = _of(inputs.state)
+def _forward(token: Token, outputs, reverse: bool, keep: bool, on: Programs, inputs: Inputs):
+    (batch, states, channels), length, dtype = _sizes(inputs)
     size = stride(states)
 
     def body(refs, written, h, over_strides):
@@ -95,18 +76,25 @@ def _forward(token: Token, outputs, reverse: bool, keep: bool, call, inputs: Inp
 
         return over_strides(lambda n: _rows(dtype, refs["rows"], _tokens(n, size, reverse)), step, h)
 
-    x = next(iter(inputs.rows.values()))
-    strides = x.shape[1] // size
-    kept = lambda h: jax.ShapeDtypeStruct((h.shape[0], strides, *h.shape[1:]), h.dtype)
-    rows = {name: jax.ShapeDtypeStruct(x.shape, dtype) for name in outputs}
-    reads = {"rows": inputs.rows, "shared": inputs.shared | inputs.flags, "fixed": inputs.fixed}
-    writes = {"rows": rows, "kept": jax.tree.map(kept, inputs.state) if keep else {}}
-    state, written = call("by_token", body, reverse, inputs.state, reads, writes)
-    return state, written["rows"], written["kept"]
+    lanes = Lanes(on.lanes("by_token", batch, length, states, channels), reverse)
+    own = lanes.apart(inputs.rows), lanes.apart(inputs.shared | inputs.flags)
+    advance = lambda h, fixed, row, _: token(h, fixed, row)[0]
+    h = lanes.starts(partial(_walk, "by_token", on, reverse, advance, *own, inputs.fixed, {}), inputs.state)
+    x = next(iter(own[0].values()))
+    kept = lambda h: jax.ShapeDtypeStruct((h.shape[0], x.shape[1] // size, *h.shape[1:]), h.dtype)
+    writes = {
+        "rows": {name: jax.ShapeDtypeStruct(x.shape, dtype) for name in outputs},
+        "kept": jax.tree.map(kept, h) if keep else {},
+    }
+    reads = {"rows": own[0], "shared": own[1], "fixed": inputs.fixed}
+    h, written = on("by_token", body, reverse, h, reads, writes)
+    return lanes.end(h), lanes.together(written["rows"]), lanes.together(written["kept"])
 
 
-def _backward(token: Token, reverse: bool, call, inputs: Inputs, kept: Arrays, d_state: Arrays, d_outputs: Arrays):
-    states, dtype = _of(inputs.state)
+def _backward(
+    token: Token, reverse: bool, on: Programs, inputs: Inputs, kept: Arrays, d_state: Arrays, d_outputs: Arrays
+):
+    (batch, states, channels), length, dtype = _sizes(inputs)
     size = stride(states)
 
     def body(refs, written, carry, over_strides):
@@ -134,26 +122,114 @@ def _backward(token: Token, reverse: bool, call, inputs: Inputs, kept: Arrays, d
 
         return over_strides(read, step, carry)
 
-    batch = next(iter(inputs.state.values())).shape[0]
-    carry = {"state": d_state, "fixed": {k: jnp.zeros((batch, *x.shape), x.dtype) for k, x in inputs.fixed.items()}}
-    shared = inputs.shared | inputs.flags
-    reads = {"rows": inputs.rows, "shared": shared, "fixed": inputs.fixed, "kept": kept, "d_outputs": d_outputs}
+    def pull(d_h, fixed, row, d_out):
+        anywhere = jax.tree.map(jnp.zeros_like, d_h)  # an affine map has one derivative
+        return jax.vjp(lambda h: token(h, fixed, row), anywhere)[1]((d_h, d_out))[0]
+
+    lanes = Lanes(on.lanes("by_token_backward", batch, length, states, channels), not reverse)
+    rows, shared, d_outputs = map(lanes.apart, (inputs.rows, inputs.shared | inputs.flags, d_outputs))
+    walk = partial(_walk, "by_token_backward", on, not reverse, pull, rows, shared, inputs.fixed, d_outputs)
+    d_h = lanes.starts(walk, d_state)
+    d_fixed = {name: jnp.zeros((batch * lanes.number, *x.shape), x.dtype) for name, x in inputs.fixed.items()}
     like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
+    reads = {
+        "rows": rows, "shared": shared, "fixed": inputs.fixed, "kept": lanes.apart(kept), "d_outputs": d_outputs
+    }  # fmt: skip
     writes = {
-        "rows": {name: like(x, x.dtype) for name, x in inputs.rows.items()},
-        "partial": {name: like(x, dtype) for name, x in inputs.shared.items()},
+        "rows": {name: like(x, x.dtype) for name, x in rows.items()},
+        "partial": {name: like(shared[name], dtype) for name in inputs.shared},
     }
-    carry, written = call("by_token_backward", body, not reverse, carry, reads, writes)
+    carry, written = on("by_token_backward", body, not reverse, {"state": d_h, "fixed": d_fixed}, reads, writes)
     # What all channels, or all sequences, share has a part from each program.
-    shared = {name: jnp.sum(x, axis=1).astype(inputs.shared[name].dtype) for name, x in written["partial"].items()}
-    fixed = {name: jnp.sum(x, axis=0) for name, x in carry["fixed"].items()}
-    return Inputs(carry["state"], written["rows"], shared, fixed, jax.tree.map(jnp.zeros_like, inputs.flags))
+    d_shared = lanes.together({name: jnp.sum(x, axis=1) for name, x in written["partial"].items()})
+    d_shared = {name: x.astype(inputs.shared[name].dtype) for name, x in d_shared.items()}
+    d_fixed = {name: jnp.sum(x, axis=0) for name, x in carry["fixed"].items()}
+    d_flags = jax.tree.map(jnp.zeros_like, inputs.flags)
+    return Inputs(lanes.end(carry["state"]), lanes.together(written["rows"]), d_shared, d_fixed, d_flags)
 
 
-def _of(state: Arrays):
-    """How many states a channel has, and the dtype that all is computed in."""
-    h = next(iter(state.values()))
-    return h.shape[-2], h.dtype
+# ---- lanes ----------------------------------------------------------------------------------------------------------
+
+
+def _walk(name: str, on: Programs, reverse: bool, advance: Callable, rows, shared, fixed, beside, start: Arrays):
+    """Where walks end that start from zero, and from the unit state of each kind: `advance(state, fixed, row, row of
+    what is beside)` is an affine map. `start` are states of this shape."""
+    size, dtype = stride(next(iter(start.values())).shape[1]), next(iter(start.values())).dtype
+
+    def body(refs, _, carry, over_strides):
+        fixed = _values(refs["fixed"])
+
+        def read(n):
+            tokens = _tokens(n, size, reverse)
+            return _rows(dtype, refs["rows"], tokens), _rows(dtype, refs["d_outputs"], tokens)
+
+        def step(n, moving, carry):
+            rows, others = moving
+            tokens = _rows(dtype, refs["shared"], _tokens(n, size, reverse))
+            for row, other, token in zip(rows, others, tokens, strict=True):
+                after, push = jax.linearize(lambda h, at=(row | token, other): advance(h, fixed, *at), carry["zero"])
+                carry = {"zero": after, "units": {kind: push(h) for kind, h in carry["units"].items()}}
+            return carry
+
+        return over_strides(read, step, carry)
+
+    constant = lambda value: lambda h: jnp.full_like(h, value)
+    zero = jax.tree.map(constant(0), start)
+    units = {kind: zero | {kind: constant(1)(h)} for kind, h in start.items()}
+    reads = {"rows": rows, "shared": shared, "fixed": fixed, "d_outputs": beside}
+    return on(name, body, reverse, {"zero": zero, "units": units}, reads, {"rows": {}})[0]
+
+
+class Lanes(NamedTuple):
+    """So many runs of consecutive tokens of each sequence, as sequences of their own, that are walked at once."""
+
+    number: int
+    reverse: bool
+
+    def apart(self, arrays: Arrays) -> Arrays:
+        """`B T …` → `B·lanes T/lanes …`."""
+        return {
+            k: x.reshape(x.shape[0] * self.number, x.shape[1] // self.number, *x.shape[2:]) for k, x in arrays.items()
+        }
+
+    def together(self, arrays: Arrays) -> Arrays:
+        return {
+            k: x.reshape(x.shape[0] // self.number, x.shape[1] * self.number, *x.shape[2:]) for k, x in arrays.items()
+        }
+
+    def end(self, state: Arrays) -> Arrays:
+        """Of all lanes → where the whole walk ends."""
+        return {k: x.reshape(-1, self.number, *x.shape[1:])[:, 0 if self.reverse else -1] for k, x in state.items()}
+
+    def starts(self, walk: Callable, state: Arrays) -> Arrays:
+        """The states `B·lanes N D` that lanes start from, where the first starts from `state` `B N D`."""
+        if self.number == 1:
+            return state
+        of_lanes = jax.tree.map(lambda h: jnp.repeat(h, self.number, axis=0), state)
+        ends = jax.tree.map(lambda h: h.reshape(-1, self.number, *h.shape[1:]), walk(of_lanes))
+
+        def after(units, h):  # kinds of states mix, as the two planes of complex numbers do
+            parts = [jax.tree.map(partial(jnp.multiply, h[kind]), unit) for kind, unit in units.items()]
+            return reduce(partial(jax.tree.map, jnp.add), parts)
+
+        def combine(first, second):
+            zero = jax.tree.map(jnp.add, after(second["units"], first["zero"]), second["zero"])
+            return {"zero": zero, "units": {k: after(second["units"], h) for k, h in first["units"].items()}}
+
+        ends = lax.associative_scan(combine, ends, axis=1, reverse=self.reverse)
+        start = jax.tree.map(lambda h: h[:, None], state)
+        ends = jax.tree.map(jnp.add, after(ends["units"], start), ends["zero"])
+        delayed = lambda h, end: [end[:, 1:], h] if self.reverse else [h, end[:, :-1]]
+        return jax.tree.map(lambda *h: jnp.concatenate(delayed(*h), axis=1).reshape(-1, *h[0].shape[2:]), start, ends)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _sizes(inputs: Inputs):
+    """Batch, states of a channel and channels; the length; the dtype that all is computed in."""
+    h, x = next(iter(inputs.state.values())), next(iter(inputs.rows.values()))
+    return h.shape, x.shape[1], h.dtype
 
 
 def _tokens(n, size: int, reverse: bool) -> list:
@@ -175,80 +251,3 @@ def _write(refs, tokens, rows: list[Arrays]) -> None:
     for t, row in zip(tokens, rows, strict=True):
         for name, value in row.items():
             refs[name][t, :] = value.astype(refs[name].dtype)
-
-
-def _call(platform: str, interpret: Any, name: str, body: Callable, reverse: bool, carry, reads, writes):
-    """`body(refs, refs to write, carry, over_strides) -> carry` in one program for W channels of a sequence, or several
-    in a row for as many blocks of time; tiles are those of the kernel of this name."""
-    *_, states, channels = jax.tree.leaves(carry)[0].shape
-    chosen = tile(name, platform, states)
-    W = _width(platform, chosen["width"], channels)
-    batch, length = next(iter(reads["rows"].values())).shape[:2]
-    size, parts = stride(states), -(-channels // W)
-    strides = length // size
-    most = chosen.get("strides", strides)
-    block = strides if strides <= most else math.gcd(strides, most)
-    blocks, tokens = strides // block, block * size
-    at = lambda i: blocks - 1 - i if reverse else i
-    forms = {
-        "rows": lambda x: pl.BlockSpec((None, tokens, W), lambda b, j, i: (b, at(i), j)),
-        "shared": lambda x: pl.BlockSpec((None, tokens, x.shape[-1]), lambda b, j, i: (b, at(i), 0)),
-        "partial": lambda x: pl.BlockSpec((None, None, tokens, x.shape[-1]), lambda b, j, i: (b, j, at(i), 0)),
-        "kept": lambda x: pl.BlockSpec((None, block, x.shape[-2], W), lambda b, j, i: (b, at(i), 0, j)),
-        "fixed": lambda x: pl.BlockSpec((x.shape[-2], W), lambda b, j, i: (0, j)),
-        "carry": lambda x: pl.BlockSpec((None, x.shape[-2], W), lambda b, j, i: (b, 0, j)),
-    }
-    forms["d_outputs"] = forms["rows"]
-    of_channels = forms.keys() - {"shared", "partial"}
-
-    # A TPU keeps rows of narrow numbers in pairs, and does not take one of them.
-    stored = lambda x: jax.tree.leaves(carry)[0].dtype if platform == "tpu" else x.dtype
-
-    def filled(kind, x):
-        fill = [(0, 0)] * (x.ndim - 1) + [(0, parts * W - channels)]
-        return jnp.pad(x.astype(stored(x)), fill if kind in of_channels else 0)
-
-    def result(kind, x):
-        shape = {"partial": (batch, parts, *x.shape[1:])}.get(kind, (*x.shape[:-1], parts * W))
-        return jax.ShapeDtypeStruct(shape, stored(x))
-
-    def over_strides(read, step, carry):
-        """`step(n, read(n), carry)` from stride to stride."""
-        place = lambda n: block - 1 - n if reverse else n
-        if chosen.get("stages", 1) == 1:
-            return lax.fori_loop(0, block, lambda n, carry: step(place(n), read(place(n)), carry), carry)
-
-        def ahead(n, state):
-            here, carry = state
-            following = read(place(jnp.minimum(n + 1, block - 1)))  # on its way while the program works
-            return following, step(place(n), here, carry)
-
-        return lax.fori_loop(0, block, ahead, (read(place(0)), carry))[1]
-
-    def kernel(start, refs, final, written):
-        load = lambda refs: jax.tree.map(lambda ref: ref[...], refs)
-        if blocks > 1:  # the last carry's place holds it from block to block
-
-            @pl.when(pl.program_id(2) == 0)
-            def _():
-                jax.tree.map(lambda ref, value: ref.__setitem__(..., value), final, load(start))
-
-        after = body(refs, written, load(final if blocks > 1 else start), over_strides)
-        jax.tree.map(lambda ref, value: ref.__setitem__(..., value), final, after)
-
-    over = lambda tree, f: {kind: {name: f(kind, x) for name, x in arrays.items()} for kind, arrays in tree.items()}
-    spec = lambda kind, x: forms[kind](x)
-    at_carry = lambda f: jax.tree.map(lambda x: f("carry", x), carry)
-    parameters = tpu_parameters("parallel", "parallel", "arbitrary") if platform == "tpu" else triton_parameters(chosen)
-    final, written = pl.pallas_call(
-        kernel,
-        grid=(batch, parts, blocks),
-        in_specs=[at_carry(spec), over(reads, spec)],
-        out_specs=[at_carry(spec), over(writes, spec)],
-        out_shape=[at_carry(result), over(writes, result)],
-        compiler_params=parameters,
-        interpret=interpret,
-    )(at_carry(filled), over(reads, filled))
-    cut = lambda kind, x: x[..., :channels] if kind in of_channels else x
-    written = jax.tree.map(lambda x, like: x.astype(like.dtype), over(written, cut), writes)
-    return jax.tree.map(lambda x: cut("carry", x), final), written

@@ -27,8 +27,11 @@ Table = dict[str, list[Row]]
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
     "over_time": {"tpu": {"block": 16}, "gpu": {"block": 16, "columns": 16, "warps": 1, "stages": 1}},
     "over_pairs": {"tpu": {"block": 16}, "gpu": {"block": 16, "warps": 1, "stages": 1}},
-    "by_token": {"tpu": {"width": 128, "strides": 1}, "gpu": {"width": 8, "warps": 1, "stages": 1}},
-    "by_token_backward": {"tpu": {"width": 128, "strides": 1}, "gpu": {"width": 8, "warps": 1, "stages": 1}},
+    "by_token": {"tpu": {"width": 128, "strides": 1}, "gpu": {"width": 8, "warps": 1, "stages": 1, "programs": 1}},
+    "by_token_backward": {
+        "tpu": {"width": 128, "strides": 1},
+        "gpu": {"width": 8, "warps": 1, "stages": 1, "programs": 1},
+    },
     "one_token": {"tpu": {"heads": 1}, "gpu": {"columns": 16, "warps": 1}},
 }
 

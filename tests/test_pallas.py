@@ -22,6 +22,7 @@ import pallas_kernels.one_token as one_token
 import pallas_kernels.over_pairs as over_pairs
 import pallas_kernels.over_time as over_time
 from jaxseq import ops
+from pallas_kernels.channel_programs import Programs
 from pallas_kernels.tiles import tried
 from pallas_kernels.within_chunk import _sums_of_logs
 
@@ -92,8 +93,7 @@ def on_a_gpu(monkeypatch):
     """The GPU's kernels, interpreted, with several parts of the columns."""
     walk = partial(over_time.on_gpu, interpret=True)
     monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 32, *arrays))
-    call = partial(by_token._call, "gpu", True)
-    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(call, *arrays))
+    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("gpu", True), *arrays))
     monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", partial(over_pairs.on_gpu, interpret=True))
     with tried("over_time", "gpu", columns=16), tried("over_pairs", "gpu", block=32):
         yield
@@ -230,6 +230,21 @@ def test_channels_on_a_gpu(name, on_a_gpu):
     check(op, *channel_inputs(op, 37, complex_=complex_, N=3))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", by_default(["linear_recurrence complex", "selective_scan"], CHANNELS))
+def test_lanes_on_a_gpu(name, reverse, on_a_gpu):
+    """Long sequences in parts that are walked at once, in both directions, restarting in some of them."""
+    op, complex_ = CHANNELS[name]
+    if reverse and op is ops.selective_scan:
+        pytest.skip("selective_scan has one direction")
+    inputs, ids = channel_inputs(op, 1000, D=20, complex_=complex_, N=3)
+    op = partial(op, reverse=True) if reverse else op
+    with tried("by_token", "gpu", programs=8), tried("by_token_backward", "gpu", programs=16):
+        check(op, inputs, ids)
+        walks = str(everything(op, ids, "pallas").trace(inputs).jaxpr).count("pallas_call[")
+    assert walks == 4  # in either direction one to find where the parts start
+
+
 def test_rows_of_bfloat16_on_a_gpu(on_a_gpu):
     """They are read and written as they are; what is computed of them is float32."""
     inputs, ids = channel_inputs(ops.selective_scan, 37)
@@ -291,8 +306,7 @@ def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
     careful = pltpu.InterpretParams(detect_races=True)
     walk = partial(over_time.on_tpu, interpret=careful)
     monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 16, *arrays))
-    call = partial(by_token._call, "tpu", careful)
-    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(call, *arrays))
+    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("tpu", careful), *arrays))
     if name in MATRIX:
         op, decay = MATRIX[name]
         check(op, *matrix_inputs(op, 33, decay, B=1, H=1, K=16, V=16))

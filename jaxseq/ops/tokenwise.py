@@ -6,7 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.by_token import Inputs, by_token, pulled_back, whole
+from pallas_kernels.by_token import Inputs, by_token, pulled_back
+from pallas_kernels.channel_programs import whole
 
 
 def tokenwise(token: Callable, outputs: tuple[str, ...], inputs: Inputs, idle: dict[str, float], reverse: bool = False):
