@@ -1,7 +1,7 @@
 """A fold over blocks of keys for every block of queries, or the other way round, for every sequence and head.
 
     for each batch b, head h, block i of the first:
-        for each block j of the second that `meets` says:   carry = step(carry, first block, second block, i, j)
+        for each block j of the second that `meets` says:   carry = step(carry, first block, second block, i, j, clear)
         outputs[i] = finish(carry)
 
 What matters is that pairs never leave the chip. A TPU walks through the pairs of blocks in its grid, the carry in its
@@ -24,19 +24,27 @@ from .within_chunk import WithinChunk
 Arrays = dict[str, jax.Array]
 
 
+class Run(NamedTuple):
+    """Blocks from the first to before the last, which are `clear` or not: what that means is the step's affair."""
+
+    first: Any
+    last: Any
+    clear: bool
+
+
 class Fold(NamedTuple):
     """The parts of a fold. Blocks are `C W`; of width 1, columns `C 1` of the first and rows `1 C` of the second.
 
-    `start(C)` is the carry of a block, `step(within, carry, first, second, i, j)` the next one, and `finish(carry)` the
-    outputs `C W` by name, with `outputs` their widths and dtypes. `meets(i, size)` are the first block of the second
-    that a block meets, and the one after the last.
+    `start(C)` is the carry of a block, `step(within, carry, first, second, i, j, clear)` the next one, and
+    `finish(carry)` the outputs `C W` by name, with `outputs` their widths and dtypes. `meets(i, size)` are the runs of
+    blocks of the second that a block meets, one after the other.
     """
 
     start: Callable[[int], Any]
     step: Callable
     finish: Callable[[Any], Arrays]
     outputs: dict[str, tuple[int, Any]]
-    meets: Callable
+    meets: Callable[[Any, int], list[Run]]
 
 
 def over_pairs(fold: Fold, first: Arrays, second: Arrays) -> Arrays:
@@ -88,8 +96,8 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
 
     def met(i, j):
         """Block j, or the nearest one that is met: what is there already is not fetched again."""
-        begin, end = fold.meets(i, block)
-        return jnp.maximum(jnp.minimum(jnp.maximum(j, begin), jnp.minimum(end, columns) - 1), 0)
+        runs = fold.meets(i, block)
+        return jnp.maximum(jnp.minimum(jnp.maximum(j, runs[0].first), jnp.minimum(runs[-1].last, columns) - 1), 0)
 
     first, second = ({name: tiled(x) for name, x in of.items()} for of in (first, second))
     carry = jax.eval_shape(lambda: fold.start(block))
@@ -109,13 +117,13 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
         def _():
             store(fold.start(block))
 
-        begin, end = fold.meets(i, block)
-
-        @pl.when((begin <= j) & (j < end))
-        def _():
+        def step(clear: bool):
             turned = lambda name, ref: ref[...].T if first[name].ndim == 5 else ref[...]
             here = {name: turned(name, ref) for name, ref in first_refs.items()}
-            store(fold.step(within, load(), here, {name: ref[...] for name, ref in second_refs.items()}, i, j))
+            store(fold.step(within, load(), here, {name: ref[...] for name, ref in second_refs.items()}, i, j, clear))
+
+        for run in fold.meets(i, block):
+            pl.when((run.first <= j) & (j < run.last))(partial(step, run.clear))
 
         @pl.when(j == columns - 1)
         def _():
@@ -160,13 +168,15 @@ def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
         i = pl.program_id(2)
         here = {name: ref[...] for name, ref in first_refs.items()}
 
-        def step(j, carry):
+        def step(clear: bool, j, carry):
             turned = lambda name, value: value.T if second[name].shape[3] == 1 else value
             there = {name: turned(name, ref[pl.ds(j * block, block), :]) for name, ref in second_refs.items()}
-            return fold.step(within, carry, here, there, i, j)
+            return fold.step(within, carry, here, there, i, j, clear)
 
-        begin, end = fold.meets(i, block)
-        carry = lax.fori_loop(jnp.maximum(begin, 0), jnp.minimum(end, columns), step, fold.start(block))
+        carry = fold.start(block)
+        for run in fold.meets(i, block):
+            bounds = jnp.maximum(run.first, 0), jnp.minimum(run.last, columns)
+            carry = lax.fori_loop(*bounds, partial(step, run.clear), carry)
         for name, value in fold.finish(carry).items():
             outputs[name][...] = value.astype(outputs[name].dtype)
 

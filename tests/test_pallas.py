@@ -153,6 +153,7 @@ def test_a_tpu_fetches_only_blocks_that_are_met(monkeypatch):
 def test_attention_on_a_gpu(name, on_a_gpu):
     ids = jnp.asarray(segments(np.random.default_rng(0), 2, 100))
     check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(100), ids)
+    check(partial(ops.softmax_attention, **ATTENTION[name]), attention_inputs(100), None)
 
 
 # The others are filled up below, each head with its own keys.

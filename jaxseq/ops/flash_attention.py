@@ -5,25 +5,29 @@ s̄_ij = p_ij (ō_i · v_j − ō_i · o_i)                    (FlashAttention-2
 """
 
 from functools import partial
+from math import log
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.over_pairs import Fold, over_pairs
+from pallas_kernels.over_pairs import Fold, Run, over_pairs
 from pallas_kernels.within_chunk import matrix_width
 
 from ..shapes import accumulator, promoted
 
 #: A logit that no key has: finite, so that where no key was met the difference of two is no NaN.
 NONE = -1e30
+#: More blocks than there are.
+ALL = 2**24
 
 
 class Sight(NamedTuple):
     """Which keys a query sees: those at most `behind` positions behind it and `ahead` ahead of it, None is any.
 
-    Query 0 stands at position `offset` of the `keys`; a logit is capped where there is a `softcap`.
+    Query 0 stands at position `offset` of the `keys`; a logit is capped where there is a `softcap`. Ids of `segments`
+    hide more, in any block.
     """
 
     offset: int
@@ -31,26 +35,38 @@ class Sight(NamedTuple):
     behind: int | None
     ahead: int | None
     softcap: float | None
+    segments: bool
 
     def keys_met(self, i, size: int):
-        """Blocks of keys that block i of queries meets."""
-        start = self.offset + i * size
-        return self._blocks(start, self.behind, self.ahead, size)
+        """Runs of blocks of keys that block i of queries meets; where a run is clear every query sees every key."""
+        return self._runs(self.offset + i * size, self.behind, self.ahead, size, self.keys // size)
 
     def queries_met(self, j, size: int):
-        return self._blocks(j * size - self.offset, self.ahead, self.behind, size)
+        """The same of queries and block j of keys. Queries that only fill a block up have no cotangent."""
+        clear = jnp.where((j + 1) * size <= self.keys, jnp.int32(ALL), 0)
+        return self._runs(j * size - self.offset, self.ahead, self.behind, size, clear)
 
-    def _blocks(self, start, before: int | None, after: int | None, size: int):
-        """Blocks from that of `start - before` to that of the last position and `after`; a size is a power of two."""
+    def _runs(self, start, before: int | None, after: int | None, size: int, most_clear):
+        """From the block of `start - before` to that of the last position and `after`; a size is a power of two."""
         block = lambda position: position >> (size.bit_length() - 1)
+        last = start + size - 1
         begin = 0 if before is None else block(jnp.maximum(start - before, 0))
-        return begin, 2**24 if after is None else block(start + size - 1 + after) + 1
+        end = ALL if after is None else block(last + after) + 1
+        if self.segments:
+            return [Run(begin, end, False)]
+        clear = begin if before is None else jnp.clip(block(last - before + size - 1), begin, end)
+        over = most_clear if after is None else jnp.minimum(most_clear, block(start + after + 1))
+        over = jnp.clip(over, clear, end)
+        edge = [] if before is None else [Run(begin, clear, False)]
+        return [*edge, Run(clear, over, True), Run(over, end, False)]
 
-    def logits(self, within, q, k, i, j, q_ids, k_ids, dtype):
-        """Logits `C C` of a block of queries and a block of keys, and which of them count."""
+    def logits(self, within, q, k, i, j, clear: bool, q_ids, k_ids, dtype):
+        """Logits `C C` of a block of queries and a block of keys, and which of them count: all, where it is clear."""
         s = within.product("ik,jk->ij", q, k, dtype)
         if self.softcap is not None:
             s = self.softcap * jnp.tanh(s / self.softcap)
+        if clear:
+            return s, None
         row, column = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
         key = j * s.shape[1] + column
         lag = self.offset + i * s.shape[0] + row - key
@@ -59,11 +75,20 @@ class Sight(NamedTuple):
         seen &= True if self.ahead is None else -lag <= self.ahead
         return s, seen if q_ids is None else seen & (q_ids == k_ids)
 
-    def weights(self, within, first, second, i, j, dtype):
+    def weights(self, within, first, second, i, j, clear: bool, dtype):
         """p and ds/d(q·k) of a block, from the sums of the rows that are known."""
-        s, seen = self.logits(within, first["q"], second["k"], i, j, first.get("ids"), second.get("ids"), dtype)
+        s, seen = self.logits(within, first["q"], second["k"], i, j, clear, first.get("ids"), second.get("ids"), dtype)
         slope = 1 if self.softcap is None else 1 - (s / self.softcap) ** 2
-        return jnp.where(seen, jnp.exp(jnp.where(seen, s - first["L"], 0)), 0), slope
+        return _where(seen, _exp(_where(seen, s - first["L"], 0)), 0), slope
+
+
+def _where(seen, x, other):
+    return x if seen is None else jnp.where(seen, x, other)
+
+
+def _exp(x):
+    """In one instruction of a GPU, where `exp` takes eight."""
+    return jnp.exp2(x * (1 / log(2)))
 
 
 def flash_attention(sight: Sight, q, k, v, segments):
@@ -88,11 +113,11 @@ def _forward(sight, q, k, v, ids):
     def start(size):
         return jnp.full((size, 1), NONE, wide), jnp.zeros((size, 1), wide), jnp.zeros((size, matrix_width(width)), wide)
 
-    def step(within, carry, first, second, i, j):
+    def step(within, carry, first, second, i, j, clear):
         most, total, sums = carry
-        s, seen = sight.logits(within, first["q"], second["k"], i, j, first.get("ids"), second.get("ids"), dtype)
-        above = jnp.maximum(most, jnp.max(jnp.where(seen, s, NONE), axis=1, keepdims=True))
-        p, less = jnp.where(seen, jnp.exp(s - above), 0), jnp.exp(most - above)
+        s, seen = sight.logits(within, first["q"], second["k"], i, j, clear, first.get("ids"), second.get("ids"), dtype)
+        above = jnp.maximum(most, jnp.max(_where(seen, s, NONE), axis=1, keepdims=True))
+        p, less = _where(seen, _exp(s - above), 0), _exp(most - above)
         added = within.product("ij,jv->iv", p, second["v"], dtype)
         return above, less * total + jnp.sum(p, axis=1, keepdims=True), less * sums + added
 
@@ -117,19 +142,19 @@ def _backward(sight, residuals, d_o):
     keys = {"k": _wide(k), "v": _wide(v)}
     zeros = lambda size, width: jnp.zeros((size, matrix_width(width)), wide)
 
-    def pulled(within, first, second, i, j):
-        p, slope = sight.weights(within, first, second, i, j, dtype)
+    def pulled(within, first, second, i, j, clear):
+        p, slope = sight.weights(within, first, second, i, j, clear, dtype)
         return p, p * (within.product("iv,jv->ij", first["d_o"], second["v"], dtype) - first["delta"]) * slope
 
-    def to_queries(within, carry, first, second, i, j):
-        _, d_s = pulled(within, first, second, i, j)
+    def to_queries(within, carry, first, second, i, j, clear):
+        _, d_s = pulled(within, first, second, i, j, clear)
         return carry + within.product("ij,jk->ik", d_s, second["k"], dtype)
 
-    def to_keys(within, carry, second, first, j, i):
+    def to_keys(within, carry, second, first, j, i, clear):
         # Here a block of keys comes first: what has one channel lies the other way.
         turned = lambda of: {name: x.T if 1 in x.shape else x for name, x in of.items()}
         first, second = turned(first), turned(second)
-        p, d_s = pulled(within, first, second, i, j)
+        p, d_s = pulled(within, first, second, i, j, clear)
         d_k, d_v = carry
         d_k += within.product("ij,ik->jk", d_s, first["q"], dtype)
         return d_k, d_v + within.product("ij,iv->jv", p, first["d_o"], dtype)

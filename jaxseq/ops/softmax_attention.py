@@ -207,7 +207,7 @@ def softmax_attention(
         forms["fused"] = partial(fused, causal=causal, window=window, beyond=beyond)
         if look_back == 0 and fading is None:  # the kernel compares segments for equality
             behind = None if window is None or window >= size else window - 1
-            sight = Sight(size - length, size, behind, 0 if causal else behind, logit_softcap)
+            sight = Sight(size - length, size, behind, 0 if causal else behind, logit_softcap, segments is not None)
             forms["pallas"] = partial(in_kernel, sight)
     best = "parallel" if length * size <= chunk_size * 4 * chunk_size and reach is None else "chunked"
     return finish(dispatch("softmax_attention", impl, forms, best)(q, key, value, positions, segments, fading))
