@@ -55,7 +55,7 @@ class Config(Sizes):
 
 
 NAMES = (
-    ["gla", "retention", "delta_rule", "gated_delta_rule", "kda", "dplr"]  # in MATRIX
+    ["gla", "gla_by_value", "retention", "delta_rule", "gated_delta_rule", "kda", "dplr"]  # in MATRIX
     + ["ssd", "selective_scan", "linear_recurrence", "attention", "gla_step", "gated_delta_rule_step"]
 )
 PRESETS = {

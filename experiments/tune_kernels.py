@@ -4,7 +4,7 @@ Claim   Tiles found by measuring on a device run its kernels, forward and backwa
         was there before: the geometric mean over the ops of a kernel, of every kernel at every width.
 Source  The programs of `bench_kernels`; the tables are `pallas_kernels/tiles.json`.
 Expect  Not measured on an accelerator yet. On a CPU the kernels of a TPU are interpreted: the search runs, to no end.
-Run     python -m experiments.tune_kernels [--preset cpu|gpu] [--kernels over_time,one_token] [--widths 64 128]
+Run     python -m experiments.tune_kernels [--preset cpu|gpu] [--kernels delta_rule,one_token] [--widths 64 128]
         With `--rewrite`, as in the gpu preset, the kernels read what was found from then on; else it lies in the run's
         folder.
 """
@@ -49,12 +49,20 @@ class Config(Sizes):
         return chosen("kernels", self.kernels, SEARCHED)
 
 
+CHUNKS: dict[str, dict[str, tuple[int, ...]]] = {
+    "tpu": {"block": (64, 128, 256)},
+    "gpu": {
+        "block": (32, 64), "columns": (32, 64, 128), "sums": (5, 8), "warps": (4, 8), "stages": (1, 2),
+        "warps_before": (2, 4, 8), "programs": (128, 256),
+    },
+}  # fmt: skip
+
 #: What is tried, beside what the table says. Mosaic wants whole tiles; more than these never fit on a chip.
 SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
-    "over_time": {
-        "tpu": {"block": (64, 128, 256)},
-        "gpu": {"block": (16, 32, 64), "columns": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
-    },
+    "gated_linear_attention": CHUNKS,
+    "gated_linear_attention_by_value": CHUNKS,
+    "delta_rule": CHUNKS,
+    "dplr_recurrence": CHUNKS,
     "over_pairs": {
         "tpu": {"block": (128, 256, 512)},
         "gpu": {"block": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},

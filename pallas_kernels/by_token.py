@@ -5,8 +5,7 @@
 `token` is plain arithmetic on states `N W`, on what is fixed in time `N W`, and on the rows of one token: `1 W` of the
 channels, `1 N` of what all channels share. Its gradient is `jax.vjp` of it, from states computed again within a stride.
 
-Where sequences are too few for the processors there are, each is cut into lanes that walk at once. A token is an affine
-map of the state, so a first walk from zero, and from unit states beside it, tells where each lane starts.
+Where sequences are too few for the processors there are, they are walked in `lanes`.
 """
 
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .channel_programs import Programs, stride
+from .lanes import Affine, Lanes
 from .over_time import check_unchecked
 
 Arrays = dict[str, jax.Array]
@@ -79,7 +79,8 @@ def _forward(token: Token, outputs, reverse: bool, keep: bool, on: Programs, inp
     lanes = Lanes(on.lanes("by_token", batch, length, states, channels), reverse)
     own = lanes.apart(inputs.rows), lanes.apart(inputs.shared | inputs.flags)
     advance = lambda h, fixed, row, _: token(h, fixed, row)[0]
-    h = lanes.starts(partial(_walk, "by_token", on, reverse, advance, *own, inputs.fixed, {}), inputs.state)
+    walk = partial(_walk, "by_token", on, reverse, advance, *own, inputs.fixed, {})
+    h = lanes.starts(walk, _apply, _compose, inputs.state)
     x = next(iter(own[0].values()))
     kept = lambda h: jax.ShapeDtypeStruct((h.shape[0], x.shape[1] // size, *h.shape[1:]), h.dtype)
     writes = {
@@ -129,7 +130,7 @@ def _backward(
     lanes = Lanes(on.lanes("by_token_backward", batch, length, states, channels), not reverse)
     rows, shared, d_outputs = map(lanes.apart, (inputs.rows, inputs.shared | inputs.flags, d_outputs))
     walk = partial(_walk, "by_token_backward", on, not reverse, pull, rows, shared, inputs.fixed, d_outputs)
-    d_h = lanes.starts(walk, d_state)
+    d_h = lanes.starts(walk, _apply, _compose, d_state)
     d_fixed = {name: jnp.zeros((batch * lanes.number, *x.shape), x.dtype) for name, x in inputs.fixed.items()}
     like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
     reads = {
@@ -151,7 +152,9 @@ def _backward(
 # ---- lanes ----------------------------------------------------------------------------------------------------------
 
 
-def _walk(name: str, on: Programs, reverse: bool, advance: Callable, rows, shared, fixed, beside, start: Arrays):
+def _walk(
+    name: str, on: Programs, reverse: bool, advance: Callable, rows, shared, fixed, beside, start: Arrays
+) -> Affine:
     """Where walks end that start from zero, and from the unit state of each kind: `advance(state, fixed, row, row of
     what is beside)` is an affine map. `start` are states of this shape."""
     size, dtype = stride(next(iter(start.values())).shape[1]), next(iter(start.values())).dtype
@@ -177,50 +180,18 @@ def _walk(name: str, on: Programs, reverse: bool, advance: Callable, rows, share
     zero = jax.tree.map(constant(0), start)
     units = {kind: zero | {kind: constant(1)(h)} for kind, h in start.items()}
     reads = {"rows": rows, "shared": shared, "fixed": fixed, "d_outputs": beside}
-    return on(name, body, reverse, {"zero": zero, "units": units}, reads, {"rows": {}})[0]
+    ends, _ = on(name, body, reverse, {"zero": zero, "units": units}, reads, {"rows": {}})
+    return Affine(**ends)
 
 
-class Lanes(NamedTuple):
-    """So many runs of consecutive tokens of each sequence, as sequences of their own, that are walked at once."""
+def _apply(units: dict[str, Arrays], h: Arrays) -> Arrays:
+    """Kinds of states mix, as the two planes of complex numbers do."""
+    parts = [jax.tree.map(partial(jnp.multiply, h[kind]), unit) for kind, unit in units.items()]
+    return reduce(partial(jax.tree.map, jnp.add), parts)
 
-    number: int
-    reverse: bool
 
-    def apart(self, arrays: Arrays) -> Arrays:
-        """`B T …` → `B·lanes T/lanes …`."""
-        return {
-            k: x.reshape(x.shape[0] * self.number, x.shape[1] // self.number, *x.shape[2:]) for k, x in arrays.items()
-        }
-
-    def together(self, arrays: Arrays) -> Arrays:
-        return {
-            k: x.reshape(x.shape[0] // self.number, x.shape[1] * self.number, *x.shape[2:]) for k, x in arrays.items()
-        }
-
-    def end(self, state: Arrays) -> Arrays:
-        """Of all lanes → where the whole walk ends."""
-        return {k: x.reshape(-1, self.number, *x.shape[1:])[:, 0 if self.reverse else -1] for k, x in state.items()}
-
-    def starts(self, walk: Callable, state: Arrays) -> Arrays:
-        """The states `B·lanes N D` that lanes start from, where the first starts from `state` `B N D`."""
-        if self.number == 1:
-            return state
-        of_lanes = jax.tree.map(lambda h: jnp.repeat(h, self.number, axis=0), state)
-        ends = jax.tree.map(lambda h: h.reshape(-1, self.number, *h.shape[1:]), walk(of_lanes))
-
-        def after(units, h):  # kinds of states mix, as the two planes of complex numbers do
-            parts = [jax.tree.map(partial(jnp.multiply, h[kind]), unit) for kind, unit in units.items()]
-            return reduce(partial(jax.tree.map, jnp.add), parts)
-
-        def combine(first, second):
-            zero = jax.tree.map(jnp.add, after(second["units"], first["zero"]), second["zero"])
-            return {"zero": zero, "units": {k: after(second["units"], h) for k, h in first["units"].items()}}
-
-        ends = lax.associative_scan(combine, ends, axis=1, reverse=self.reverse)
-        start = jax.tree.map(lambda h: h[:, None], state)
-        ends = jax.tree.map(jnp.add, after(ends["units"], start), ends["zero"])
-        delayed = lambda h, end: [end[:, 1:], h] if self.reverse else [h, end[:, :-1]]
-        return jax.tree.map(lambda *h: jnp.concatenate(delayed(*h), axis=1).reshape(-1, *h[0].shape[2:]), start, ends)
+def _compose(second: dict[str, Arrays], first: dict[str, Arrays]) -> dict[str, Arrays]:
+    return {kind: _apply(second, h) for kind, h in first.items()}
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from .lanes import lanes
 from .over_time import tpu_parameters, triton_parameters
 from .tiles import tile
 
@@ -36,14 +37,10 @@ class Programs(NamedTuple):
     interpret: Any = False
 
     def lanes(self, name: str, batch: int, length: int, states: int, channels: int) -> int:
-        """In how many parts a sequence is walked at once by the kernel of this name: a GPU has processors for more
-        programs than a few long sequences are. To find where parts start takes about as long as to walk through them.
-        """
+        """In how many lanes a sequence is walked by the kernel of this name."""
         chosen = tile(name, self.platform, states)
         programs = batch * -(-channels // self._width(chosen, channels))
-        most = max(1, chosen.get("programs", 1) // programs)
-        lanes = math.gcd(1 << most.bit_length() - 1, max(1, length // (8 * stride(states))))
-        return lanes if lanes > 2 else 1
+        return lanes(chosen.get("programs", 1), programs, length // (8 * stride(states)), walks=2)
 
     def _width(self, chosen: dict[str, int], channels: int) -> int:
         """Channels of a program, no more than there are, and whole lanes of a TPU."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked, head_for, tpu_parameters, triton_parameters
+from .over_time import arithmetic_of_gpu, check_unchecked, head_for, tpu_parameters, triton_parameters
 from .tiles import tile
 from .within_chunk import WithinChunk
 
@@ -153,8 +153,7 @@ def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
     chosen = _tile("gpu", first, second)
     block = chosen["block"]
     rows, columns = -(-length // block), -(-other // block)
-    wide = interpret or any(x.dtype == jnp.float64 for x in (*first.values(), *second.values()))
-    within = WithinChunk(lax.Precision.HIGHEST if wide else lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+    within = arithmetic_of_gpu((first, second), interpret)
     first, second = ({name: _filled(x, block) for name, x in of.items()} for of in (first, second))
     head = lambda x: head_for(x.shape[2], heads)
     own = lambda x: pl.BlockSpec((None, block, None, x.shape[3]), lambda b, h, i: (b, i, head(x)(h), 0))

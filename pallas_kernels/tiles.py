@@ -21,11 +21,20 @@ PATH = Path(__file__).with_name("tiles.json")
 Row = dict[str, Any]
 Table = dict[str, list[Row]]
 
+CHUNKS = {
+    "tpu": {"block": 16},
+    "gpu": {"block": 16, "columns": 16, "sums": 1, "warps": 1, "stages": 1, "warps_before": 1, "programs": 1},
+}
+
 #: What is to be chosen for each kernel on each platform, and the least of it. A program works on a `block` of tokens at
-#: once, or of so many `strides`; on `columns` of a matrix state, on the states of so many `heads`, or on a `width` of
-#: channels; with Triton's `warps` and `stages`.
+#: once, or of so many `strides`; on `columns` of a matrix state, at most so many `sums` over them, states of so many
+#: `heads`, or a `width` of channels, one of about so many `programs`; with Triton's `warps` and `stages`, and
+#: `warps_before` for what is prepared.
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
-    "over_time": {"tpu": {"block": 16}, "gpu": {"block": 16, "columns": 16, "warps": 1, "stages": 1}},
+    "gated_linear_attention": CHUNKS,
+    "gated_linear_attention_by_value": CHUNKS,
+    "delta_rule": CHUNKS,
+    "dplr_recurrence": CHUNKS,
     "over_pairs": {"tpu": {"block": 16}, "gpu": {"block": 16, "warps": 1, "stages": 1}},
     "by_token": {"tpu": {"width": 128, "strides": 1}, "gpu": {"width": 8, "warps": 1, "stages": 1, "programs": 1}},
     "by_token_backward": {
@@ -95,7 +104,7 @@ def _check(row: Row, kernel: str, name: str) -> None:
     if least is None:
         raise ValueError(f"{where}; what it chooses must be {' or '.join(map(', '.join, fitting))}.")
     for word, size in (sizes | {"up_to": row.get("up_to", 1)}).items():
-        lowest, any_number = least.get(word, 1), word in ("up_to", "stages")
+        lowest, any_number = least.get(word, 1), word in ("up_to", "stages", "sums")
         if not isinstance(size, int) or size < lowest or (size & (size - 1) and not any_number):
             kind = "whole number" if any_number else "power of two"
             raise ValueError(f"{where}; {word} must be a {kind}, {lowest} at least.")

@@ -53,11 +53,11 @@ class WithinChunk(NamedTuple):
         """Every decay is e to a sum of log decays, never to a difference: no overflow, no cancellation."""
         g = jnp.maximum(g, NOTHING_LEFT)
         i, j = _rows_and_columns(g.shape[0])
-        from_start, to_end = (jnp.exp(_sums_of_logs(self.exact, which, g)) for which in (j <= i, j > i))
+        from_start, to_end = (jnp.exp(_sums(self.exact, which, g)) for which in (j <= i, j > i))
         decays = Decays(from_start, to_end, jnp.exp(jnp.sum(g, axis=0, keepdims=True).T), g)
         if g.shape[1] > 1:
             return decays
-        between = _sums_of_logs(self.exact, j <= i, jnp.where(i > j, g, 0))
+        between = _sums(self.exact, j <= i, jnp.where(i > j, g, 0))
         return decays._replace(pairwise=jnp.where(j < i, jnp.exp(jnp.where(j < i, between, 0)), 0))
 
     def scores(self, readers: tuple, writers: tuple, decays: Decays, dtype) -> list:
@@ -79,12 +79,12 @@ class WithinChunk(NamedTuple):
 
     def sums(self, which, x):
         """Σ_j x_j over those j of each row i that `which` `C C` says, of x `C K`."""
-        return _sums(self.exact, which, x)
+        return self._form(_sums)(self.exact, which, x)
 
     def later(self, x):
-        """Σ_{t≥i} x_t."""
+        """Σ_{t≥i} x_t, which is not differentiated."""
         i, t = _rows_and_columns(x.shape[0])
-        return self.sums(t >= i, x)
+        return _sums(self.exact, t >= i, x)
 
     def diagonal(self, q, k):
         """What a token reads of its own writing: q_i · k_i, `C 1`."""
@@ -123,24 +123,22 @@ def _row_numbers(x):
 
 
 def _sums(exact, which, x):
+    """A float32 is the sum of three bfloat16, whose products with zeros and ones are exact: three products of bfloat16
+    in half the registers, where `exact` takes three of tf32, or six of bfloat16."""
     if x.shape[1] == 1:
         return jnp.sum(jnp.where(which, x.T, 0), axis=1, keepdims=True)
-    return jnp.dot(which.astype(x.dtype), x, precision=exact, preferred_element_type=x.dtype)
-
-
-def _sums_of_logs(exact, which, g):
-    """`_sums`, which cannot be differentiated: the cut has no gradient.
-
-    A float32 is the sum of three bfloat16, whose products with zeros and ones are exact: three products of bfloat16 in
-    half the registers, where `exact` takes three of tf32, or six of bfloat16.
-    """
-    if g.dtype != jnp.float32 or g.shape[1] == 1:
-        return _sums(exact, which, g)
-    high = _first_bits(g)
-    middle = _first_bits(g - high)
+    if x.dtype != jnp.float32:
+        return jnp.dot(which.astype(x.dtype), x, precision=exact, preferred_element_type=x.dtype)
+    high = _first_bits(x)
+    middle = _first_bits(x - high)
     ones = which.astype(jnp.bfloat16)
-    total = lambda part: jnp.dot(ones, part.astype(jnp.bfloat16), preferred_element_type=g.dtype)
-    return total(high) + total(middle) + total(g - high - middle)
+    total = lambda part: jnp.dot(ones, part.astype(jnp.bfloat16), preferred_element_type=x.dtype)
+    return total(high) + total(middle) + total(x - high - middle)
+
+
+def _sums_backward(exact, which, d_sums):
+    """The cut into parts has no gradient of its own."""
+    return None, _sums(exact, which.T, d_sums)
 
 
 def _first_bits(x):
@@ -183,7 +181,7 @@ def _borders(exact, g, n):
     # With 0·n in g a compiler cannot take its three parts out of the loop, where they would be in registers all the
     # time (sm_90a: 2.3 kB of spills a thread, 0.6 so).
     g = g + 0 * jnp.asarray(n).astype(g.dtype)
-    return jnp.exp(_sums_of_logs(exact, between, g)), same & late & ~late_too
+    return jnp.exp(_sums(exact, between, g)), same & late & ~late_too
 
 
 def _over_borders(exact, g, start, add):
@@ -277,6 +275,7 @@ def _with_adjoint(
 
 #: Decays stand still where a chunk is differentiated: their own adjoint follows from the others.
 ADJOINTS = {
+    _sums: _with_adjoint(_sums, _sums_backward, 1, lambda out, operands: operands[0]),
     _product: _with_adjoint(_product, _product_backward, 3),
     _scores: _with_adjoint(_scores, _scores_backward, 2),
     _decayed_values: _with_adjoint(_decayed_values, _decayed_values_backward, 2),

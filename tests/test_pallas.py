@@ -5,6 +5,7 @@ in use, the GPU's way through time, races, and the compilers' front ends.
 """
 
 import itertools
+from contextlib import ExitStack
 from functools import partial
 
 import jax
@@ -23,8 +24,9 @@ import pallas_kernels.over_pairs as over_pairs
 import pallas_kernels.over_time as over_time
 from jaxseq import ops
 from pallas_kernels.channel_programs import Programs
-from pallas_kernels.tiles import tried
-from pallas_kernels.within_chunk import _sums_of_logs
+from pallas_kernels.over_time import Walker
+from pallas_kernels.tiles import CHOICES, CHUNKS, tried
+from pallas_kernels.within_chunk import _sums
 
 KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms and member.sweep]
 
@@ -91,11 +93,13 @@ def check(op, inputs, ids, tolerance="float32 strong"):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """The GPU's kernels, interpreted, with several parts of the columns."""
-    walk = partial(over_time.on_gpu, interpret=True)
-    monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 32, *arrays))
+    walker = lambda table: over_time.walker_of_gpu(table, interpret=True)
+    monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, table, *of: f(walker(table), 32, *of[2:]))
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("gpu", True), *arrays))
     monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", partial(over_pairs.on_gpu, interpret=True))
-    with tried("over_time", "gpu", columns=16), tried("over_pairs", "gpu", block=32):
+    with tried("over_pairs", "gpu", block=32), ExitStack() as stack:
+        for table in (name for name, choices in CHOICES.items() if choices is CHUNKS):
+            stack.enter_context(tried(table, "gpu", columns=16, sums=3, programs=1))
         yield
 
 
@@ -165,6 +169,18 @@ def test_matrix_states_on_a_gpu(name, on_a_gpu):
     check(op, shared(inputs), ids)
 
 
+@pytest.mark.parametrize("name", by_default(["gla per value", "delta_rule per channel"], DISTINCT))
+def test_lanes_of_matrix_states_on_a_gpu(name, on_a_gpu):
+    """Long sequences in parts that are walked at once, forward and backward, and restart in some of them."""
+    op, decay = MATRIX[name]
+    inputs, ids = matrix_inputs(op, 32 * 8 * 4, decay, B=1, H=1, K=16, V=16)
+    table = "gated_linear_attention_by_value" if decay == "B T H V" else getattr(op, "__name__", "")
+    with tried(table, "gpu", columns=16, sums=3, programs=4):
+        check(op, inputs, ids)
+        carries = str(everything(op, ids, "pallas").trace(inputs).jaxpr).count("f32[4,1,16,16]")
+    assert carries
+
+
 FILLED_UP = [(name, 12, 20) for name in ("gla per channel", "gla per value", "gla per head", "delta_rule per head")]
 FILLED_UP += [("delta_rule per head", 8, 1), ("gla per value", 1, 8)]
 
@@ -231,13 +247,13 @@ def test_channels_on_a_gpu(name, on_a_gpu):
     check(op, *channel_inputs(op, 37, complex_=complex_, N=3))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("name", by_default(["linear_recurrence complex", "selective_scan"], CHANNELS))
+IN_LANES = [(name, False) for name in CHANNELS] + [("linear_recurrence complex", True)]
+
+
+@pytest.mark.parametrize("name, reverse", by_default([IN_LANES[2], IN_LANES[3]], IN_LANES))
 def test_lanes_on_a_gpu(name, reverse, on_a_gpu):
     """Long sequences in parts that are walked at once, in both directions, restarting in some of them."""
     op, complex_ = CHANNELS[name]
-    if reverse and op is ops.selective_scan:
-        pytest.skip("selective_scan has one direction")
     inputs, ids = channel_inputs(op, 1000, D=20, complex_=complex_, N=3)
     op = partial(op, reverse=True) if reverse else op
     with tried("by_token", "gpu", programs=8), tried("by_token_backward", "gpu", programs=16):
@@ -264,7 +280,7 @@ BLOCKS = [(name, length) for name in ("gla per channel", "delta_rule per channel
 )
 def test_lengths_of_chunks_in_use(name, length):
     op, decay = MATRIX[name]
-    with tried("over_time", "tpu", block=64):
+    with tried(op.__name__, "tpu", block=64):
         check(op, *matrix_inputs(op, length, decay, H=1, K=16, V=24))
 
 
@@ -273,12 +289,22 @@ def test_lengths_of_strides(length):
     check(ops.linear_recurrence, *channel_inputs(ops.linear_recurrence, length))
 
 
+def narrow(name, length):
+    op, decay = MATRIX[name]
+    inputs, ids = matrix_inputs(op, length, decay, H=1, strength="mild")
+    wide = ("log_decay", "initial_state")
+    return op, {k: x if k in wide else x.astype(jnp.bfloat16) for k, x in inputs.items()}, ids
+
+
 @pytest.mark.parametrize("name", by_default(["gla per head"], ["gla per head", "delta_rule per channel"]))
 def test_bfloat16_of_chunks_in_use(name):
-    op, decay = MATRIX[name]
-    inputs, ids = matrix_inputs(op, 150, decay, H=1, strength="mild")
-    inputs = {k: x if k in ("log_decay", "initial_state") else x.astype(jnp.bfloat16) for k, x in inputs.items()}
-    check(op, inputs, ids, "bfloat16 gradient")
+    check(*narrow(name, 150), "bfloat16 gradient")
+
+
+@pytest.mark.parametrize("name", by_default(["gla per channel", "delta_rule per head"], DISTINCT))
+def test_bfloat16_of_chunks_on_a_gpu(name, on_a_gpu):
+    """What is prepared and the states between chunks are kept in bfloat16."""
+    check(*narrow(name, 100), "bfloat16 gradient")
 
 
 # That the others are there is seen where they are lowered.
@@ -305,8 +331,8 @@ WALKS = ("gla per head", "delta_rule per channel", "linear_recurrence", "selecti
 def test_no_race_and_no_block_out_of_bounds(name, monkeypatch):
     """Under the interpreter that keeps the memories of a TPU apart."""
     careful = pltpu.InterpretParams(detect_races=True)
-    walk = partial(over_time.on_tpu, interpret=careful)
-    monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, length, size, *arrays: f(walk, 16, *arrays))
+    walker = Walker(partial(over_time.on_tpu, interpret=careful))
+    monkeypatch.setattr("jaxseq.ops.chunkwise.on_platforms", lambda f, *of: f(walker, 16, *of[3:]))
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("tpu", careful), *arrays))
     if name in MATRIX:
         op, decay = MATRIX[name]
@@ -418,10 +444,10 @@ def test_what_the_selective_scan_has_no_kernel_for():
         ops.selective_scan(**inputs, impl="pallas")
 
 
-def test_sums_of_logs_lose_nothing():
+def test_sums_lose_nothing():
     """Three products of bfloat16 are as close to the sums of float64 as float32 is, from tiny logs to huge ones."""
     rng = np.random.default_rng(0)
     g = -np.exp(rng.uniform(-18, 9, (128, 32))).astype(np.float32)
     which = np.tril(np.ones((128, 128), bool))
-    found = jax.jit(partial(_sums_of_logs, None))(which, jnp.asarray(g))
+    found = jax.jit(partial(_sums, None))(which, jnp.asarray(g))
     np.testing.assert_allclose(found, np.cumsum(g.astype(np.float64), axis=0), rtol=1e-6)

@@ -36,22 +36,22 @@ def test_the_row_of_the_device_and_the_width_is_taken(monkeypatch):
     """The narrowest row that serves the width: of the device where there is one, else of its platform."""
     row = lambda block, **of: {"on": "tpu", "block": block, "reason": "-"} | of
     rows = [row(32), row(16, up_to=64), row(64, on="TPU v9", up_to=128), row(128, on="TPU v9", up_to=32)]
-    monkeypatch.setattr(tiles, "_read", lambda: tables() | {"over_time": rows})
-    block = lambda width: tiles.tile("over_time", "tpu", width)["block"]
+    monkeypatch.setattr(tiles, "_read", lambda: tables() | {"delta_rule": rows})
+    block = lambda width: tiles.tile("delta_rule", "tpu", width)["block"]
     assert [block(width) for width in (64, 65, 200)] == [16, 32, 32]
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="tpu", device_kind="TPU v9")])
     assert [block(width) for width in (8, 64, 128, 200)] == [128, 64, 64, 32]
-    with tiles.tried("over_time", "tpu", block=256), tiles.tried("by_token", "gpu", width=32):
+    with tiles.tried("delta_rule", "tpu", block=256), tiles.tried("by_token", "gpu", width=32):
         assert block(8) == 256 and tiles.tile("by_token", "gpu", 8)["width"] == 32
     assert block(8) == 128
 
 
 def test_a_rewritten_row_takes_the_place_of_its_like():
     row = {"on": "TPU v9", "up_to": 64, "block": 64, "reason": "measured"}
-    once = tiles.rewritten(tables(), "over_time", row)
-    again = tiles.rewritten(once, "over_time", row | {"block": 128})
-    assert len(once["over_time"]) == len(again["over_time"]) == len(tables()["over_time"]) + 1
-    assert tiles.parsed(tiles.text_of(again), "new")["over_time"][-1]["block"] == 128
+    once = tiles.rewritten(tables(), "delta_rule", row)
+    again = tiles.rewritten(once, "delta_rule", row | {"block": 128})
+    assert len(once["delta_rule"]) == len(again["delta_rule"]) == len(tables()["delta_rule"]) + 1
+    assert tiles.parsed(tiles.text_of(again), "new")["delta_rule"][-1]["block"] == 128
 
 
 def test_a_kernel_runs_with_the_tiles_it_is_told():
@@ -59,7 +59,7 @@ def test_a_kernel_runs_with_the_tiles_it_is_told():
     x = jnp.ones((1, 40, 1, 8))
     run = lambda x: ops.gated_linear_attention(x, x, x, impl="pallas")
     assert "grid=(1, 1, 1)" in str(jax.make_jaxpr(run)(x))
-    with tiles.tried("over_time", "tpu", block=16):
+    with tiles.tried("gated_linear_attention", "tpu", block=16):
         assert "grid=(1, 1, 3)" in str(jax.make_jaxpr(lambda x: run(x))(x))
 
 
@@ -98,12 +98,18 @@ def test_the_search_keeps_what_runs_and_is_right(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "no JSON": ("{", "tiles is not valid JSON"),
-    "a kernel too few": (json.dumps({"over_time": []}), "must hold a table for each of over_time, over_pairs"),
-    "no default": (tables() | {"over_time": []}, "over_time has no row on 'tpu' that serves every width"),
-    "a default of some widths": ({"up_to": 64}, "over_time has no row on 'tpu' that serves every width"),
+    "a kernel too few": (
+        json.dumps({"delta_rule": []}),
+        "must hold a table for each of gated_linear_attention, ",
+    ),
+    "no default": (tables() | {"delta_rule": []}, "delta_rule has no row on 'tpu' that serves every width"),
+    "a default of some widths": ({"up_to": 64}, "delta_rule has no row on 'tpu' that serves every width"),
     "no reason": ({"reason": None}, "must say what it is `on` and its `reason`"),
     "another platform's": ({"columns": 64}, "what it chooses must be block"),
-    "another device's": ({"on": "H200", "width": 3}, "what it chooses must be block or block, columns, warps, stages"),
+    "another device's": (
+        {"on": "H200", "width": 3},
+        "what it chooses must be block or block, columns, sums, warps, stages, warps_before, programs",
+    ),
     "no power of two": ({"block": 48}, "block must be a power of two, 16 at least"),
     "too few": ({"block": 8}, "block must be a power of two, 16 at least"),
     "no number": ({"block": "64"}, "block must be a power of two, 16 at least"),
@@ -114,9 +120,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_table_is_refused(name):
     change, words = BAD[name]
-    if isinstance(change, dict) and "over_time" not in change:
-        first, *others = tables()["over_time"]
-        change = tables() | {"over_time": [first | change, *others]}
+    if isinstance(change, dict) and "delta_rule" not in change:
+        first, *others = tables()["delta_rule"]
+        change = tables() | {"delta_rule": [first | change, *others]}
     text = change if isinstance(change, str) else json.dumps(change)
     with pytest.raises(ValueError, match=words):
         tiles.parsed(text, "tiles")

@@ -84,7 +84,7 @@ def normals(key, *shapes):
 def matrix_inputs(shape, key_width, gate, beta, key_heads, batch, key):
     """Bfloat16 tokens and float32 log decays, as strong as those of a layer early in training."""
     T, H, V = shape
-    decays = {"key": (batch, T, H, key_width), "head": (batch, T, H), None: (1,)}[gate]
+    decays = {"key": (batch, T, H, key_width), "value": (batch, T, H, V), "head": (batch, T, H), None: (1,)}[gate]
     heads = (batch, T, key_heads or H, key_width)
     q, k, v, b, g = normals(key, heads, heads, (batch, T, H, V), (batch, T, H), decays)
     tokens = [x.astype(jnp.bfloat16) for x in (q, unit(k), v, sigmoid(b))]
@@ -107,6 +107,10 @@ def products(tokens, heads, key_width, value_width, corrections=0, chunk=64) -> 
     return 2.0 * tokens * heads * (1 + corrections) * (chunk * (key_width + value_width) + 2 * key_width * value_width)
 
 
+def gla_by_value(q, k, v, g, impl):
+    return ops.gated_linear_attention(q, k, v, g, decay_axis="value", impl=impl)
+
+
 def dplr(q, k, v, g, impl):
     return ops.dplr_recurrence(q, k, v, -k, 0.5 * k, g, impl=impl)
 
@@ -115,9 +119,11 @@ def rwkv7_of_fla(f, q, k, v, g):
     return f(q, g, k, v, -k, 0.5 * k, scale=q.shape[-1] ** -0.5)
 
 
-#: Name: op, what decays (each key channel, each head, nothing), whether there is a β, and who else has a kernel for it.
+#: Name: op, what decays (each channel of keys or of values, each head, nothing), whether there is a β, and who else has
+#: a kernel for it.
 MATRIX: dict[str, tuple[Callable, str | None, bool, tuple[str, Callable] | None]] = {
     "gla": (ops.gated_linear_attention, "key", False, ("gla:chunk_gla", lambda f, q, k, v, g: f(q, k, v, g))),
+    "gla_by_value": (gla_by_value, "value", False, None),
     "retention": (
         ops.gated_linear_attention, None, False, ("simple_gla:chunk_simple_gla", lambda f, q, k, v: f(q, k, v)),
     ),
@@ -129,6 +135,10 @@ MATRIX: dict[str, tuple[Callable, str | None, bool, tuple[str, Callable] | None]
     "kda": (ops.delta_rule, "key", True, ("kda:chunk_kda", lambda f, q, k, v, b, g: f(q, k, v, g, b))),
     "dplr": (dplr, "key", False, ("rwkv7:chunk_rwkv7", rwkv7_of_fla)),
 }  # fmt: skip
+
+
+#: Tables of tiles, where they have not the name of the op.
+TABLES: dict[Callable, str] = {dplr: "dplr_recurrence", gla_by_value: "gated_linear_attention_by_value"}
 
 
 def ssd_of_fla(f, q, k, v, g):
@@ -168,8 +178,9 @@ def kernels(config: Sizes) -> Iterator[Kernel]:
         for K in config.widths:
             shape, heads = (T, D // K, K), D // K
             for name, (op, gate, beta, peer) in MATRIX.items():
+                tiles = TABLES.get(op, op.__name__)
                 inputs, flops = partial(matrix_inputs, shape, K, gate, beta, None), products(tokens, heads, K, K, beta)
-                yield Kernel(f"{name}/{K}", T, ("over_time",), K, op, inputs, batch, flops, peer)
+                yield Kernel(f"{name}/{K}", T, (tiles,), K, op, inputs, batch, flops, peer)
             if config.most_attended >= T:
                 inputs, flops = partial(matrix_inputs, shape, K, None, False, None), tokens * T * 2.0 * D
                 forms, peer = ("chunked", "pallas", *fused), ("", attention_of_torch)
@@ -177,7 +188,9 @@ def kernels(config: Sizes) -> Iterator[Kernel]:
         V, N = config.widths[0], 8 * config.states
         inputs, flops = partial(matrix_inputs, (T, D // V, V), N, "head", False, 1), products(tokens, D // V, N, V)
         peer = "simple_gla:chunk_simple_gla", ssd_of_fla
-        yield Kernel("ssd", T, ("over_time",), max(N, V), ops.gated_linear_attention, inputs, batch, flops, peer)
+        yield Kernel(
+            "ssd", T, ("gated_linear_attention",), max(N, V), ops.gated_linear_attention, inputs, batch, flops, peer
+        )
         inputs = partial(selective_inputs, T, D, config.states)
         yield Kernel("selective_scan", T, by_token, config.states, ops.selective_scan, inputs, batch)
         inputs = partial(recurrence_inputs, T, D)

@@ -1,8 +1,8 @@
 """Matrix states that decay, S_t = diag(exp g_t) S_{t-1} + k vᵀ + …, a chunk of time at once.
 
-An op adds the arithmetic of one chunk, `chunk(within, tokens, decays, S) -> (out, state)`, on arrays `… C K` and in the
-precision of S. XLA runs it on a batch of all sequences and heads, where `within` is `within_chunk.py`; a kernel runs it
-on one chunk of one head, where `within` is the kernel's own.
+An op adds the arithmetic of one `Chunk`, on arrays `… C K` and in the precision of the state. XLA runs it on a batch of
+all sequences and heads, where `within` is `within_chunk.py`; a kernel runs it on one chunk of one head, where `within`
+is the kernel's own.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.over_time import Walk, on_platforms
+from pallas_kernels.over_time import Walk, Walker, on_platforms
 
 from ..shapes import accumulator, zeros_from
 from . import within_chunk
@@ -23,10 +23,32 @@ from .matrix_state import per_head
 CHUNK = 32
 
 
+class Chunk(NamedTuple):
+    """The arithmetic of a chunk in two parts, with products in `dtype`.
+
+    `prepare(dtype, within, rows, decays)` is all that no state is needed for, by name: pairs of tokens, rows with their
+    decays. `through(dtype, within, columns, prepared, total, S) -> (out, state)` is the rest. Many processors prepare
+    all chunks `beforehand`, where it is arrays `C W`; what is `exact` keeps the precision of S then.
+    """
+
+    dtype: jnp.dtype
+    prepare: Callable
+    through: Callable
+    exact: tuple[str, ...] = ()
+    beforehand: bool = True
+
+    def prepared(self, within, rows, decays):
+        return self.prepare(self.dtype, within, rows, decays)
+
+    def passed(self, within, columns, prepared, total, S):
+        return self.through(self.dtype, within, columns, prepared, total, S)
+
+
 class Roles(NamedTuple):
     """Which tokens meet the state along the axis that decays: reading it, reading it before their decay, writing to it.
 
-    With `outputs`, what is read lies along that axis. `columns` are all that lies along the other one.
+    What writes is prepared with its decay to the end of the chunk. With `outputs`, what is read lies along that axis.
+    `columns` are all that lies along the other one.
     """
 
     reads: tuple[str, ...] = ()
@@ -34,6 +56,24 @@ class Roles(NamedTuple):
     writes: tuple[str, ...] = ()
     outputs: bool = False
     columns: tuple[str, ...] = ("v", "o", "d_o")
+
+    def rows(self, tokens):
+        return {name: x for name, x in tokens.items() if name not in self.columns}
+
+    def apart(self, tokens):
+        """Rows, columns."""
+        return self.rows(tokens), {name: x for name, x in tokens.items() if name in self.columns}
+
+    def of_logs(self, within, total, d_total, prepared, rows, of_outputs=0):
+        """The gradient of log decays, `_backward`'s ḡ, from those of what is prepared and of rows: pairs (x, x̄)."""
+        of_all = total.shape[-2] == 1  # channels decay alike
+        meet = lambda x, d_x: jnp.sum(x * d_x, -1, keepdims=True) if of_all else x * d_x
+        along = lambda pairs, names: sum(meet(pairs[0][name], pairs[1][name]) for name in names)
+        early = along(rows, self.early_reads)
+        moved = along(rows, self.reads) + early - along(rows, self.writes) + of_outputs
+        written = jnp.sum(along(prepared, self.writes), -2, keepdims=True)
+        # What is read early is read before its own decay.
+        return (total * d_total).swapaxes(-1, -2) + written + within.later(moved) - early
 
 
 def in_xla(step, walk: Walk, S, tokens, matrices):
@@ -63,7 +103,7 @@ def in_xla(step, walk: Walk, S, tokens, matrices):
 
 
 class Place(NamedTuple):
-    """Where chunks are computed: `run(f, *arrays)` is `f(walk, chunk size, *arrays)`, for one platform or several.
+    """Where chunks are computed: `run(f, *arrays)` is `f(walker, chunk size, *arrays)`, for one platform or several.
 
     States between chunks are kept for the backward pass, or computed again: their number is the platform's.
     """
@@ -72,18 +112,18 @@ class Place(NamedTuple):
     keeps: bool
 
 
-def chunks(form: Callable, single: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
+def chunks(op: str, form: Callable, single: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
     """The forms "chunked" and "pallas" of one `form` that takes a place; the kernel of one token alone is `single`."""
     size = chunk_size or min(CHUNK, length)
-    in_kernels = lambda f, *arrays: on_platforms(f, length, chunk_size, *arrays)
+    in_kernels = lambda f, *arrays: on_platforms(f, op, length, chunk_size, *arrays)
     return {
-        "chunked": partial(form, place=Place(lambda f, *arrays: f(in_xla, size, *arrays), keeps=True)),
+        "chunked": partial(form, place=Place(lambda f, *arrays: f(Walker(in_xla), size, *arrays), keeps=True)),
         "pallas": single if length == 1 else partial(form, place=Place(in_kernels, keeps=False)),
     }
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def chunkwise(chunk: Callable, roles: Roles, place: Place, tokens: dict[str, jax.Array], g, S):
+def chunkwise(chunk: Chunk, roles: Roles, place: Place, tokens: dict[str, jax.Array], g, S):
     """Read-outs `B T H V` and the final state, of tokens `B T H …` with values "v", log decays `B T H K|1`, a state.
 
     Tokens may have fewer heads, each for a run of those of the state. The backward pass computes each chunk again, from
@@ -92,56 +132,116 @@ def chunkwise(chunk: Callable, roles: Roles, place: Place, tokens: dict[str, jax
     return place.run(partial(_forward, chunk, roles, False), tokens, g, S)[:2]
 
 
-def _forward(chunk, roles, keep: bool, walk: Callable, size: int, tokens, g, S):
+def _forward(chunk: Chunk, roles: Roles, keep: bool, walker: Walker, size: int, tokens, g, S):
     """Read-outs, the final state, and the states before each chunk where they are kept."""
-    path = Walk(size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep)
-    after, outputs, states = walk(partial(_step, chunk), path, S, _filled(size, tokens | {"g": g}), {})
+    path = Walk(size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep, kept=chunk.dtype)
+    rows, columns = roles.apart(_filled(size, tokens | {"g": g}))
+    if walker.each and chunk.beforehand:
+        prepared = walker.each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows)
+        after, outputs, states = walker.walk(partial(_through, chunk, roles), path, S, columns | prepared, {})
+    else:
+        after, outputs, states = walker.walk(partial(_whole, chunk, roles), path, S, columns | rows, {})
     return outputs["o"][:, : g.shape[1]], after, states
 
 
-def _step(chunk, within, S, here, _):
-    here = here.copy()
-    decays = within.decays_of(here.pop("g"))
-    out, after = chunk(within, {name: x.astype(S.dtype) for name, x in here.items()}, decays, S)
-    return after, {"o": out}
+def _whole(chunk: Chunk, roles: Roles, within, S, here, _):
+    """A chunk at once."""
+    rows, columns = roles.apart(_cast(here, S.dtype))
+    decays = within.decays_of(rows.pop("g"))
+    o, after = chunk.passed(within, columns, chunk.prepared(within, rows, decays), decays.total, S)
+    return after, {"o": o}
 
 
-def _backward(chunk, roles, walk: Callable, size: int, tokens, g, S, states, d_o, d_S):
+def _prepare(chunk: Chunk, dtype, within, here):
+    """What a chunk has prepared; "total" is the decay of all its tokens, one row."""
+    rows = _cast(here, dtype)
+    decays = within.decays_of(rows.pop("g"))
+    prepared = chunk.prepared(within, rows, decays)
+    narrow = {name: x if name in chunk.exact else x.astype(chunk.dtype) for name, x in prepared.items()}
+    return narrow | {"total": decays.total.swapaxes(-1, -2)}
+
+
+def _through(chunk: Chunk, roles: Roles, within, S, here, _):
+    prepared, columns = roles.apart(_cast(here, S.dtype))
+    total = prepared.pop("total").swapaxes(-1, -2)
+    o, after = chunk.passed(within, columns, prepared, total, S)
+    return after, {"o": o}
+
+
+def _backward(chunk: Chunk, roles: Roles, walker: Walker, size: int, tokens, g, S, states, d_o, d_S):
     """Chunks are differentiated with their decays standing still; the log decays' gradient follows from the others'.
 
-    With S̄ the adjoint of S, and x ⊙ x̄ of whatever meets the state along its keys,
+    With x ⊙ x̄ of whatever meets the state along its keys, and S the state before the chunk, decayed by `total`,
 
-        ḡ_t = Σ_v S_t ⊙ S̄_t − Σ_writes k_t ⊙ k̄_t + Σ_reads a_t ⊙ ā_t        (reads of diag(exp g_t) S_{t-1})
-        Σ_v S_{t-1} ⊙ S̄_{t-1} = q_{t-1} ⊙ q̄_{t-1} + ḡ_t + Σ_early_reads a_t ⊙ ā_t
+        ḡ_t = Σ_v total ⊙ S ⊙ S̄_after + Σ_writes Σ_j (k_j ⊙ k̄_j, decayed to the end)
+              + Σ_{i≥t} (Σ_reads q_i ⊙ q̄_i − Σ_writes k_i ⊙ k̄_i)
 
     which is a sum from the end of the chunk, without the decays between any two tokens (GLA, arXiv 2312.06635, section
     4.3). Its rounding error is ε times the other gradients, also where strong decays leave a far smaller one.
     """
+    moving = tokens | {"g": g}
+    rows, columns = roles.apart(_filled(size, moving))
+    d_o = _filled(size, {"d_o": d_o})
+    each = walker.each if chunk.beforehand else None
+    prepared = each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows) if each else rows
     if states is None:
-        alone = Walk(size, {}, roles.columns, keep=True)
-        states = walk(partial(_step, chunk), alone, S, _filled(size, tokens | {"g": g}), {})[2]
-
-    def step(within, d_after, here, beside):
-        here = here.copy()
-        d_out, logs = here.pop("d_o"), here.pop("g")
-        decays = within.decays_of(logs)
-        here = {name: x.astype(d_after.dtype) for name, x in here.items()}
-        (o, after), pull_back = jax.vjp(lambda tokens, S: chunk(within, tokens, decays, S), here, beside["S"])
-        d_here, d_S = pull_back((d_out, d_after))
-        along = lambda names: sum(here[name] * d_here[name] for name in names)
-        moved = along(roles.reads) - along(roles.writes) + (o * d_out if roles.outputs else 0)
-        if roles.early_reads:
-            moved += within.advanced(along(roles.early_reads))  # read before the decay: after that of the one before
-        d_total = jnp.sum(after * d_after, -1, keepdims=True).swapaxes(-1, -2)
-        if logs.shape[-1] == 1:
-            moved, d_total = (jnp.sum(x, -1, keepdims=True) for x in (moved, d_total))
-        return d_S, d_here | {"g": d_total + within.later(moved)}
-
-    outputs = {name: (x.shape[-1], x.dtype) for name, x in (tokens | {"g": g}).items()}
-    path = Walk(size, outputs, roles.columns, reverse=True, differentiates=True)
-    d_S, d_tokens, _ = walk(step, path, d_S, _filled(size, tokens | {"g": g, "d_o": d_o}), {"S": states})
-    d_tokens = {name: _together(d[:, : g.shape[1]], (tokens | {"g": g})[name]) for name, d in d_tokens.items()}
+        step = partial(_through if each else _whole, chunk, roles)
+        alone = Walk(size, {}, roles.columns, keep=True, kept=chunk.dtype)
+        states = walker.walk(step, alone, S, columns | prepared, {})[2]
+    like = lambda arrays: {name: (x.shape[-1], x.dtype) for name, x in arrays.items()}
+    outputs = like(columns | prepared)
+    path = Walk(size, outputs, roles.columns, reverse=True, differentiates=True, kept=chunk.dtype)
+    step = partial(_through_backward if each else _whole_backward, chunk, roles)
+    d_S, d_tokens, _ = walker.walk(step, path, d_S, columns | prepared | d_o, {"S": states})
+    if each:
+        d_prepared = {f"d_{name}": d_tokens.pop(name) for name in prepared}
+        d_tokens |= each(partial(_prepare_backward, chunk, roles, S.dtype), size, S.shape[2], rows | d_prepared, True)
+    cut = lambda d, x: _together(d[:, : x.shape[1], :, : x.shape[3]], x)
+    d_tokens = {name: cut(d_tokens[name], x) for name, x in moving.items()}
     return d_tokens, d_tokens.pop("g"), d_S
+
+
+def _whole_backward(chunk: Chunk, roles: Roles, within, d_after, here, beside):
+    here = _cast(here, d_after.dtype)
+    d_o = here.pop("d_o")
+    rows, columns = roles.apart(here)
+    logs = rows.pop("g")
+    decays = within.decays_of(logs)
+    prepared, pull_rows = jax.vjp(lambda rows: chunk.prepared(within, rows, decays), rows)
+    passed = partial(chunk.passed, within)
+    (o, _), pull = jax.vjp(passed, columns, prepared, decays.total, beside["S"].astype(d_after.dtype))
+    d_columns, d_prepared, d_total, d_S = pull((d_o, d_after))
+    (d_rows,) = pull_rows(d_prepared)
+    of_outputs = o * d_o if roles.outputs else 0
+    d_logs = roles.of_logs(within, decays.total, d_total, (prepared, d_prepared), (rows, d_rows), of_outputs)
+    return d_S, d_columns | d_rows | {"g": d_logs}
+
+
+def _through_backward(chunk: Chunk, roles: Roles, within, d_after, here, beside):
+    here = _cast(here, d_after.dtype)
+    d_o = here.pop("d_o")
+    prepared, columns = roles.apart(here)
+    total = prepared.pop("total").swapaxes(-1, -2)
+    S = beside["S"].astype(d_after.dtype)
+    pull = jax.vjp(partial(chunk.passed, within), columns, prepared, total, S)[1]
+    d_columns, d_prepared, d_total, d_S = pull((d_o, d_after))
+    return d_S, d_columns | d_prepared | {"total": d_total.swapaxes(-1, -2)}
+
+
+def _prepare_backward(chunk: Chunk, roles: Roles, dtype, within, here):
+    d_prepared = {name[2:]: x.astype(dtype) for name, x in here.items() if name.startswith("d_")}
+    d_total = d_prepared.pop("total").swapaxes(-1, -2)
+    narrow = {name: x for name, x in here.items() if not name.startswith("d_")}
+    rows = _cast(narrow, dtype)
+    decays = within.decays_of(rows.pop("g"))
+    prepared, pull = jax.vjp(lambda rows: chunk.prepared(within, rows, decays), rows)
+    (d_rows,) = pull(d_prepared)
+    d_logs = roles.of_logs(within, decays.total, d_total, (prepared, d_prepared), (rows, d_rows))
+    return {name: d.astype(narrow[name].dtype) for name, d in (d_rows | {"g": d_logs}).items()}
+
+
+def _cast(tokens, dtype):
+    return {name: x.astype(dtype) for name, x in tokens.items()}
 
 
 def _together(d, x):

@@ -9,7 +9,7 @@ from ..exact import einsum
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import Roles, chunks, chunkwise
+from .chunkwise import Chunk, Roles, chunks, chunkwise
 from .dispatch import dispatch
 from .matrix_state import best, in_accumulator, per_head, prepared, total_map
 from .one_token import one_token
@@ -44,22 +44,28 @@ def chunked(q, k, v, beta, g, S, *, place):
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     strength = lambda x: (beta.astype(S.dtype) * x.astype(S.dtype)).astype(dtype)
     tokens = {"q": q, "k": k, "v": strength(v), "a": strength(per_head(k, v.shape[2]))}
-    return chunkwise(partial(_chunk, dtype), ROLES, place, tokens, g, S)
+    return chunkwise(Chunk(dtype, _prepare, _through, exact=("inverse",)), ROLES, place, tokens, g, S)
 
 
-def _chunk(dtype, within, tokens, decays, S):
+def _prepare(dtype, within, rows, decays):
+    """What corrections have to do with one another, (I + A_ak)⁻¹, and with what is read."""
+    q, k, a = (rows[name] for name in "qka")
+    A_ak, A = within.scores((a, q), (k,), decays, dtype)
+    A += within.diagonal_matrix(within.diagonal(q, k))
+    decayed = {"q": decays.from_start * q, "k": decays.to_end * k, "a": decays.from_start * a}
+    return {"inverse": within.inverse(A_ak), "A": A} | decayed
+
+
+def _through(dtype, within, columns, prepared, total, S):
     """All corrections u = β (v − Sᵀ k) at once, each less by what the ones before it have written (WY form):
 
     u = (I + A_ak)⁻¹ (β V − (a ⊙ e^G) S)        a = β k        (Gated DeltaNet, arXiv 2412.06464, section 3.3)
     """
-    q, k, v, a = (tokens[name] for name in "qkva")
-    A_ak, A_qk = within.scores((a, q), (k,), decays, dtype)
-    known = within.product("...ik,...kv->...iv", decays.from_start * a, S, dtype)
+    from_state = lambda x: within.product("...ik,...kv->...iv", x, S, dtype)
     # Repeated keys: an inverse in bfloat16 is none.
-    u = within.product("...ij,...jv->...iv", within.inverse(A_ak), v - known, S.dtype)
-    o = within.product("...ij,...jv->...iv", A_qk, u, dtype) + within.diagonal(q, k) * u
-    o += within.product("...ik,...kv->...iv", decays.from_start * q, S, dtype)
-    return o, decays.total * S + within.product("...ik,...iv->...kv", decays.to_end * k, u, dtype)
+    u = within.product("...ij,...jv->...iv", prepared["inverse"], columns["v"] - from_state(prepared["a"]), S.dtype)
+    o = within.product("...ij,...jv->...iv", prepared["A"], u, dtype) + from_state(prepared["q"])
+    return o, total * S + within.product("...ik,...iv->...kv", prepared["k"], u, dtype)
 
 
 def single(q, k, v, beta, g, S):
@@ -106,7 +112,7 @@ def delta_rule(
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),
-        **chunks(chunked, single, length, chunk_size),
+        **chunks("delta_rule", chunked, single, length, chunk_size),
     }
     form = dispatch("delta_rule", impl, forms, *best(length))
     v, beta = own((value, beta[..., None]))

@@ -9,7 +9,7 @@ from ..exact import einsum
 from ..monoid import MatrixMap, matrix_map
 from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
-from .chunkwise import Roles, chunks, chunkwise
+from .chunkwise import Chunk, Roles, chunks, chunkwise
 from .dispatch import dispatch
 from .matrix_state import best, in_accumulator, per_head, prepared, total_map, unless_restart
 from .one_token import one_token
@@ -42,27 +42,36 @@ ROLES = Roles(reads=("q",), early_reads=("a",), writes=("k", "b"))
 def chunked(q, k, v, a, b, g, S, *, place):
     tokens = {"q": q, "k": k, "v": v, "a": a, "b": b}
     dtype = promoted(*(x.dtype for x in tokens.values()))
-    return chunkwise(partial(_chunk, dtype), ROLES, place, tokens, g, S)
+    return chunkwise(Chunk(dtype, _prepare, _through, exact=("inverse",)), ROLES, place, tokens, g, S)
 
 
-def _chunk(dtype, within, tokens, decays, S):
+def _prepare(dtype, within, rows, decays):
+    """What each read, by a and by q, has of each writing, by k and by b. Reads by a are late by a token: those of the
+    next one are made after each token, and moved."""
+    q, k, a, b = (rows[name] for name in "qkab")
+    ahead = within.advanced(a)
+    readers, writers = (ahead, q), (k, b)
+    A = within.scores(readers, writers, decays, dtype)
+    own = [within.diagonal_matrix(within.diagonal(reader, writer)) for reader in readers for writer in writers]
+    ak, ab, qk, qb = (before + now for before, now in zip(A, own, strict=True))
+    decayed = {"q": decays.from_start * q, "a": within.delayed(decays.from_start * ahead, within.first(a))}
+    decayed |= {"k": decays.to_end * k, "b": decays.to_end * b}
+    return {"inverse": within.inverse(-within.delayed(ab)), "ak": within.delayed(ak), "qk": qk, "qb": qb} | decayed
+
+
+def _through(dtype, within, columns, prepared, total, S):
     """All reads u of a at once, from the state before the chunk and from one another:
 
     u = (I − A_ab)⁻¹ (A_ak V + (a ⊙ e^E) S)
     """
-    q, k, v, a, b = (tokens[name] for name in "qkvab")
+    v = columns["v"]
     from_state = lambda x: within.product("...ik,...kv->...iv", x, S, dtype)
     from_chunk = lambda A, x, of=dtype: within.product("...ij,...jv->...iv", A, x, of)
-    ahead = within.advanced(a)
-    A_ak, A_ab, A_qk, A_qb = within.scores((ahead, q), (k, b), decays, dtype)
-    A_ab += within.diagonal_matrix(within.diagonal(ahead, b))
-    read = from_chunk(A_ak, v) + within.diagonal(ahead, k) * v + from_state(decays.from_start * ahead)
-    read = within.delayed(read, from_state(within.first(a)))
-    u = from_chunk(within.inverse(-within.delayed(A_ab)), read, S.dtype)
-    o, after = from_state(decays.from_start * q), decays.total * S
-    for write, written, seen in ((k, v, A_qk), (b, u, A_qb)):
-        o += from_chunk(seen, written) + within.diagonal(q, write) * written
-        after += within.product("...ik,...iv->...kv", decays.to_end * write, written, dtype)
+    u = from_chunk(prepared["inverse"], from_chunk(prepared["ak"], v) + from_state(prepared["a"]), S.dtype)
+    o, after = from_state(prepared["q"]), total * S
+    for write, written, seen in (("k", v, "qk"), ("b", u, "qb")):
+        o += from_chunk(prepared[seen], written)
+        after += within.product("...ik,...iv->...kv", prepared[write], written, dtype)
     return o, after
 
 
@@ -110,7 +119,7 @@ def dplr_recurrence(
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),
-        **chunks(chunked, single, length, chunk_size),
+        **chunks("dplr_recurrence", chunked, single, length, chunk_size),
     }
     form = dispatch("dplr_recurrence", impl, forms, *best(length))
     v, a, b = own((value, unless_restart(per_head(a, heads), g), b))

@@ -11,7 +11,7 @@ from ..exact import einsum
 from ..monoid import OuterProduct, outer_product
 from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
-from .chunkwise import Roles, chunks, chunkwise
+from .chunkwise import Chunk, Roles, chunks, chunkwise
 from .dispatch import dispatch
 from .matrix_state import advanced, best, delayed, in_accumulator, per_head, prepared, unless_restart
 from .one_token import one_token
@@ -44,29 +44,42 @@ def chunked(q, k, v, g, S, read=BY_KEY, *, place):
     """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk."""
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     if read == BY_KEY:
-        chunk, roles, tokens = _chunk, Roles(reads=("q",), writes=("k",)), {"q": q, "k": k, "v": v}
+        chunk, roles = Chunk(dtype, _prepare, _through), Roles(reads=("q",), writes=("k",))
+        tokens = {"q": q, "k": k, "v": v}
     else:
-        chunk, roles = _chunk_by_value, Roles(writes=("v",), outputs=True, columns=("q", "k"))
+        chunk = Chunk(dtype, _prepare_by_value, _by_value, beforehand=False)
+        roles = Roles(writes=("v",), outputs=True, columns=("q", "k"))
         tokens = {"q": q, "k": v, "v": k}
-    return chunkwise(partial(chunk, dtype), roles, place, tokens, g, S)
+    return chunkwise(chunk, roles, place, tokens, g, S)
 
 
-def _chunk(dtype, within, tokens, decays, S):
-    """o_i = (e^{G_i} ⊙ q_i) S + Σ_{j≤i} (q_i · e^{G_i − G_j} ⊙ k_j) v_j"""
-    q, k, v = (tokens[name] for name in "qkv")
+def _prepare(dtype, within, rows, decays):
+    """A_ij = q_i · e^{G_i − G_j} ⊙ k_j of j ≤ i"""
+    q, k = rows["q"], rows["k"]
     (A,) = within.scores((q,), (k,), decays, dtype)
-    o = within.product("...ij,...jv->...iv", A, v, dtype) + within.diagonal(q, k) * v
-    o += within.product("...ik,...kv->...iv", decays.from_start * q, S, dtype)
-    return o, decays.total * S + within.product("...ik,...iv->...kv", decays.to_end * k, v, dtype)
+    A += within.diagonal_matrix(within.diagonal(q, k))
+    return {"A": A, "q": decays.from_start * q, "k": decays.to_end * k}
 
 
-def _chunk_by_value(dtype, within, tokens, decays, S):
+def _through(dtype, within, columns, prepared, total, S):
+    """o_i = (e^{G_i} ⊙ q_i) S + Σ_{j≤i} A_ij v_j"""
+    v = columns["v"]
+    o = within.product("...ij,...jv->...iv", prepared["A"], v, dtype)
+    o += within.product("...ik,...kv->...iv", prepared["q"], S, dtype)
+    return o, total * S + within.product("...ik,...iv->...kv", prepared["k"], v, dtype)
+
+
+def _prepare_by_value(dtype, within, rows, decays):
+    return {"v": decays.to_end * rows["v"], "raw": rows["v"], "decays": decays}
+
+
+def _by_value(dtype, within, columns, prepared, total, S):
     """o_i = e^{G_i} ⊙ S q_i + Σ_{j≤i} (q_i · k_j) e^{G_i − G_j} ⊙ v_j, with the state transposed."""
-    q, k, v = (tokens[name] for name in "qkv")
+    q, k, v, decays = columns["q"], columns["k"], prepared["raw"], prepared["decays"]
     weights = within.product("...ik,...jk->...ij", q, k, dtype)
     o = decays.from_start * within.product("...ik,...vk->...iv", q, S, dtype) + within.diagonal(q, k) * v
     o += within.decayed_values(weights, v, decays, dtype)
-    return o, decays.total * S + within.product("...iv,...ik->...vk", decays.to_end * v, k, dtype)
+    return o, total * S + within.product("...iv,...ik->...vk", prepared["v"], k, dtype)
 
 
 def single(q, k, v, g, S, read=BY_KEY):
@@ -140,7 +153,13 @@ def gated_linear_attention(
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),
-        **chunks(partial(chunked, read=read), partial(single, read=read), length, chunk_size),
+        **chunks(
+            f"gated_linear_attention{'_by_value' * by_value}",
+            partial(chunked, read=read),
+            partial(single, read=read),
+            length,
+            chunk_size,
+        ),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:
