@@ -6,6 +6,7 @@ XLA would halve a chunk again and again, all is done at full size under masks of
 
 from collections.abc import Callable
 from functools import partial
+from math import log
 from typing import NamedTuple
 
 import jax
@@ -24,8 +25,8 @@ def matrix_width(width: int) -> int:
 class Decays(NamedTuple):
     """Decays inside a chunk: from its start to what reads the state, from what writes to its end, of all tokens.
 
-    `logs` are those of each token. Where all channels decay alike, `pairwise` is the decay from writer j to reader i,
-    and zero from j = i on.
+    `logs` are those of each token, to the base 2. Where all channels decay alike, `pairwise` is the decay from writer j
+    to reader i, and zero from j = i on.
     """
 
     from_start: jax.Array
@@ -49,16 +50,20 @@ class WithinChunk(NamedTuple):
         """An einsum of two matrices in the precision `dtype`, summed in at least float32, and its adjoints so too."""
         return self._form(_product)(equation.replace("...", ""), dtype, self.exact, x, y)
 
-    def decays_of(self, g) -> Decays:
-        """Every decay is e to a sum of log decays, never to a difference: no overflow, no cancellation."""
-        g = jnp.maximum(g, NOTHING_LEFT)
+    def decays_of(self, g, dtype) -> Decays:
+        """Every decay is 2 to a sum of log decays, never to a difference: no overflow, no cancellation.
+
+        They decay what is of this dtype.
+        """
+        g = jnp.maximum(g, NOTHING_LEFT) * (1 / log(2))
         i, j = _rows_and_columns(g.shape[0])
-        from_start, to_end = (jnp.exp(_sums(self.exact, which, g)) for which in (j <= i, j > i))
-        decays = Decays(from_start, to_end, jnp.exp(jnp.sum(g, axis=0, keepdims=True).T), g)
+        sums = partial(_sums, self.exact, _parts(dtype))
+        from_start, to_end = (jnp.exp2(sums(which, g)) for which in (j <= i, j > i))
+        decays = Decays(from_start, to_end, jnp.exp2(jnp.sum(g, axis=0, keepdims=True).T), g)
         if g.shape[1] > 1:
             return decays
-        between = _sums(self.exact, j <= i, jnp.where(i > j, g, 0))
-        return decays._replace(pairwise=jnp.where(j < i, jnp.exp(jnp.where(j < i, between, 0)), 0))
+        between = sums(j <= i, jnp.where(i > j, g, 0))
+        return decays._replace(pairwise=jnp.where(j < i, jnp.exp2(jnp.where(j < i, between, 0)), 0))
 
     def scores(self, readers: tuple, writers: tuple, decays: Decays, dtype) -> list:
         """A_ij = q_i · (Π_{j<t≤i} decay_t ⊙ k_j) for j < i, else 0, of every reader q with every writer k in turn."""
@@ -79,12 +84,12 @@ class WithinChunk(NamedTuple):
 
     def sums(self, which, x):
         """Σ_j x_j over those j of each row i that `which` `C C` says, of x `C K`."""
-        return self._form(_sums)(self.exact, which, x)
+        return self._form(_sums)(self.exact, 3, which, x)
 
     def later(self, x):
         """Σ_{t≥i} x_t, which is not differentiated."""
         i, t = _rows_and_columns(x.shape[0])
-        return _sums(self.exact, t >= i, x)
+        return _sums(self.exact, 3, t >= i, x)
 
     def diagonal(self, q, k):
         """What a token reads of its own writing: q_i · k_i, `C 1`."""
@@ -122,23 +127,29 @@ def _row_numbers(x):
     return lax.broadcasted_iota(jnp.int32, x.shape, 0)
 
 
-def _sums(exact, which, x):
+def _parts(dtype) -> int:
+    """What one rounds to bfloat16 afterwards is decayed by 16 bits."""
+    return 3 if jnp.finfo(dtype).bits >= 32 else 2
+
+
+def _sums(exact, parts: int, which, x):
     """A float32 is the sum of three bfloat16, whose products with zeros and ones are exact: three products of bfloat16
     in half the registers, where `exact` takes three of tf32, or six of bfloat16."""
     if x.shape[1] == 1:
         return jnp.sum(jnp.where(which, x.T, 0), axis=1, keepdims=True)
     if x.dtype != jnp.float32:
         return jnp.dot(which.astype(x.dtype), x, precision=exact, preferred_element_type=x.dtype)
-    high = _first_bits(x)
-    middle = _first_bits(x - high)
     ones = which.astype(jnp.bfloat16)
     total = lambda part: jnp.dot(ones, part.astype(jnp.bfloat16), preferred_element_type=x.dtype)
-    return total(high) + total(middle) + total(x - high - middle)
+    sums = jnp.zeros_like(x)
+    for _ in range(parts - 1):
+        sums, x = sums + total(_first_bits(x)), x - _first_bits(x)
+    return sums + total(x)
 
 
-def _sums_backward(exact, which, d_sums):
+def _sums_backward(exact, parts: int, which, d_sums):
     """The cut into parts has no gradient of its own."""
-    return None, _sums(exact, which.T, d_sums)
+    return None, _sums(exact, parts, which.T, d_sums)
 
 
 def _first_bits(x):
@@ -173,21 +184,21 @@ def _product_backward(equation, dtype, exact, operands, d_out):
 # all of them at once would not fit into registers, and so are their adjoints, which compute the decays again.
 
 
-def _borders(exact, g, n):
+def _borders(exact, parts: int, g, n):
     """Decays to or from the middle of each token's block of 2ⁿ⁺¹, and which pairs that middle divides."""
     i, j = _rows_and_columns(g.shape[0])
-    late, late_too, same = (i >> n) % 2 == 1, (j >> n) % 2 == 1, i >> (n + 1) == j >> (n + 1)
-    between = same & ((late & late_too & (j <= i)) | (~late & ~late_too & (j > i)))
-    # With 0·n in g a compiler cannot take its three parts out of the loop, where they would be in registers all the
-    # time (sm_90a: 2.3 kB of spills a thread, 0.6 so).
+    half, late = i >> n, (i >> n) % 2 == 1
+    between = (half == j >> n) & ((j <= i) == late)
+    # With 0·n in g a compiler cannot take its parts out of the loop, where they would be in registers all the time
+    # (sm_90a: 2.3 kB of spills a thread, 0.6 so).
     g = g + 0 * jnp.asarray(n).astype(g.dtype)
-    return jnp.exp(_sums(exact, between, g)), same & late & ~late_too
+    return jnp.exp2(_sums(exact, parts, between, g)), (half == (j >> n) + 1) & late
 
 
-def _over_borders(exact, g, start, add):
-    """The sum over block sizes of what `add(decays, divided)` gives."""
+def _over_borders(exact, dtype, g, start, add):
+    """The sum over block sizes of what `add(decays, divided)` gives, which decays what is of this dtype."""
     sizes = (g.shape[0] - 1).bit_length()
-    body = lambda n, totals: jax.tree.map(jnp.add, totals, add(*_borders(exact, g, n)))
+    body = lambda n, totals: jax.tree.map(jnp.add, totals, add(*_borders(exact, _parts(dtype), g, n)))
     return lax.fori_loop(0, sizes, body, start)
 
 
@@ -198,7 +209,7 @@ def _scores(dtype, exact, readers, writers, g):
         dot = lambda q, k: _product("ik,jk->ij", dtype, exact, q * decay, k * decay)
         return tuple(jnp.where(divided, dot(q, k), 0) for q in readers for k in writers)
 
-    return _over_borders(exact, g, (zero,) * (len(readers) * len(writers)), add)
+    return _over_borders(exact, dtype, g, (zero,) * (len(readers) * len(writers)), add)
 
 
 def _scores_backward(dtype, exact, operands, d_scores):
@@ -218,7 +229,7 @@ def _scores_backward(dtype, exact, operands, d_scores):
         d_readers = tuple(decay * d_reader(row) for row in A)
         return d_readers, tuple(decay * d_writer(column) for column in zip(*A, strict=True))
 
-    d_readers, d_writers = _over_borders(exact, g, start, add)
+    d_readers, d_writers = _over_borders(exact, dtype, g, start, add)
     return d_readers, d_writers, jnp.zeros_like(g)
 
 
@@ -226,7 +237,7 @@ def _decayed_values(dtype, exact, A, v, g):
     def add(decay, divided):
         return decay * _product("ij,jv->iv", dtype, exact, jnp.where(divided, A, 0), decay * v)
 
-    return _over_borders(exact, g, jnp.zeros(v.shape, g.dtype), add)
+    return _over_borders(exact, dtype, g, jnp.zeros(v.shape, g.dtype), add)
 
 
 def _decayed_values_backward(dtype, exact, operands, d_out):
@@ -238,7 +249,7 @@ def _decayed_values_backward(dtype, exact, operands, d_out):
         return d_A, decay * _product("ij,iv->jv", dtype, exact, jnp.where(divided, A, 0), d)
 
     start = jnp.zeros(A.shape, g.dtype), jnp.zeros(v.shape, g.dtype)
-    return *_over_borders(exact, g, start, add), jnp.zeros_like(g)
+    return *_over_borders(exact, dtype, g, start, add), jnp.zeros_like(g)
 
 
 def _inverse(exact, L):
@@ -275,7 +286,7 @@ def _with_adjoint(
 
 #: Decays stand still where a chunk is differentiated: their own adjoint follows from the others.
 ADJOINTS = {
-    _sums: _with_adjoint(_sums, _sums_backward, 1, lambda out, operands: operands[0]),
+    _sums: _with_adjoint(_sums, _sums_backward, 2, lambda out, operands: operands[0]),
     _product: _with_adjoint(_product, _product_backward, 3),
     _scores: _with_adjoint(_scores, _scores_backward, 2),
     _decayed_values: _with_adjoint(_decayed_values, _decayed_values_backward, 2),

@@ -147,7 +147,7 @@ def _forward(chunk: Chunk, roles: Roles, keep: bool, walker: Walker, size: int, 
 def _whole(chunk: Chunk, roles: Roles, within, S, here, _):
     """A chunk at once."""
     rows, columns = roles.apart(_cast(here, S.dtype))
-    decays = within.decays_of(rows.pop("g"))
+    decays = within.decays_of(rows.pop("g"), chunk.dtype)
     o, after = chunk.passed(within, columns, chunk.prepared(within, rows, decays), decays.total, S)
     return after, {"o": o}
 
@@ -155,7 +155,7 @@ def _whole(chunk: Chunk, roles: Roles, within, S, here, _):
 def _prepare(chunk: Chunk, dtype, within, here):
     """What a chunk has prepared; "total" is the decay of all its tokens, one row."""
     rows = _cast(here, dtype)
-    decays = within.decays_of(rows.pop("g"))
+    decays = within.decays_of(rows.pop("g"), chunk.dtype)
     prepared = chunk.prepared(within, rows, decays)
     narrow = {name: x if name in chunk.exact else x.astype(chunk.dtype) for name, x in prepared.items()}
     return narrow | {"total": decays.total.swapaxes(-1, -2)}
@@ -206,7 +206,7 @@ def _whole_backward(chunk: Chunk, roles: Roles, within, d_after, here, beside):
     d_o = here.pop("d_o")
     rows, columns = roles.apart(here)
     logs = rows.pop("g")
-    decays = within.decays_of(logs)
+    decays = within.decays_of(logs, chunk.dtype)
     prepared, pull_rows = jax.vjp(lambda rows: chunk.prepared(within, rows, decays), rows)
     passed = partial(chunk.passed, within)
     (o, _), pull = jax.vjp(passed, columns, prepared, decays.total, beside["S"].astype(d_after.dtype))
@@ -233,7 +233,7 @@ def _prepare_backward(chunk: Chunk, roles: Roles, dtype, within, here):
     d_total = d_prepared.pop("total").swapaxes(-1, -2)
     narrow = {name: x for name, x in here.items() if not name.startswith("d_")}
     rows = _cast(narrow, dtype)
-    decays = within.decays_of(rows.pop("g"))
+    decays = within.decays_of(rows.pop("g"), chunk.dtype)
     prepared, pull = jax.vjp(lambda rows: chunk.prepared(within, rows, decays), rows)
     (d_rows,) = pull(d_prepared)
     d_logs = roles.of_logs(within, decays.total, d_total, (prepared, d_prepared), (rows, d_rows))

@@ -46,13 +46,14 @@ def _product_backward(equation, dtype, operands, d_out):
 product.defvjp(lambda equation, x, y, dtype: (product(equation, x, y, dtype), (x, y)), _product_backward)
 
 
-def decays_of(g) -> Decays:
+def decays_of(g, dtype=None) -> Decays:
     """Decays inside blocks that double in size, up to the chunk: to read from a block's start, to write to its end.
 
     Where two neighbours join, every later reader meets every earlier writer in one matrix product, the reader decayed
     from the border and the writer decayed to it. Decays are only ever multiplied, never divided or subtracted as
     logs, so all factors stay in [0, 1]: no overflow and no cancellation at any strength (GLA, arXiv 2312.06635,
-    section 4.3, takes a reference row a sub-block for the same end).
+    section 4.3, takes a reference row a sub-block for the same end). They are of the dtype of g, whatever `dtype` they
+    decay.
     """
     size = g.shape[-2]
     whole = 1 << (size - 1).bit_length()
