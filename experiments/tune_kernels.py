@@ -49,31 +49,29 @@ class Config(Sizes):
         return chosen("kernels", self.kernels, SEARCHED)
 
 
-CHUNKS: dict[str, dict[str, tuple[int, ...]]] = {
-    "tpu": {"block": (64, 128, 256)},
-    "gpu": {
-        "block": (32, 64), "columns": (32, 64, 128), "sums": (5, 8), "warps": (4, 8), "stages": (1, 2),
-        "warps_before": (2, 4, 8), "programs": (128, 256),
-    },
+IN_TIME: dict[str, tuple[int, ...]] = {
+    "block": (32, 64), "columns": (32, 64, 128), "warps": (4, 8), "stages": (1, 2), "programs": (128, 256),
 }  # fmt: skip
+BEFORE: dict[str, tuple[int, ...]] = {"warps_before": (2, 4, 8)}
+BLOCKS: dict[str, tuple[int, ...]] = {"block": (64, 128, 256)}
 
 #: What is tried, beside what the table says. Mosaic wants whole tiles; more than these never fit on a chip.
 SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
-    "gated_linear_attention": CHUNKS,
-    "gated_linear_attention_by_value": CHUNKS,
-    "delta_rule": CHUNKS,
-    "dplr_recurrence": CHUNKS,
+    "gated_linear_attention": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE},
+    "gated_linear_attention_by_value": {"tpu": BLOCKS, "gpu": IN_TIME},
+    "delta_rule": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE},
+    "dplr_recurrence": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE | {"sums": (3, 5)}},
     "over_pairs": {
         "tpu": {"block": (128, 256, 512)},
         "gpu": {"block": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
     },
     "by_token": {
         "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
-        "gpu": {"width": (16, 32, 64, 128), "warps": (1, 2, 4), "stages": (1, 2), "programs": (512, 1024)},
+        "gpu": {"width": (16, 32, 64, 128), "warps": (1, 2, 4), "ahead": (0, 1), "programs": (512, 1024)},
     },
     "by_token_backward": {
         "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
-        "gpu": {"width": (8, 16, 32, 64, 128), "warps": (1, 2, 4), "stages": (1, 2), "programs": (512, 1024)},
+        "gpu": {"width": (8, 16, 32, 64, 128), "warps": (1, 2, 4), "ahead": (0, 1), "programs": (512, 1024)},
     },
     "one_token": {
         "tpu": {"heads": (1, 2, 4, 8, 16)},

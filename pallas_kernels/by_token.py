@@ -5,7 +5,7 @@
 `token` is plain arithmetic on states `N W`, on what is fixed in time `N W`, and on the rows of one token: `1 W` of the
 channels, `1 N` of what all channels share. Its gradient is `jax.vjp` of it, from states computed again within a stride.
 
-Where sequences are too few for the processors there are, they are walked in `lanes`.
+Where sequences are too few for the processors there are, time is split.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .channel_programs import Programs, stride
-from .lanes import Affine, Lanes
-from .over_time import check_unchecked
+from .platforms import check_unchecked
+from .splits import Affine, Splits
 
 Arrays = dict[str, jax.Array]
 #: (states, fixed, rows) → (states, outputs)
@@ -76,11 +76,11 @@ def _forward(token: Token, outputs, reverse: bool, keep: bool, on: Programs, inp
 
         return over_strides(lambda n: _rows(dtype, refs["rows"], _tokens(n, size, reverse)), step, h)
 
-    lanes = Lanes(on.lanes("by_token", batch, length, states, channels), reverse)
-    own = lanes.apart(inputs.rows), lanes.apart(inputs.shared | inputs.flags)
+    splits = Splits(on.splits("by_token", batch, length, states, channels), reverse)
+    own = splits.apart(inputs.rows), splits.apart(inputs.shared | inputs.flags)
     advance = lambda h, fixed, row, _: token(h, fixed, row)[0]
     walk = partial(_walk, "by_token", on, reverse, advance, *own, inputs.fixed, {})
-    h = lanes.starts(walk, _apply, _compose, inputs.state)
+    h = splits.starts(walk, _apply, _compose, inputs.state)
     x = next(iter(own[0].values()))
     kept = lambda h: jax.ShapeDtypeStruct((h.shape[0], x.shape[1] // size, *h.shape[1:]), h.dtype)
     writes = {
@@ -89,7 +89,7 @@ def _forward(token: Token, outputs, reverse: bool, keep: bool, on: Programs, inp
     }
     reads = {"rows": own[0], "shared": own[1], "fixed": inputs.fixed}
     h, written = on("by_token", body, reverse, h, reads, writes)
-    return lanes.end(h), lanes.together(written["rows"]), lanes.together(written["kept"])
+    return splits.end(h), splits.together(written["rows"]), splits.together(written["kept"])
 
 
 def _backward(
@@ -100,10 +100,6 @@ def _backward(
 
     def body(refs, written, carry, over_strides):
         fixed = _values(refs["fixed"])
-
-        def read(n):
-            tokens = _tokens(n, size, reverse)
-            return _rows(dtype, refs["rows"], tokens), _rows(dtype, refs["d_outputs"], tokens)
 
         def step(n, moving, carry):
             h, tokens, pulls, found = _values(refs["kept"], n), _tokens(n, size, reverse), [], []
@@ -121,20 +117,20 @@ def _backward(
             _write(written["rows"] | written["partial"], reversed(tokens), found)
             return {"state": d_h, "fixed": d_fixed}
 
-        return over_strides(read, step, carry)
+        return over_strides(_reader(dtype, refs, size, reverse), step, carry)
 
     def pull(d_h, fixed, row, d_out):
         anywhere = jax.tree.map(jnp.zeros_like, d_h)  # an affine map has one derivative
         return jax.vjp(lambda h: token(h, fixed, row), anywhere)[1]((d_h, d_out))[0]
 
-    lanes = Lanes(on.lanes("by_token_backward", batch, length, states, channels), not reverse)
-    rows, shared, d_outputs = map(lanes.apart, (inputs.rows, inputs.shared | inputs.flags, d_outputs))
+    splits = Splits(on.splits("by_token_backward", batch, length, states, channels), not reverse)
+    rows, shared, d_outputs = map(splits.apart, (inputs.rows, inputs.shared | inputs.flags, d_outputs))
     walk = partial(_walk, "by_token_backward", on, not reverse, pull, rows, shared, inputs.fixed, d_outputs)
-    d_h = lanes.starts(walk, _apply, _compose, d_state)
-    d_fixed = {name: jnp.zeros((batch * lanes.number, *x.shape), x.dtype) for name, x in inputs.fixed.items()}
+    d_h = splits.starts(walk, _apply, _compose, d_state)
+    d_fixed = {name: jnp.zeros((batch * splits.number, *x.shape), x.dtype) for name, x in inputs.fixed.items()}
     like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
     reads = {
-        "rows": rows, "shared": shared, "fixed": inputs.fixed, "kept": lanes.apart(kept), "d_outputs": d_outputs
+        "rows": rows, "shared": shared, "fixed": inputs.fixed, "kept": splits.apart(kept), "d_outputs": d_outputs
     }  # fmt: skip
     writes = {
         "rows": {name: like(x, x.dtype) for name, x in rows.items()},
@@ -142,29 +138,27 @@ def _backward(
     }
     carry, written = on("by_token_backward", body, not reverse, {"state": d_h, "fixed": d_fixed}, reads, writes)
     # What all channels, or all sequences, share has a part from each program.
-    d_shared = lanes.together({name: jnp.sum(x, axis=1) for name, x in written["partial"].items()})
+    d_shared = splits.together({name: jnp.sum(x, axis=1) for name, x in written["partial"].items()})
     d_shared = {name: x.astype(inputs.shared[name].dtype) for name, x in d_shared.items()}
     d_fixed = {name: jnp.sum(x, axis=0) for name, x in carry["fixed"].items()}
     d_flags = jax.tree.map(jnp.zeros_like, inputs.flags)
-    return Inputs(lanes.end(carry["state"]), lanes.together(written["rows"]), d_shared, d_fixed, d_flags)
+    return Inputs(splits.end(carry["state"]), splits.together(written["rows"]), d_shared, d_fixed, d_flags)
 
 
-# ---- lanes ----------------------------------------------------------------------------------------------------------
+# ---- splits ---------------------------------------------------------------------------------------------------------
 
 
 def _walk(
-    name: str, on: Programs, reverse: bool, advance: Callable, rows, shared, fixed, beside, start: Arrays
+    name: str, on: Programs, reverse: bool, advance: Callable, rows, shared, fixed, d_outputs, start: Arrays
 ) -> Affine:
-    """Where walks end that start from zero, and from the unit state of each kind: `advance(state, fixed, row, row of
-    what is beside)` is an affine map. `start` are states of this shape."""
+    """Where walks end from zero, and from the unit state of each kind; `start` are states of this shape.
+
+    `advance(state, fixed, row, row of d_outputs)` is an affine map.
+    """
     size, dtype = stride(next(iter(start.values())).shape[1]), next(iter(start.values())).dtype
 
     def body(refs, _, carry, over_strides):
         fixed = _values(refs["fixed"])
-
-        def read(n):
-            tokens = _tokens(n, size, reverse)
-            return _rows(dtype, refs["rows"], tokens), _rows(dtype, refs["d_outputs"], tokens)
 
         def step(n, moving, carry):
             rows, others = moving
@@ -174,12 +168,12 @@ def _walk(
                 carry = {"zero": after, "units": {kind: push(h) for kind, h in carry["units"].items()}}
             return carry
 
-        return over_strides(read, step, carry)
+        return over_strides(_reader(dtype, refs, size, reverse), step, carry)
 
     constant = lambda value: lambda h: jnp.full_like(h, value)
     zero = jax.tree.map(constant(0), start)
     units = {kind: zero | {kind: constant(1)(h)} for kind, h in start.items()}
-    reads = {"rows": rows, "shared": shared, "fixed": fixed, "d_outputs": beside}
+    reads = {"rows": rows, "shared": shared, "fixed": fixed, "d_outputs": d_outputs}
     ends, _ = on(name, body, reverse, {"zero": zero, "units": units}, reads, {"rows": {}})
     return Affine(**ends)
 
@@ -215,6 +209,16 @@ def _values(refs, at=...) -> Arrays:
 
 def _rows(dtype, refs, tokens) -> list[Arrays]:
     return [{name: ref[t, :].astype(dtype) for name, ref in refs.items()} for t in tokens]
+
+
+def _reader(dtype, refs, size: int, reverse: bool) -> Callable:
+    """The rows and cotangents of a stride."""
+
+    def read(n):
+        tokens = _tokens(n, size, reverse)
+        return _rows(dtype, refs["rows"], tokens), _rows(dtype, refs["d_outputs"], tokens)
+
+    return read
 
 
 def _write(refs, tokens, rows: list[Arrays]) -> None:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .lanes import lanes
-from .over_time import tpu_parameters, triton_parameters
+from .platforms import tpu_parameters, triton_parameters
+from .splits import how_many
 from .tiles import tile
 
 
 def whole(length: int) -> int:
-    """What times are filled up to, by 15 tokens or a sixteenth: blocks of a TPU and lanes of a GPU divide it."""
+    """What times are filled up to, by 15 tokens or a sixteenth: blocks of a TPU and splits of a GPU divide it."""
     unit = 1 << max(4, (length // 16).bit_length() - 1)
     return length + -length % unit
 
@@ -36,11 +36,11 @@ class Programs(NamedTuple):
     platform: str
     interpret: Any = False
 
-    def lanes(self, name: str, batch: int, length: int, states: int, channels: int) -> int:
-        """In how many lanes a sequence is walked by the kernel of this name."""
+    def splits(self, name: str, batch: int, length: int, states: int, channels: int) -> int:
+        """In how many parts a sequence is walked at once by the kernel of this name."""
         chosen = tile(name, self.platform, states)
         programs = batch * -(-channels // self._width(chosen, channels))
-        return lanes(chosen.get("programs", 1), programs, length // (8 * stride(states)), walks=2)
+        return how_many(chosen.get("programs", 1), programs, length // stride(states), walks=2)
 
     def _width(self, chosen: dict[str, int], channels: int) -> int:
         """Channels of a program, no more than there are, and whole lanes of a TPU."""
@@ -84,26 +84,27 @@ class Programs(NamedTuple):
         def over_strides(read, step, carry):
             """`step(n, read(n), carry)` from stride to stride."""
             place = lambda n: block - 1 - n if reverse else n
-            if chosen.get("stages", 1) == 1:
+            if chosen.get("ahead", 0) == 0:
                 return lax.fori_loop(0, block, lambda n, carry: step(place(n), read(place(n)), carry), carry)
 
-            def ahead(n, state):
+            def with_next(n, state):
                 here, carry = state
                 following = read(place(jnp.minimum(n + 1, block - 1)))  # on its way while the program works
                 return following, step(place(n), here, carry)
 
-            return lax.fori_loop(0, block, ahead, (read(place(0)), carry))[1]
+            return lax.fori_loop(0, block, with_next, (read(place(0)), carry))[1]
 
         def kernel(start, refs, final, written):
             load = lambda refs: jax.tree.map(lambda ref: ref[...], refs)
+            store = lambda refs, values: jax.tree.map(lambda ref, x: ref.__setitem__(..., x), refs, values)
             if blocks > 1:  # the last carry's place holds it from block to block
 
                 @pl.when(pl.program_id(2) == 0)
                 def _():
-                    jax.tree.map(lambda ref, value: ref.__setitem__(..., value), final, load(start))
+                    store(final, load(start))
 
             after = body(refs, written, load(final if blocks > 1 else start), over_strides)
-            jax.tree.map(lambda ref, value: ref.__setitem__(..., value), final, after)
+            store(final, after)
 
         over = lambda tree, f: {kind: {name: f(kind, x) for name, x in arrays.items()} for kind, arrays in tree.items()}
         spec = lambda kind, x: forms[kind](x)

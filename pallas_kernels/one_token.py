@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import check_unchecked, tpu_parameters, triton_parameters
+from .platforms import check_unchecked, tpu_parameters, triton_parameters
 from .tiles import tile
 
 Arrays = dict[str, jax.Array]
@@ -30,7 +30,7 @@ def one_token(token: Token, S: jax.Array, rows: Arrays, columns: Arrays) -> tupl
     `rows` are tokens `B H K` or `B H 1`, `columns` are tokens `B H V`; all become of the state's dtype.
 
     Raises:
-      NotImplementedError: as `over_time.check_unchecked`.
+      NotImplementedError: as `platforms.check_unchecked`.
     """
     check_unchecked((S, rows, columns))
     on = lambda platform, interpret=False: partial(_call, token, platform, interpret)

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .over_time import arithmetic_of_gpu, check_unchecked, head_for, tpu_parameters, triton_parameters
+from .platforms import arithmetic_of_gpu, check_unchecked, head_for, tpu_parameters, triton_parameters
 from .tiles import tile
 from .within_chunk import WithinChunk
 
 Arrays = dict[str, jax.Array]
 
 
-class Run(NamedTuple):
-    """Blocks from the first to before the last, which are `clear` or not: what that means is the step's affair."""
+class Span(NamedTuple):
+    """Blocks from `start` to before `stop`, which are `clear` or not: what that means is the step's affair."""
 
-    first: Any
-    last: Any
+    start: Any
+    stop: Any
     clear: bool
 
 
@@ -36,15 +36,15 @@ class Fold(NamedTuple):
     """The parts of a fold. Blocks are `C W`; of width 1, columns `C 1` of the first and rows `1 C` of the second.
 
     `start(C)` is the carry of a block, `step(within, carry, first, second, i, j, clear)` the next one, and
-    `finish(carry)` the outputs `C W` by name, with `outputs` their widths and dtypes. `meets(i, size)` are the runs of
-    blocks of the second that a block meets, one after the other.
+    `finish(carry)` the outputs `C W` by name, with `outputs` their widths and dtypes. `meets(i, size)` are the spans
+    of blocks of the second that a block meets, one after the other.
     """
 
     start: Callable[[int], Any]
     step: Callable
     finish: Callable[[Any], Arrays]
     outputs: dict[str, tuple[int, Any]]
-    meets: Callable[[Any, int], list[Run]]
+    meets: Callable[[Any, int], list[Span]]
 
 
 def over_pairs(fold: Fold, first: Arrays, second: Arrays) -> Arrays:
@@ -53,7 +53,7 @@ def over_pairs(fold: Fold, first: Arrays, second: Arrays) -> Arrays:
     Widths are 1 or those of `within_chunk.matrix_width`.
 
     Raises:
-      NotImplementedError: as `over_time.check_unchecked`.
+      NotImplementedError: as `platforms.check_unchecked`.
     """
     check_unchecked((first, second))
     on = lambda form, **options: partial(form, fold, **options)
@@ -96,8 +96,8 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
 
     def met(i, j):
         """Block j, or the nearest one that is met: what is there already is not fetched again."""
-        runs = fold.meets(i, block)
-        return jnp.maximum(jnp.minimum(jnp.maximum(j, runs[0].first), jnp.minimum(runs[-1].last, columns) - 1), 0)
+        spans = fold.meets(i, block)
+        return jnp.maximum(jnp.minimum(jnp.maximum(j, spans[0].start), jnp.minimum(spans[-1].stop, columns) - 1), 0)
 
     first, second = ({name: tiled(x) for name, x in of.items()} for of in (first, second))
     carry = jax.eval_shape(lambda: fold.start(block))
@@ -122,8 +122,8 @@ def on_tpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
             here = {name: turned(name, ref) for name, ref in first_refs.items()}
             store(fold.step(within, load(), here, {name: ref[...] for name, ref in second_refs.items()}, i, j, clear))
 
-        for run in fold.meets(i, block):
-            pl.when((run.first <= j) & (j < run.last))(partial(step, run.clear))
+        for span in fold.meets(i, block):
+            pl.when((span.start <= j) & (j < span.stop))(partial(step, span.clear))
 
         @pl.when(j == columns - 1)
         def _():
@@ -173,9 +173,9 @@ def on_gpu(fold: Fold, first: Arrays, second: Arrays, *, interpret: Any = False)
             return fold.step(within, carry, here, there, i, j, clear)
 
         carry = fold.start(block)
-        for run in fold.meets(i, block):
-            bounds = jnp.maximum(run.first, 0), jnp.minimum(run.last, columns)
-            carry = lax.fori_loop(*bounds, partial(step, run.clear), carry)
+        for span in fold.meets(i, block):
+            bounds = jnp.maximum(span.start, 0), jnp.minimum(span.stop, columns)
+            carry = lax.fori_loop(*bounds, partial(step, span.clear), carry)
         for name, value in fold.finish(carry).items():
             outputs[name][...] = value.astype(outputs[name].dtype)
 

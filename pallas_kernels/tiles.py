@@ -21,26 +21,24 @@ PATH = Path(__file__).with_name("tiles.json")
 Row = dict[str, Any]
 Table = dict[str, list[Row]]
 
-CHUNKS = {
-    "tpu": {"block": 16},
-    "gpu": {"block": 16, "columns": 16, "sums": 1, "warps": 1, "stages": 1, "warps_before": 1, "programs": 1},
+IN_TIME = {"block": 16, "columns": 16, "warps": 1, "stages": 1, "programs": 1}
+BY_TOKEN = {
+    "tpu": {"width": 128, "strides": 1},
+    "gpu": {"width": 8, "warps": 1, "ahead": 0, "programs": 1},
 }
 
 #: What is to be chosen for each kernel on each platform, and the least of it. A program works on a `block` of tokens at
 #: once, or of so many `strides`; on `columns` of a matrix state, at most so many `sums` over them, states of so many
-#: `heads`, or a `width` of channels, one of about so many `programs`; with Triton's `warps` and `stages`, and
-#: `warps_before` for what is prepared.
+#: `heads`, or a `width` of channels, with rows of a stride `ahead` on their way or not; it is one of about so many
+#: `programs`, with Triton's `warps` and `stages`, and `warps_before` for what is prepared.
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
-    "gated_linear_attention": CHUNKS,
-    "gated_linear_attention_by_value": CHUNKS,
-    "delta_rule": CHUNKS,
-    "dplr_recurrence": CHUNKS,
+    "gated_linear_attention": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
+    "gated_linear_attention_by_value": {"tpu": {"block": 16}, "gpu": IN_TIME},
+    "delta_rule": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
+    "dplr_recurrence": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1, "sums": 1}},
     "over_pairs": {"tpu": {"block": 16}, "gpu": {"block": 16, "warps": 1, "stages": 1}},
-    "by_token": {"tpu": {"width": 128, "strides": 1}, "gpu": {"width": 8, "warps": 1, "stages": 1, "programs": 1}},
-    "by_token_backward": {
-        "tpu": {"width": 128, "strides": 1},
-        "gpu": {"width": 8, "warps": 1, "stages": 1, "programs": 1},
-    },
+    "by_token": BY_TOKEN,
+    "by_token_backward": BY_TOKEN,
     "one_token": {"tpu": {"heads": 1}, "gpu": {"columns": 16, "warps": 1}},
 }
 
@@ -61,7 +59,8 @@ def tile(kernel: str, platform: str, width: int) -> dict[str, int]:
 @contextmanager
 def tried(kernel: str, platform: str, **choices: int) -> Iterator[None]:
     """What is traced inside takes these choices instead of the table's."""
-    token = _TRIED.set({**_TRIED.get(), (kernel, platform): choices})
+    already = _TRIED.get().get((kernel, platform), {})
+    token = _TRIED.set({**_TRIED.get(), (kernel, platform): {**already, **choices}})
     try:
         yield
     finally:
@@ -104,7 +103,7 @@ def _check(row: Row, kernel: str, name: str) -> None:
     if least is None:
         raise ValueError(f"{where}; what it chooses must be {' or '.join(map(', '.join, fitting))}.")
     for word, size in (sizes | {"up_to": row.get("up_to", 1)}).items():
-        lowest, any_number = least.get(word, 1), word in ("up_to", "stages", "sums")
+        lowest, any_number = least.get(word, 1), word in ("up_to", "stages", "sums", "ahead")
         if not isinstance(size, int) or size < lowest or (size & (size - 1) and not any_number):
             kind = "whole number" if any_number else "power of two"
             raise ValueError(f"{where}; {word} must be a {kind}, {lowest} at least.")

@@ -39,8 +39,8 @@ class Decays(NamedTuple):
 class WithinChunk(NamedTuple):
     """Products, decays and inverses; `exact` is how this back end multiplies float32 without rounding it first.
 
-    Where the chunk is `differentiated`, products and inverses come with their adjoints; Triton takes no function that
-    has one and is not.
+    Where the arithmetic is `differentiated`, products and inverses come with their adjoints; Triton takes no function
+    that has one and is not.
     """
 
     exact: lax.Precision | lax.DotAlgorithmPreset
@@ -134,7 +134,7 @@ def _parts(dtype) -> int:
 
 def _sums(exact, parts: int, which, x):
     """A float32 is the sum of three bfloat16, whose products with zeros and ones are exact: three products of bfloat16
-    in half the registers, where `exact` takes three of tf32, or six of bfloat16."""
+    in half the registers, where `exact` takes three of tf32, or six of bfloat16. Two `parts` of it are 16 bits."""
     if x.shape[1] == 1:
         return jnp.sum(jnp.where(which, x.T, 0), axis=1, keepdims=True)
     if x.dtype != jnp.float32:

@@ -108,7 +108,7 @@ BAD = {
     "another platform's": ({"columns": 64}, "what it chooses must be block"),
     "another device's": (
         {"on": "H200", "width": 3},
-        "what it chooses must be block or block, columns, sums, warps, stages, warps_before, programs",
+        "what it chooses must be block or block, columns, warps, stages, programs, warps_before",
     ),
     "no power of two": ({"block": 48}, "block must be a power of two, 16 at least"),
     "too few": ({"block": 8}, "block must be a power of two, 16 at least"),

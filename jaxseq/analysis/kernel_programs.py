@@ -107,11 +107,11 @@ def products(tokens, heads, key_width, value_width, corrections=0, chunk=64) -> 
     return 2.0 * tokens * heads * (1 + corrections) * (chunk * (key_width + value_width) + 2 * key_width * value_width)
 
 
-def gla_by_value(q, k, v, g, impl):
+def gated_linear_attention_by_value(q, k, v, g, impl):
     return ops.gated_linear_attention(q, k, v, g, decay_axis="value", impl=impl)
 
 
-def dplr(q, k, v, g, impl):
+def dplr_recurrence(q, k, v, g, impl):
     return ops.dplr_recurrence(q, k, v, -k, 0.5 * k, g, impl=impl)
 
 
@@ -123,7 +123,7 @@ def rwkv7_of_fla(f, q, k, v, g):
 #: a kernel for it.
 MATRIX: dict[str, tuple[Callable, str | None, bool, tuple[str, Callable] | None]] = {
     "gla": (ops.gated_linear_attention, "key", False, ("gla:chunk_gla", lambda f, q, k, v, g: f(q, k, v, g))),
-    "gla_by_value": (gla_by_value, "value", False, None),
+    "gla_by_value": (gated_linear_attention_by_value, "value", False, None),
     "retention": (
         ops.gated_linear_attention, None, False, ("simple_gla:chunk_simple_gla", lambda f, q, k, v: f(q, k, v)),
     ),
@@ -133,12 +133,8 @@ MATRIX: dict[str, tuple[Callable, str | None, bool, tuple[str, Callable] | None]
         ("gated_delta_rule:chunk_gated_delta_rule", lambda f, q, k, v, b, g: f(q, k, v, g, b)),
     ),
     "kda": (ops.delta_rule, "key", True, ("kda:chunk_kda", lambda f, q, k, v, b, g: f(q, k, v, g, b))),
-    "dplr": (dplr, "key", False, ("rwkv7:chunk_rwkv7", rwkv7_of_fla)),
+    "dplr": (dplr_recurrence, "key", False, ("rwkv7:chunk_rwkv7", rwkv7_of_fla)),
 }  # fmt: skip
-
-
-#: Tables of tiles, where they have not the name of the op.
-TABLES: dict[Callable, str] = {dplr: "dplr_recurrence", gla_by_value: "gated_linear_attention_by_value"}
 
 
 def ssd_of_fla(f, q, k, v, g):
@@ -178,9 +174,8 @@ def kernels(config: Sizes) -> Iterator[Kernel]:
         for K in config.widths:
             shape, heads = (T, D // K, K), D // K
             for name, (op, gate, beta, peer) in MATRIX.items():
-                tiles = TABLES.get(op, op.__name__)
                 inputs, flops = partial(matrix_inputs, shape, K, gate, beta, None), products(tokens, heads, K, K, beta)
-                yield Kernel(f"{name}/{K}", T, (tiles,), K, op, inputs, batch, flops, peer)
+                yield Kernel(f"{name}/{K}", T, (op.__name__,), K, op, inputs, batch, flops, peer)
             if config.most_attended >= T:
                 inputs, flops = partial(matrix_inputs, shape, K, None, False, None), tokens * T * 2.0 * D
                 forms, peer = ("chunked", "pallas", *fused), ("", attention_of_torch)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.over_time import Walk, Walker, on_platforms
+from pallas_kernels.over_time import on_platforms
+from pallas_kernels.walk import Walk, Walker
 
 from ..shapes import accumulator, zeros_from
 from . import within_chunk
@@ -37,12 +38,6 @@ class Chunk(NamedTuple):
     exact: tuple[str, ...] = ()
     beforehand: bool = True
 
-    def prepared(self, within, rows, decays):
-        return self.prepare(self.dtype, within, rows, decays)
-
-    def passed(self, within, columns, prepared, total, S):
-        return self.through(self.dtype, within, columns, prepared, total, S)
-
 
 class Roles(NamedTuple):
     """Which tokens meet the state along the axis that decays: reading it, reading it before their decay, writing to it.
@@ -57,12 +52,10 @@ class Roles(NamedTuple):
     outputs: bool = False
     columns: tuple[str, ...] = ("v", "o", "d_o")
 
-    def rows(self, tokens):
-        return {name: x for name, x in tokens.items() if name not in self.columns}
-
     def apart(self, tokens):
         """Rows, columns."""
-        return self.rows(tokens), {name: x for name, x in tokens.items() if name in self.columns}
+        along = lambda columns: {name: x for name, x in tokens.items() if (name in self.columns) == columns}
+        return along(False), along(True)
 
     def of_logs(self, within, total, d_total, prepared, rows, of_outputs=0):
         """The gradient of log decays, `_backward`'s ḡ, from those of what is prepared and of rows: pairs (x, x̄)."""
@@ -77,7 +70,7 @@ class Roles(NamedTuple):
 
 
 def in_xla(step, walk: Walk, S, tokens, matrices):
-    """`pallas_kernels.over_time` without a kernel, all heads at once.
+    """A walk of `pallas_kernels.walk` without a kernel, all heads at once.
 
     Blocks are read and written where they stay: no copy of an array in another order.
     """
@@ -112,10 +105,13 @@ class Place(NamedTuple):
     keeps: bool
 
 
-def chunks(op: str, form: Callable, single: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
-    """The forms "chunked" and "pallas" of one `form` that takes a place; the kernel of one token alone is `single`."""
+def chunks(table: str, form: Callable, single: Callable, length: int, chunk_size: int | None) -> dict[str, Callable]:
+    """The forms "chunked" and "pallas" of one `form` that takes a place; the kernel of one token alone is `single`.
+
+    Tiles of the others are in this table.
+    """
     size = chunk_size or min(CHUNK, length)
-    in_kernels = lambda f, *arrays: on_platforms(f, op, length, chunk_size, *arrays)
+    in_kernels = lambda f, *arrays: on_platforms(f, table, length, chunk_size, *arrays)
     return {
         "chunked": partial(form, place=Place(lambda f, *arrays: f(Walker(in_xla), size, *arrays), keeps=True)),
         "pallas": single if length == 1 else partial(form, place=Place(in_kernels, keeps=False)),
@@ -134,7 +130,7 @@ def chunkwise(chunk: Chunk, roles: Roles, place: Place, tokens: dict[str, jax.Ar
 
 def _forward(chunk: Chunk, roles: Roles, keep: bool, walker: Walker, size: int, tokens, g, S):
     """Read-outs, the final state, and the states before each chunk where they are kept."""
-    path = Walk(size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep, kept=chunk.dtype)
+    path = Walk(size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep, carries_dtype=chunk.dtype)
     rows, columns = roles.apart(_filled(size, tokens | {"g": g}))
     if walker.each and chunk.beforehand:
         prepared = walker.each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows)
@@ -144,19 +140,17 @@ def _forward(chunk: Chunk, roles: Roles, keep: bool, walker: Walker, size: int, 
     return outputs["o"][:, : g.shape[1]], after, states
 
 
-def _whole(chunk: Chunk, roles: Roles, within, S, here, _):
+def _whole(chunk: Chunk, roles: Roles, within, S, here, matrices):
     """A chunk at once."""
-    rows, columns = roles.apart(_cast(here, S.dtype))
-    decays = within.decays_of(rows.pop("g"), chunk.dtype)
-    o, after = chunk.passed(within, columns, chunk.prepared(within, rows, decays), decays.total, S)
-    return after, {"o": o}
+    rows, columns = roles.apart(here)
+    return _through(chunk, roles, within, S, columns | _prepare(chunk, S.dtype, within, rows), matrices)
 
 
 def _prepare(chunk: Chunk, dtype, within, here):
     """What a chunk has prepared; "total" is the decay of all its tokens, one row."""
     rows = _cast(here, dtype)
     decays = within.decays_of(rows.pop("g"), chunk.dtype)
-    prepared = chunk.prepared(within, rows, decays)
+    prepared = chunk.prepare(chunk.dtype, within, rows, decays)
     narrow = {name: x if name in chunk.exact else x.astype(chunk.dtype) for name, x in prepared.items()}
     return narrow | {"total": decays.total.swapaxes(-1, -2)}
 
@@ -164,7 +158,7 @@ def _prepare(chunk: Chunk, dtype, within, here):
 def _through(chunk: Chunk, roles: Roles, within, S, here, _):
     prepared, columns = roles.apart(_cast(here, S.dtype))
     total = prepared.pop("total").swapaxes(-1, -2)
-    o, after = chunk.passed(within, columns, prepared, total, S)
+    o, after = chunk.through(chunk.dtype, within, columns, prepared, total, S)
     return after, {"o": o}
 
 
@@ -186,11 +180,11 @@ def _backward(chunk: Chunk, roles: Roles, walker: Walker, size: int, tokens, g, 
     prepared = each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows) if each else rows
     if states is None:
         step = partial(_through if each else _whole, chunk, roles)
-        alone = Walk(size, {}, roles.columns, keep=True, kept=chunk.dtype)
+        alone = Walk(size, {}, roles.columns, keep=True, carries_dtype=chunk.dtype)
         states = walker.walk(step, alone, S, columns | prepared, {})[2]
     like = lambda arrays: {name: (x.shape[-1], x.dtype) for name, x in arrays.items()}
     outputs = like(columns | prepared)
-    path = Walk(size, outputs, roles.columns, reverse=True, differentiates=True, kept=chunk.dtype)
+    path = Walk(size, outputs, roles.columns, reverse=True, differentiated=True, carries_dtype=chunk.dtype)
     step = partial(_through_backward if each else _whole_backward, chunk, roles)
     d_S, d_tokens, _ = walker.walk(step, path, d_S, columns | prepared | d_o, {"S": states})
     if each:
@@ -201,15 +195,14 @@ def _backward(chunk: Chunk, roles: Roles, walker: Walker, size: int, tokens, g, 
     return d_tokens, d_tokens.pop("g"), d_S
 
 
-def _whole_backward(chunk: Chunk, roles: Roles, within, d_after, here, beside):
-    here = _cast(here, d_after.dtype)
+def _whole_backward(chunk: Chunk, roles: Roles, within, d_after, here, matrices):
+    """Not one after the other as the two below, which compute twice what is prepared: XLA does not see that."""
+    here, S = _cast(here, d_after.dtype), matrices["S"].astype(d_after.dtype)
     d_o = here.pop("d_o")
     rows, columns = roles.apart(here)
-    logs = rows.pop("g")
-    decays = within.decays_of(logs, chunk.dtype)
-    prepared, pull_rows = jax.vjp(lambda rows: chunk.prepared(within, rows, decays), rows)
-    passed = partial(chunk.passed, within)
-    (o, _), pull = jax.vjp(passed, columns, prepared, decays.total, beside["S"].astype(d_after.dtype))
+    decays = within.decays_of(rows.pop("g"), chunk.dtype)
+    prepared, pull_rows = jax.vjp(lambda rows: chunk.prepare(chunk.dtype, within, rows, decays), rows)
+    (o, _), pull = jax.vjp(partial(chunk.through, chunk.dtype, within), columns, prepared, decays.total, S)
     d_columns, d_prepared, d_total, d_S = pull((d_o, d_after))
     (d_rows,) = pull_rows(d_prepared)
     of_outputs = o * d_o if roles.outputs else 0
@@ -217,13 +210,12 @@ def _whole_backward(chunk: Chunk, roles: Roles, within, d_after, here, beside):
     return d_S, d_columns | d_rows | {"g": d_logs}
 
 
-def _through_backward(chunk: Chunk, roles: Roles, within, d_after, here, beside):
-    here = _cast(here, d_after.dtype)
+def _through_backward(chunk: Chunk, roles: Roles, within, d_after, here, matrices):
+    here, S = _cast(here, d_after.dtype), matrices["S"].astype(d_after.dtype)
     d_o = here.pop("d_o")
     prepared, columns = roles.apart(here)
     total = prepared.pop("total").swapaxes(-1, -2)
-    S = beside["S"].astype(d_after.dtype)
-    pull = jax.vjp(partial(chunk.passed, within), columns, prepared, total, S)[1]
+    pull = jax.vjp(partial(chunk.through, chunk.dtype, within), columns, prepared, total, S)[1]
     d_columns, d_prepared, d_total, d_S = pull((d_o, d_after))
     return d_S, d_columns | d_prepared | {"total": d_total.swapaxes(-1, -2)}
 
@@ -234,14 +226,14 @@ def _prepare_backward(chunk: Chunk, roles: Roles, dtype, within, here):
     narrow = {name: x for name, x in here.items() if not name.startswith("d_")}
     rows = _cast(narrow, dtype)
     decays = within.decays_of(rows.pop("g"), chunk.dtype)
-    prepared, pull = jax.vjp(lambda rows: chunk.prepared(within, rows, decays), rows)
+    prepared, pull = jax.vjp(lambda rows: chunk.prepare(chunk.dtype, within, rows, decays), rows)
     (d_rows,) = pull(d_prepared)
     d_logs = roles.of_logs(within, decays.total, d_total, (prepared, d_prepared), (rows, d_rows))
     return {name: d.astype(narrow[name].dtype) for name, d in (d_rows | {"g": d_logs}).items()}
 
 
-def _cast(tokens, dtype):
-    return {name: x.astype(dtype) for name, x in tokens.items()}
+def _cast(arrays, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), arrays)
 
 
 def _together(d, x):

@@ -11,7 +11,7 @@ from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
 from .chunkwise import Chunk, Roles, chunks, chunkwise
 from .dispatch import dispatch
-from .matrix_state import best, in_accumulator, per_head, prepared, total_map
+from .matrix_state import arguments, best, in_accumulator, per_head, total_map
 from .one_token import one_token
 
 # The forms take queries and keys `B T H K` (the last two forms of fewer heads too), values `B T H V`, β `B T H 1`, log
@@ -108,7 +108,7 @@ def delta_rule(
       NotImplementedError: `impl` is none of the forms.
     """
     length = value.shape[1]
-    q, k, g, S = prepared("delta_rule", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size)
+    q, k, g, S = arguments("delta_rule", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size)
     forms = {
         "sequential": in_accumulator(sequential, S),
         "parallel": in_accumulator(parallel, S),

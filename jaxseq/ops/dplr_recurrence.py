@@ -11,7 +11,7 @@ from ..shapes import Array, Float, Int, promoted, typed
 from ..sharded import across_devices, own
 from .chunkwise import Chunk, Roles, chunks, chunkwise
 from .dispatch import dispatch
-from .matrix_state import best, in_accumulator, per_head, prepared, total_map, unless_restart
+from .matrix_state import arguments, best, in_accumulator, per_head, total_map, unless_restart
 from .one_token import one_token
 
 # The forms take queries, keys, a and b `B T H K` (the last two forms of fewer heads too), values `B T H V`, log decays
@@ -113,7 +113,7 @@ def dplr_recurrence(
       NotImplementedError: `impl` is none of the forms.
     """
     length, heads = value.shape[1:3]
-    q, k, g, S = prepared(
+    q, k, g, S = arguments(
         "dplr_recurrence", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size
     )
     forms = {

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.over_pairs import Fold, Run, over_pairs
+from pallas_kernels.over_pairs import Fold, Span, over_pairs
 from pallas_kernels.within_chunk import matrix_width
 
 from ..shapes import accumulator, promoted
@@ -38,31 +38,31 @@ class Sight(NamedTuple):
     segments: bool
 
     def keys_met(self, i, size: int):
-        """Runs of blocks of keys that block i of queries meets; where a run is clear every query sees every key."""
-        return self._runs(self.offset + i * size, self.behind, self.ahead, size, self.keys // size)
+        """Spans of blocks of keys that block i of queries meets; where one is clear every query sees every key."""
+        return self._spans(self.offset + i * size, self.behind, self.ahead, size, self.keys // size)
 
     def queries_met(self, j, size: int):
         """The same of queries and block j of keys. Queries that only fill a block up have no cotangent."""
         clear = jnp.where((j + 1) * size <= self.keys, jnp.int32(ALL), 0)
-        return self._runs(j * size - self.offset, self.ahead, self.behind, size, clear)
+        return self._spans(j * size - self.offset, self.ahead, self.behind, size, clear)
 
-    def _runs(self, start, before: int | None, after: int | None, size: int, most_clear):
+    def _spans(self, start, before: int | None, after: int | None, size: int, most_clear):
         """From the block of `start - before` to that of the last position and `after`; a size is a power of two."""
         block = lambda position: position >> (size.bit_length() - 1)
         last = start + size - 1
         begin = 0 if before is None else block(jnp.maximum(start - before, 0))
         end = ALL if after is None else block(last + after) + 1
         if self.segments:
-            return [Run(begin, end, False)]
+            return [Span(begin, end, False)]
         clear = begin if before is None else jnp.clip(block(last - before + size - 1), begin, end)
         over = most_clear if after is None else jnp.minimum(most_clear, block(start + after + 1))
         over = jnp.clip(over, clear, end)
-        edge = [] if before is None else [Run(begin, clear, False)]
-        return [*edge, Run(clear, over, True), Run(over, end, False)]
+        edge = [] if before is None else [Span(begin, clear, False)]
+        return [*edge, Span(clear, over, True), Span(over, end, False)]
 
-    def logits(self, within, q, k, i, j, clear: bool, q_ids, k_ids, dtype):
+    def logits(self, within, first, second, i, j, clear: bool, dtype):
         """Logits `C C` of a block of queries and a block of keys, and which of them count: all, where it is clear."""
-        s = within.product("ik,jk->ij", q, k, dtype)
+        s = within.product("ik,jk->ij", first["q"], second["k"], dtype)
         if self.softcap is not None:
             s = self.softcap * jnp.tanh(s / self.softcap)
         if clear:
@@ -73,11 +73,11 @@ class Sight(NamedTuple):
         seen = key < self.keys
         seen &= True if self.behind is None else lag <= self.behind
         seen &= True if self.ahead is None else -lag <= self.ahead
-        return s, seen if q_ids is None else seen & (q_ids == k_ids)
+        return s, seen & (first["ids"] == second["ids"]) if self.segments else seen
 
     def weights(self, within, first, second, i, j, clear: bool, dtype):
         """p and ds/d(q·k) of a block, from the sums of the rows that are known."""
-        s, seen = self.logits(within, first["q"], second["k"], i, j, clear, first.get("ids"), second.get("ids"), dtype)
+        s, seen = self.logits(within, first, second, i, j, clear, dtype)
         slope = 1 if self.softcap is None else 1 - (s / self.softcap) ** 2
         return _where(seen, _exp(_where(seen, s - first["L"], 0)), 0), slope
 
@@ -115,7 +115,7 @@ def _forward(sight, q, k, v, ids):
 
     def step(within, carry, first, second, i, j, clear):
         most, total, sums = carry
-        s, seen = sight.logits(within, first["q"], second["k"], i, j, clear, first.get("ids"), second.get("ids"), dtype)
+        s, seen = sight.logits(within, first, second, i, j, clear, dtype)
         above = jnp.maximum(most, jnp.max(_where(seen, s, NONE), axis=1, keepdims=True))
         p, less = _where(seen, _exp(s - above), 0), _exp(most - above)
         added = within.product("ij,jv->iv", p, second["v"], dtype)

@@ -13,7 +13,7 @@ from ..shapes import Array, Float, Int, promoted, typed, zeros_from
 from ..sharded import across_devices, own
 from .chunkwise import Chunk, Roles, chunks, chunkwise
 from .dispatch import dispatch
-from .matrix_state import advanced, best, delayed, in_accumulator, per_head, prepared, unless_restart
+from .matrix_state import advanced, arguments, best, delayed, in_accumulator, per_head, unless_restart
 from .one_token import one_token
 from .within_chunk import product
 
@@ -47,7 +47,7 @@ def chunked(q, k, v, g, S, read=BY_KEY, *, place):
         chunk, roles = Chunk(dtype, _prepare, _through), Roles(reads=("q",), writes=("k",))
         tokens = {"q": q, "k": k, "v": v}
     else:
-        chunk = Chunk(dtype, _prepare_by_value, _by_value, beforehand=False)
+        chunk = Chunk(dtype, _prepare_by_value, _by_value, exact=("raw", "decays"), beforehand=False)
         roles = Roles(writes=("v",), outputs=True, columns=("q", "k"))
         tokens = {"q": q, "k": v, "v": k}
     return chunkwise(chunk, roles, place, tokens, g, S)
@@ -70,6 +70,7 @@ def _through(dtype, within, columns, prepared, total, S):
 
 
 def _prepare_by_value(dtype, within, rows, decays):
+    """Not beforehand: decays between pairs of tokens are no array `C W`."""
     return {"v": decays.to_end * rows["v"], "raw": rows["v"], "decays": decays}
 
 
@@ -137,7 +138,7 @@ def gated_linear_attention(
       NotImplementedError: `impl` is none of the forms.
     """
     length = value.shape[1]
-    q, k, g, S = prepared(
+    q, k, g, S = arguments(
         "gated_linear_attention", query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size
     )
     if decay_axis not in ("key", "value"):
@@ -150,16 +151,11 @@ def gated_linear_attention(
         raise ValueError("bonus and decay_axis='value' are both given; choose one.")
     v, read = own(value), BY_VALUE if by_value else BY_KEY
     k, v, S = (v, k, S.swapaxes(2, 3)) if by_value else (k, v, S)
+    table = "gated_linear_attention_by_value" if by_value else "gated_linear_attention"
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),
-        **chunks(
-            f"gated_linear_attention{'_by_value' * by_value}",
-            partial(chunked, read=read),
-            partial(single, read=read),
-            length,
-            chunk_size,
-        ),
+        **chunks(table, partial(chunked, read=read), partial(single, read=read), length, chunk_size),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:

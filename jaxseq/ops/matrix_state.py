@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
     S: jax.Array
 
 
-def prepared(op, query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size) -> Prepared:
+def arguments(op, query, key, value, log_decay, scale, initial_state, segment_ids, chunk_size) -> Prepared:
     """A change of segment is a decay of zero, without any special case."""
     check_inputs(op, query, key, value, log_decay, chunk_size)
     (batch, _, heads, V), (groups, K) = value.shape, key.shape[2:]

@@ -1,7 +1,7 @@
-"""A few long sequences in lanes, on a GPU that has processors for more programs than they are.
+"""Time in splits, for a few long sequences on a GPU, which has processors for more programs than they are.
 
-A step of time is an affine map of the state, h → units · h + zero. So a first walk through every lane, from zero and
-from unit states beside it, tells where all lanes start, and then they are walked at once.
+A step of time is an affine map of the state, h → units · h + zero. So a first walk through every split, from zero and
+from unit states beside it, tells where all of them start, and then they are walked at once.
 """
 
 import math
@@ -21,23 +21,28 @@ class Affine(NamedTuple):
     zero: Any
 
 
-def lanes(wanted: int, programs: int, blocks: int, walks: int) -> int:
-    """How many lanes fill a device with the programs that are wanted: a power of two that divides the blocks of time.
+#: Blocks of time of a split, at least.
+SHORTEST = 8
+
+
+def how_many(wanted: int, programs: int, blocks: int, walks: int) -> int:
+    """How many splits make the programs that a device wants: a power of two that divides the blocks of time.
 
     They have to be more than the walks that they take for one.
     """
-    number = math.gcd(1 << max(1, wanted // programs).bit_length() - 1, max(1, blocks))
+    most = max(1, min(wanted // programs, blocks // SHORTEST))
+    number = math.gcd(1 << most.bit_length() - 1, blocks)
     return number if number > walks else 1
 
 
-class Lanes(NamedTuple):
+class Splits(NamedTuple):
     """So many runs of consecutive tokens of each sequence, as sequences of their own."""
 
     number: int
     reverse: bool
 
     def apart(self, arrays):
-        """`B T …` → `B·lanes T/lanes …`."""
+        """`B T …` → `B·splits T/splits …`."""
         return jax.tree.map(
             lambda x: x.reshape(x.shape[0] * self.number, x.shape[1] // self.number, *x.shape[2:]), arrays
         )
@@ -51,11 +56,11 @@ class Lanes(NamedTuple):
         return jax.tree.map(lambda x: x.reshape(-1, self.number, *x.shape[1:]), states)
 
     def end(self, states):
-        """`B·lanes …` → `B …`, where the whole walk ends."""
+        """`B·splits …` → `B …`, where the whole walk ends."""
         return jax.tree.map(lambda x: x[:, 0 if self.reverse else -1], self._of_sequences(states))
 
     def starts(self, walk: Callable[[Any], Affine], apply: Callable, compose: Callable, state):
-        """The states that lanes start from, where the first starts from `state`: `B …` → `B·lanes …`.
+        """The states that splits start from, where the first starts from `state`: `B …` → `B·splits …`.
 
         `walk` is given states of this shape, `apply(units, state)` is linear and `compose(second units, first units)`.
         """
