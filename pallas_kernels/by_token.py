@@ -179,8 +179,9 @@ def _walk(
 
 
 def _apply(units: dict[str, Arrays], h: Arrays) -> Arrays:
-    """Kinds of states mix, as the two planes of complex numbers do."""
-    parts = [jax.tree.map(partial(jnp.multiply, h[kind]), unit) for kind, unit in units.items()]
+    """Kinds of states mix, as the two planes of complex numbers do. Nothing is nothing however it would have grown."""
+    times = lambda h, unit: jnp.where(h == 0, 0, h * unit)
+    parts = [jax.tree.map(partial(times, h[kind]), unit) for kind, unit in units.items()]
     return reduce(partial(jax.tree.map, jnp.add), parts)
 
 

@@ -1,7 +1,8 @@
 """Time in splits, for a few long sequences on a GPU, which has processors for more programs than they are.
 
 A step of time is an affine map of the state, h → units · h + zero. So a first walk through every split, from zero and
-from unit states beside it, tells where all of them start, and then they are walked at once.
+from unit states beside it, tells where all of them start, and then they are walked at once. Maps under which a matrix
+would grow beyond all numbers within a split give NaN.
 """
 
 import math

@@ -43,8 +43,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-#: What the name of a decoding step ends in.
-STEP = ", one token"
+#: What names end in: of a decoding step, of few sequences, whose time is split, of attention without segments.
+STEP, LONG, UNPACKED = ", one token", ", long", ", unpacked"
+IN_SPLITS = ("gla per head", "delta_rule per channel", "linear_recurrence complex", "selective_scan")
 
 
 def device():
@@ -55,18 +56,21 @@ def device():
 
 def call(name: str, width: int):
     """The op and its arguments: bfloat16 tokens, float32 decays."""
+    name, comma, kind = name.partition(", ")
+    kind = comma + kind
+    batch, length = (1, 4096) if kind == LONG else (2, 1 if kind == STEP else 256)
     if name in ATTENTION:
-        op = partial(ops.softmax_attention, **ATTENTION[name], segment_ids=jnp.zeros((2, 256), jnp.int32))
+        packed = {} if kind == UNPACKED else {"segment_ids": jnp.zeros((2, 256), jnp.int32)}
+        op = partial(ops.softmax_attention, **ATTENTION[name], **packed)
         inputs = attention_inputs(256, K=width, V=width)
         inputs = {name: x.astype(jnp.bfloat16) for name, x in inputs.items()}
     elif name in CHANNELS:
         op, complex_ = CHANNELS[name]
-        inputs, _ = channel_inputs(op, 256, D=8 * width, N=16, complex_=complex_)
+        inputs, _ = channel_inputs(op, length, B=batch, D=8 * width, N=16, complex_=complex_)
         inputs = {k: x.astype(jnp.bfloat16) if k in ("x", "B", "C") else x for k, x in inputs.items()}
     else:
-        name, single, _ = name.partition(STEP)
         op, decay = MATRIX[name]
-        inputs, _ = matrix_inputs(op, 1 if single else 256, decay, K=width, V=width)
+        inputs, _ = matrix_inputs(op, length, decay, K=width, V=width, B=batch)
         narrow = inputs.keys() - {"log_decay", "initial_state"}
         inputs = {k: x.astype(jnp.bfloat16) if k in narrow else x for k, x in inputs.items()}
     return op, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
@@ -104,10 +108,12 @@ def on_gpu() -> dict:
 def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
-    for name in NAMES or (*DISTINCT, *(name + STEP for name in DISTINCT), *CHANNELS, *ATTENTION):
+    variants = [(DISTINCT, STEP), (IN_SPLITS, LONG), (ATTENTION, UNPACKED)]
+    names = (*DISTINCT, *CHANNELS, *ATTENTION, *(name + kind for names, kind in variants for name in names))
+    for name in NAMES or names:
         for width in (64, 128):
             op, inputs = call(name, width)
-            if name in CHANNELS and width > 64:
+            if name.removesuffix(LONG) in CHANNELS and width > 64:
                 continue
             for direction, function in functions(op).items():
                 if direction == "backward" and name.endswith(STEP):

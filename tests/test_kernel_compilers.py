@@ -15,7 +15,9 @@ import pytest
 #: What one kernel may keep on a TPU, of 16 MiB on the smallest one.
 SCOPED_BYTES = 6 * 2**20
 #: What a thread may spill on an H100, by the width of a head. Where it does, registers are what to tune for next.
-SPILLED_BYTES = {64: 1200, 128: 5_000}
+SPILLED_BYTES = {64: 700, 128: 3_000}
+#: Of the kernel with four kinds of rows, twice as many.
+OF_DPLR = 2
 
 
 @pytest.mark.parametrize(
@@ -35,11 +37,12 @@ def test_compiles(extra, package, platforms, tmp_path, capfd):
             print()
             for row in rows:
                 print("  ".join(f"{name} {value}" for name, value in row.items()))
-        assert len(rows) == 54
+        assert len(rows) == 78
         for row in rows:
             assert row["kernels"] >= (2 if row["direction"] == "backward" else 1), row
             if platform == "cuda":
-                assert row["spilled_bytes"] <= SPILLED_BYTES[row["width"]], row
+                most = SPILLED_BYTES[row["width"]] * (OF_DPLR if row["kernel"].startswith("dplr") else 1)
+                assert row["spilled_bytes"] <= most, row
             else:
                 assert row["scoped_bytes"] <= SCOPED_BYTES, row
 

@@ -38,6 +38,10 @@ class Chunk(NamedTuple):
     exact: tuple[str, ...] = ()
     beforehand: bool = True
 
+    def stored(self, dtype):
+        """In which dtype what is of this one lies in memory between two kernels: float16 would overflow."""
+        return jnp.bfloat16 if self.dtype == jnp.bfloat16 else dtype
+
 
 class Roles(NamedTuple):
     """Which tokens meet the state along the axis that decays: reading it, reading it before their decay, writing to it.
@@ -130,7 +134,9 @@ def chunkwise(chunk: Chunk, roles: Roles, place: Place, tokens: dict[str, jax.Ar
 
 def _forward(chunk: Chunk, roles: Roles, keep: bool, walker: Walker, size: int, tokens, g, S):
     """Read-outs, the final state, and the states before each chunk where they are kept."""
-    path = Walk(size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep, carries_dtype=chunk.dtype)
+    path = Walk(
+        size, {"o": (tokens["v"].shape[-1], S.dtype)}, roles.columns, keep=keep, carries_dtype=chunk.stored(S.dtype)
+    )
     rows, columns = roles.apart(_filled(size, tokens | {"g": g}))
     if walker.each and chunk.beforehand:
         prepared = walker.each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows)
@@ -151,7 +157,7 @@ def _prepare(chunk: Chunk, dtype, within, here):
     rows = _cast(here, dtype)
     decays = within.decays_of(rows.pop("g"), chunk.dtype)
     prepared = chunk.prepare(chunk.dtype, within, rows, decays)
-    narrow = {name: x if name in chunk.exact else x.astype(chunk.dtype) for name, x in prepared.items()}
+    narrow = {name: x if name in chunk.exact else x.astype(chunk.stored(dtype)) for name, x in prepared.items()}
     return narrow | {"total": decays.total.swapaxes(-1, -2)}
 
 
@@ -180,11 +186,11 @@ def _backward(chunk: Chunk, roles: Roles, walker: Walker, size: int, tokens, g, 
     prepared = each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows) if each else rows
     if states is None:
         step = partial(_through if each else _whole, chunk, roles)
-        alone = Walk(size, {}, roles.columns, keep=True, carries_dtype=chunk.dtype)
+        alone = Walk(size, {}, roles.columns, keep=True, carries_dtype=chunk.stored(S.dtype))
         states = walker.walk(step, alone, S, columns | prepared, {})[2]
     like = lambda arrays: {name: (x.shape[-1], x.dtype) for name, x in arrays.items()}
     outputs = like(columns | prepared)
-    path = Walk(size, outputs, roles.columns, reverse=True, differentiated=True, carries_dtype=chunk.dtype)
+    path = Walk(size, outputs, roles.columns, reverse=True, differentiated=True, carries_dtype=chunk.stored(S.dtype))
     step = partial(_through_backward if each else _whole_backward, chunk, roles)
     d_S, d_tokens, _ = walker.walk(step, path, d_S, columns | prepared | d_o, {"S": states})
     if each:
