@@ -108,7 +108,7 @@ def on_gpu() -> dict:
 def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
-    variants = [(DISTINCT, STEP), (IN_SPLITS, LONG), (ATTENTION, UNPACKED)]
+    variants = [(DISTINCT, STEP), (ATTENTION, UNPACKED), *[(IN_SPLITS, LONG)] * (PLATFORM == "cuda")]
     names = (*DISTINCT, *CHANNELS, *ATTENTION, *(name + kind for names, kind in variants for name in names))
     for name in NAMES or names:
         for width in (64, 128):
