@@ -21,7 +21,7 @@ from families import abstract_gpu
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_pallas import ATTENTION, CHANNELS, DISTINCT, MATRIX, attention_inputs, channel_inputs, matrix_inputs
+from kernel_cases import ATTENTION, CHANNELS, DISTINCT, MATRIX, attention_inputs, channel_inputs, matrix_inputs
 
 from jaxseq import ops
 
