@@ -129,7 +129,7 @@ def draw_plot(run: Run, rows: list[dict]) -> None:
     height = -(-len(names) // 3)
     with run.figure("times", figsize=(12, 3 * height)) as figure:
         panels = figure.subplots(height, 3, squeeze=False).flat
-        for axes, name in zip(panels, names, strict=False):
+        for name, axes in zip(names, panels, strict=False):  # the panel after the last is not taken
             for form in dict.fromkeys(row["form"] for row in rows if row["op"] == name):
                 of = [row for row in rows if row["op"] == name and row["form"] == form]
                 stage = "forward" if "_step" in name else "training"

@@ -348,7 +348,7 @@ def draw(run: Run, table: list[list[Timing]]) -> None:
     height = -(-len(ops_rows) // 3)
     with run.figure("times", figsize=(12, 3 * height)) as figure:
         panels = figure.subplots(height, 3, squeeze=False).flat
-        for axes, (op, rows) in zip(panels, ops_rows.items(), strict=False):
+        for (op, rows), axes in zip(ops_rows.items(), panels, strict=False):  # the panel after the last is not taken
             names, lengths = dict.fromkeys(row.form for row in rows), {row.length for row in rows}
             if len(lengths) == 1:
                 axes.barh(

@@ -174,7 +174,7 @@ def _backward(chunk: Chunk, roles: Roles, walker: Walker, size: int, tokens, g, 
     With x ⊙ x̄ of whatever meets the state along its keys, and S the state before the chunk, decayed by `total`,
 
         ḡ_t = Σ_v total ⊙ S ⊙ S̄_after + Σ_writes Σ_j (k_j ⊙ k̄_j, decayed to the end)
-              + Σ_{i≥t} (Σ_reads q_i ⊙ q̄_i − Σ_writes k_i ⊙ k̄_i)
+              + Σ_{i≥t} (Σ_reads q_i ⊙ q̄_i − Σ_writes k_i ⊙ k̄_i) + Σ_{i>t} Σ_early_reads a_i ⊙ ā_i
 
     which is a sum from the end of the chunk, without the decays between any two tokens (GLA, arXiv 2312.06635, section
     4.3). Its rounding error is ε times the other gradients, also where strong decays leave a far smaller one.
