@@ -67,11 +67,23 @@ SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     },
     "by_token": {
         "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
-        "gpu": {"width": (16, 32, 64, 128), "warps": (1, 2, 4), "ahead": (0, 1), "programs": (512, 1024)},
+        "gpu": {
+            "width": (16, 32, 64, 128),
+            "warps": (1, 2, 4),
+            "ahead": (0, 1),
+            "steps": (0, 4, 8),
+            "programs": (128, 512),
+        },
     },
     "by_token_backward": {
         "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
-        "gpu": {"width": (8, 16, 32, 64, 128), "warps": (1, 2, 4), "ahead": (0, 1), "programs": (512, 1024)},
+        "gpu": {
+            "width": (8, 16, 32, 64, 128),
+            "warps": (1, 2, 4),
+            "ahead": (0, 1),
+            "steps": (0, 4, 8),
+            "programs": (128, 512),
+        },
     },
     "one_token": {
         "tpu": {"heads": (1, 2, 4, 8, 16)},

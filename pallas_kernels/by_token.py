@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .channel_programs import Programs, stride
-from .platforms import check_unchecked
+from .platforms import check_unchecked, with_known_sums
 from .splits import Affine, Splits
 
 Arrays = dict[str, jax.Array]
@@ -108,7 +108,7 @@ def _backward(
                 flags = {name: beside.pop(name) for name in inputs.flags}
                 advance = lambda h, fixed, row, flags=flags: token(h, fixed, row | flags)
                 (h, _), pull = jax.vjp(advance, h, fixed, row | beside)
-                pulls.append(pull)
+                pulls.append(with_known_sums(pull))
             d_h, d_fixed = carry["state"], carry["fixed"]
             for pull, d_out in zip(reversed(pulls), reversed(d_outputs), strict=True):
                 d_h, d, d_row = pull((d_h, d_out))
@@ -121,7 +121,7 @@ def _backward(
 
     def pull(d_h, fixed, row, d_out):
         anywhere = jax.tree.map(jnp.zeros_like, d_h)  # an affine map has one derivative
-        return jax.vjp(lambda h: token(h, fixed, row), anywhere)[1]((d_h, d_out))[0]
+        return with_known_sums(jax.vjp(lambda h: token(h, fixed, row), anywhere)[1])((d_h, d_out))[0]
 
     splits = Splits(on.splits("by_token_backward", batch, length, states, channels), not reverse)
     rows, shared, d_outputs = map(splits.apart, (inputs.rows, inputs.shared | inputs.flags, d_outputs))
@@ -165,7 +165,7 @@ def _walk(
             tokens = _rows(dtype, refs["shared"], _tokens(n, size, reverse))
             for row, other, token in zip(rows, others, tokens, strict=True):
                 after, push = jax.linearize(lambda h, at=(row | token, other): advance(h, fixed, *at), carry["zero"])
-                carry = {"zero": after, "units": {kind: push(h) for kind, h in carry["units"].items()}}
+                carry = {"zero": after, "units": {kind: with_known_sums(push)(h) for kind, h in carry["units"].items()}}
             return carry
 
         return over_strides(_reader(dtype, refs, size, reverse), step, carry)

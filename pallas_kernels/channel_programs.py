@@ -1,8 +1,4 @@
-"""Programs that walk through time with W channels of a sequence each, and what they carry on the chip.
-
-On a GPU a program has all of its sequence's time, on a TPU a block of time after the other, which comes while the one
-before is worked on.
-"""
+"""Programs that walk through time with W channels of a sequence each, and what they carry on the chip."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 
-from .platforms import tpu_parameters, triton_parameters
+from .channel_walks import Blocks, in_grid, in_pipeline, over
+from .platforms import has_mosaic_gpu, tpu_parameters, triton_parameters
 from .splits import how_many
 from .tiles import tile
 
@@ -39,88 +34,48 @@ class Programs(NamedTuple):
     def splits(self, name: str, batch: int, length: int, states: int, channels: int) -> int:
         """In how many parts a sequence is walked at once by the kernel of this name."""
         chosen = tile(name, self.platform, states)
-        programs = batch * -(-channels // self._width(chosen, channels))
+        programs = batch * -(-channels // chosen["width"])
         return how_many(chosen.get("programs", 1), programs, length // stride(states), walks=2)
 
-    def _width(self, chosen: dict[str, int], channels: int) -> int:
-        """Channels of a program, no more than there are, and whole lanes of a TPU."""
-        filled = -(-channels // 128) * 128 if self.platform == "tpu" else 1 << (channels - 1).bit_length()
-        return min(chosen["width"], filled)
-
     def __call__(self, name: str, body: Callable, reverse: bool, carry, reads, writes):
-        """`body(refs, refs to write, carry, over_strides) -> carry`, with the tiles of the kernel of this name."""
+        """The last carry and what was written, of a body of `channel_walks`, with the tiles of the kernel of this name.
+
+        `reads`, `writes` are arrays by kind and name. A TPU walks in blocks of time, which come while the one before is
+        worked on; so does a GPU where Mosaic can; a program of Triton has all of its sequence's time.
+        """
         *_, states, channels = jax.tree.leaves(carry)[0].shape
-        chosen = tile(name, self.platform, states)
-        W = self._width(chosen, channels)
         batch, length = next(iter(reads["rows"].values())).shape[:2]
-        size, parts = stride(states), -(-channels // W)
-        strides = length // size
-        most = chosen.get("strides", strides)
+        chosen, size, on_tpu = tile(name, self.platform, states), stride(states), self.platform == "tpu"
+        lone = not any(reads[kind] for kind in ("shared", "fixed")) and jax.tree.leaves(carry)[0].dtype == jnp.float32
+        steps = chosen["steps"] if not on_tpu and lone and has_mosaic_gpu() else 0
+
+        # Whole lanes of a TPU or threads of a warp group; Triton knows powers of two.
+        filled_up = lambda n: -(-n // 128) * 128 if on_tpu or steps else 1 << (n - 1).bit_length()
+        W = min(map(filled_up, (chosen["width"], channels)))
+        parts, strides = -(-channels // W), length // size
+        most = chosen["strides"] if on_tpu else 1 if steps else strides
         block = strides if strides <= most else math.gcd(strides, most)
-        blocks, tokens = strides // block, block * size
-        at = lambda i: blocks - 1 - i if reverse else i
-        forms = {
-            "rows": lambda x: pl.BlockSpec((None, tokens, W), lambda b, j, i: (b, at(i), j)),
-            "shared": lambda x: pl.BlockSpec((None, tokens, x.shape[-1]), lambda b, j, i: (b, at(i), 0)),
-            "partial": lambda x: pl.BlockSpec((None, None, tokens, x.shape[-1]), lambda b, j, i: (b, j, at(i), 0)),
-            "kept": lambda x: pl.BlockSpec((None, block, x.shape[-2], W), lambda b, j, i: (b, at(i), 0, j)),
-            "fixed": lambda x: pl.BlockSpec((x.shape[-2], W), lambda b, j, i: (0, j)),
-            "carry": lambda x: pl.BlockSpec((None, x.shape[-2], W), lambda b, j, i: (b, 0, j)),
-        }
-        forms["d_outputs"] = forms["rows"]
-        of_channels = forms.keys() - {"shared", "partial"}
+        blocks = Blocks(parts, W, strides // block, block, size, reverse)
 
         # A TPU keeps rows of narrow numbers in pairs, and does not take one of them.
-        stored = lambda x: jax.tree.leaves(carry)[0].dtype if self.platform == "tpu" else x.dtype
+        stored = lambda x: jax.tree.leaves(carry)[0].dtype if on_tpu else x.dtype
+        of_channels = lambda kind: kind not in ("shared", "partial")
 
         def filled(kind, x):
             fill = [(0, 0)] * (x.ndim - 1) + [(0, parts * W - channels)]
-            return jnp.pad(x.astype(stored(x)), fill if kind in of_channels else 0)
+            return jnp.pad(x.astype(stored(x)), fill if of_channels(kind) else 0)
 
         def result(kind, x):
-            shape = {"partial": (batch, parts, *x.shape[1:])}.get(kind, (*x.shape[:-1], parts * W))
+            shape = (*x.shape[:-1], parts * W) if of_channels(kind) else (batch, parts, *x.shape[1:])
             return jax.ShapeDtypeStruct(shape, stored(x))
 
-        def over_strides(read, step, carry):
-            """`step(n, read(n), carry)` from stride to stride."""
-            place = lambda n: block - 1 - n if reverse else n
-            if chosen.get("ahead", 0) == 0:
-                return lax.fori_loop(0, block, lambda n, carry: step(place(n), read(place(n)), carry), carry)
-
-            def with_next(n, state):
-                here, carry = state
-                following = read(place(jnp.minimum(n + 1, block - 1)))  # on its way while the program works
-                return following, step(place(n), here, carry)
-
-            return lax.fori_loop(0, block, with_next, (read(place(0)), carry))[1]
-
-        def kernel(start, refs, final, written):
-            load = lambda refs: jax.tree.map(lambda ref: ref[...], refs)
-            store = lambda refs, values: jax.tree.map(lambda ref, x: ref.__setitem__(..., x), refs, values)
-            if blocks > 1:  # the last carry's place holds it from block to block
-
-                @pl.when(pl.program_id(2) == 0)
-                def _():
-                    store(final, load(start))
-
-            after = body(refs, written, load(final if blocks > 1 else start), over_strides)
-            store(final, after)
-
-        over = lambda tree, f: {kind: {name: f(kind, x) for name, x in arrays.items()} for kind, arrays in tree.items()}
-        spec = lambda kind, x: forms[kind](x)
-        at_carry = lambda f: jax.tree.map(lambda x: f("carry", x), carry)
-        parameters = (
-            tpu_parameters("parallel", "parallel", "arbitrary") if self.platform == "tpu" else triton_parameters(chosen)
-        )
-        final, written = pl.pallas_call(
-            kernel,
-            grid=(batch, parts, blocks),
-            in_specs=[at_carry(spec), over(reads, spec)],
-            out_specs=[at_carry(spec), over(writes, spec)],
-            out_shape=[at_carry(result), over(writes, result)],
-            compiler_params=parameters,
-            interpret=self.interpret,
-        )(at_carry(filled), over(reads, filled))
-        cut = lambda kind, x: x[..., :channels] if kind in of_channels else x
-        written = jax.tree.map(lambda x, like: x.astype(like.dtype), over(written, cut), writes)
-        return jax.tree.map(lambda x: cut("carry", x), final), written
+        each = lambda f, carry, arrays: (jax.tree.map(lambda x: f("carry", x), carry), over(arrays, f))
+        call = body, blocks, each(filled, carry, reads), each(result, carry, writes)
+        if steps:
+            final, written = in_pipeline(*call, steps, self.interpret)
+        elif on_tpu:
+            final, written = in_grid(*call, 0, tpu_parameters("parallel", "parallel", "arbitrary"), self.interpret)
+        else:
+            final, written = in_grid(*call, chosen["ahead"], triton_parameters(chosen), self.interpret)
+        final, written = each(lambda kind, x: x[..., :channels] if of_channels(kind) else x, final, written)
+        return final, jax.tree.map(lambda x, like: x.astype(like.dtype), written, writes)

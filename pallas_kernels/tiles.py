@@ -24,13 +24,14 @@ Table = dict[str, list[Row]]
 IN_TIME = {"block": 16, "columns": 16, "warps": 1, "stages": 1, "programs": 1}
 BY_TOKEN = {
     "tpu": {"width": 128, "strides": 1},
-    "gpu": {"width": 8, "warps": 1, "ahead": 0, "programs": 1},
+    "gpu": {"width": 8, "warps": 1, "ahead": 0, "steps": 0, "programs": 1},
 }
 
 #: What is to be chosen for each kernel on each platform, and the least of it. A program works on a `block` of tokens at
 #: once, or of so many `strides`; on `columns` of a matrix state, at most so many `sums` over them, states of so many
-#: `heads`, or a `width` of channels, with rows of a stride `ahead` on their way or not; it is one of about so many
-#: `programs`, with Triton's `warps` and `stages`, and `warps_before` for what is prepared.
+#: `heads`, or a `width` of channels, with so many `steps` of Mosaic's pipeline, 0 for Triton, and rows of Triton's next
+#: stride `ahead` or not; it is one of about so many `programs`, with Triton's `warps` and `stages`, and `warps_before`
+#: for what is prepared.
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
     "gated_linear_attention": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
     "gated_linear_attention_by_value": {"tpu": {"block": 16}, "gpu": IN_TIME},
@@ -103,7 +104,7 @@ def _check(row: Row, kernel: str, name: str) -> None:
     if least is None:
         raise ValueError(f"{where}; what it chooses must be {' or '.join(map(', '.join, fitting))}.")
     for word, size in (sizes | {"up_to": row.get("up_to", 1)}).items():
-        lowest, any_number = least.get(word, 1), word in ("up_to", "stages", "sums", "ahead")
+        lowest, any_number = least.get(word, 1), word in ("up_to", "stages", "sums", "ahead", "steps")
         if not isinstance(size, int) or size < lowest or (size & (size - 1) and not any_number):
             kind = "whole number" if any_number else "power of two"
             raise ValueError(f"{where}; {word} must be a {kind}, {lowest} at least.")

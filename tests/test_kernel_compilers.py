@@ -50,8 +50,8 @@ def test_compiles(extra, package, platforms, tmp_path, capfd):
 def compiled(platform: str, tmp_path: Path) -> list[dict]:
     script = Path(__file__).with_name("compile_kernels.py")
     nowhere = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    flags = f"--xla_dump_to={tmp_path}" if platform == "cuda" else ""
-    environment = os.environ | nowhere | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    dumps = {"XLA_FLAGS": f"--xla_dump_to={tmp_path}", "MOSAIC_GPU_DUMP_TO": str(tmp_path)}
+    environment = os.environ | nowhere | {"JAX_PLATFORMS": "cpu"} | (dumps if platform == "cuda" else {})
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is compiled anew is dumped
     command = [sys.executable, script, platform, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)

@@ -44,8 +44,9 @@ from pallas_kernels.within_chunk import _sums
 KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms and member.sweep]
 
 
-#: Tables of tiles of what goes through time.
+#: Tables of tiles of what goes through time, and token by token.
 IN_TIME = ["gated_linear_attention", "gated_linear_attention_by_value", "delta_rule", "dplr_recurrence"]
+BY_TOKEN = ["by_token", "by_token_backward"]
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def on_a_gpu(monkeypatch):
     with tried("over_pairs", "gpu", block=32), ExitStack() as stack:
         for table in IN_TIME:
             stack.enter_context(tried(table, "gpu", columns=16, programs=1))
+        for table in BY_TOKEN:
+            stack.enter_context(tried(table, "gpu", steps=0))
         yield
 
 
@@ -210,6 +213,57 @@ def test_rows_of_bfloat16_on_a_gpu(on_a_gpu):
     assert "bf16[2,48,40]" in before and "f32[2,48,40]" not in before and "f32[2,48,40]" in kernel
 
 
+@pytest.fixture
+def on_mosaic_gpu(monkeypatch):
+    """The same, where kernels are Mosaic's; its interpreter waits for what is on its way to shared memory."""
+    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("gpu", as_mosaic_gpu()), *arrays))
+
+
+def as_mosaic_gpu(**options):
+    from jax.experimental.pallas import mosaic_gpu
+
+    try:
+        return mosaic_gpu.InterpretGPUParams(**options)
+    except AttributeError:  # jax 0.10 has it, by another name
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+        return InterpretGPUParams(**options)
+
+
+IN_PIPELINE = [(name, length) for name in CHANNELS if name.startswith("linear") for length in (1, 150)]
+
+
+@pytest.mark.parametrize("name, length", by_default(IN_PIPELINE[1::2], IN_PIPELINE))
+def test_channels_in_a_pipeline_on_mosaic_gpu(name, length, on_mosaic_gpu):
+    """More blocks than are on their way at once, more channels than a program has, both directions."""
+    op, complex_ = CHANNELS[name]
+    inputs, ids = channel_inputs(op, length, B=1, D=70 if complex_ else 140, complex_=complex_)
+    check(op, inputs, ids)
+    check(partial(op, reverse=True), inputs, ids)
+    assert "copy_gmem_to_smem" in str(everything(op, ids, "pallas").trace(inputs).jaxpr)
+
+
+def test_splits_on_mosaic_gpu(on_mosaic_gpu):
+    inputs, ids = channel_inputs(ops.linear_recurrence, 512, B=1, D=8, complex_=True)
+    with tried("by_token", "gpu", programs=4), tried("by_token_backward", "gpu", programs=4):
+        check(ops.linear_recurrence, inputs, ids)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_blocks_come_after_all_threads_have_read_on_mosaic_gpu(waits, monkeypatch, capfd):
+    from jax.experimental.pallas import mosaic_gpu
+
+    if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+        pytest.skip("before jax 0.11 Mosaic's interpreter for GPUs finds no races")
+    if not waits:
+        monkeypatch.setattr(mosaic_gpu, "commit_smem", lambda: None)
+    racing = Programs("gpu", as_mosaic_gpu(detect_races=True))
+    monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(racing, *arrays))
+    inputs, ids = channel_inputs(ops.linear_recurrence, 100, B=1, D=8)
+    jax.block_until_ready(everything(ops.linear_recurrence, ids, "pallas")(inputs))
+    assert ("RACE DETECTED" in capfd.readouterr().out) != waits
+
+
 BLOCKS = [(name, length) for name in ("gla per channel", "delta_rule per channel") for length in (1, 63, 64, 65, 1000)]
 
 
@@ -335,8 +389,19 @@ def test_lowers_for_tpu_and_gpu(name, shape):
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     with abstract_gpu():
         traced = everything(op, ids, "pallas").trace(inputs)
-    for platform, call in (("tpu", "tpu_custom_call"), ("cuda", "triton")):
+    for platform, call in (
+        ("tpu", "tpu_custom_call"),
+        ("cuda", "mosaic_gpu" if name.startswith("linear") else "triton"),
+    ):
         assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_gpus_before_hopper_have_triton(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.channel_programs.has_mosaic_gpu", lambda: False)
+    inputs, ids = channel_inputs(ops.linear_recurrence, 37, complex_=True)
+    with abstract_gpu():
+        lowered = everything(ops.linear_recurrence, ids, "pallas").trace(inputs).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text() and "mosaic_gpu" not in lowered.as_text()
 
 
 @pytest.mark.parametrize(
