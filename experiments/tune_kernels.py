@@ -59,6 +59,7 @@ BLOCKS: dict[str, tuple[int, ...]] = {"block": (64, 128, 256)}
 SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "gated_linear_attention": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE},
     "gated_linear_attention_by_value": {"tpu": BLOCKS, "gpu": IN_TIME},
+    "gated_linear_attention_by_head": {"tpu": BLOCKS, "gpu": IN_TIME | {"sums": (1, 2)}},
     "delta_rule": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE},
     "dplr_recurrence": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE | {"sums": (3, 5)}},
     "over_pairs": {

@@ -35,6 +35,7 @@ BY_TOKEN = {
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
     "gated_linear_attention": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
     "gated_linear_attention_by_value": {"tpu": {"block": 16}, "gpu": IN_TIME},
+    "gated_linear_attention_by_head": {"tpu": {"block": 16}, "gpu": IN_TIME | {"sums": 1}},
     "delta_rule": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
     "dplr_recurrence": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1, "sums": 1}},
     "over_pairs": {"tpu": {"block": 16}, "gpu": {"block": 16, "warps": 1, "stages": 1}},

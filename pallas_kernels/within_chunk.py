@@ -72,8 +72,12 @@ class WithinChunk(NamedTuple):
         return [decays.pairwise * self.product("ik,jk->ij", q, k, dtype) for q in readers for k in writers]
 
     def decayed_values(self, A, v, decays: Decays, dtype):
-        """Σ_{j<i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v."""
-        return self._form(_decayed_values)(dtype, self.exact, A, v, decays.logs)
+        """Σ_{j≤i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v."""
+        i, j = _rows_and_columns(A.shape[0])
+        if decays.pairwise is not None:
+            return self.product("ij,jv->iv", jnp.where(i == j, A, decays.pairwise * A), v, dtype)
+        own = jnp.sum(jnp.where(i == j, A, 0), axis=1, keepdims=True)
+        return own * v + self._form(_decayed_values)(dtype, self.exact, A, v, decays.logs)
 
     def inverse(self, L):
         """(I + L)⁻¹ of strictly lower triangular L `C C`: inverses of neighbouring blocks join to one of both,

@@ -44,8 +44,9 @@ from pallas_kernels.within_chunk import _sums
 KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms and member.sweep]
 
 
-#: Tables of tiles of what goes through time, and token by token.
-IN_TIME = ["gated_linear_attention", "gated_linear_attention_by_value", "delta_rule", "dplr_recurrence"]
+#: Tables of tiles of what goes through time, by name or by its first word, and token by token.
+TABLES = {f"gla per {what}": f"gated_linear_attention_by_{what}" for what in ("value", "head")}
+TABLES |= {"gla": "gated_linear_attention", "delta_rule": "delta_rule", "dplr_recurrence": "dplr_recurrence"}
 BY_TOKEN = ["by_token", "by_token_backward"]
 
 
@@ -57,7 +58,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("gpu", True), *arrays))
     monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", partial(over_pairs.on_gpu, interpret=True))
     with tried("over_pairs", "gpu", block=32), ExitStack() as stack:
-        for table in IN_TIME:
+        for table in TABLES.values():
             stack.enter_context(tried(table, "gpu", columns=16, programs=1))
         for table in BY_TOKEN:
             stack.enter_context(tried(table, "gpu", steps=0))
@@ -114,7 +115,7 @@ def test_matrix_states_in_splits_on_a_gpu(name, blocks, splits, on_a_gpu):
     """Long sequences in parts that are walked at once, forward and backward, and restart in some of them."""
     op, decay = MATRIX[name]
     inputs, ids = matrix_inputs(op, 32 * blocks, decay, B=1, H=1, K=16, V=16)
-    table = "gated_linear_attention_by_value" if decay == "B T H V" else op.__name__
+    table = TABLES.get(name) or TABLES[name.split()[0]]
     with tried(table, "gpu", programs=4):
         check(op, inputs, ids)
         of_splits = str(everything(op, ids, "pallas").trace(inputs).jaxpr).count(f"f32[{splits},1,16,16]")

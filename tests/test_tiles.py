@@ -59,7 +59,7 @@ def test_a_kernel_runs_with_the_tiles_it_is_told():
     x = jnp.ones((1, 40, 1, 8))
     run = lambda x: ops.gated_linear_attention(x, x, x, impl="pallas")
     assert "grid=(1, 1, 1)" in str(jax.make_jaxpr(run)(x))
-    with tiles.tried("gated_linear_attention", "tpu", block=16):
+    with tiles.tried("gated_linear_attention_by_head", "tpu", block=16):
         assert "grid=(1, 1, 3)" in str(jax.make_jaxpr(lambda x: run(x))(x))
 
 

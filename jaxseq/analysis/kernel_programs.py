@@ -165,6 +165,11 @@ def decoding(op, *inputs, impl):
     return time_first(o), S
 
 
+def table(op, gate) -> str:
+    """Of tiles: channels that decay alike have one of their own."""
+    return op.__name__ + "_by_head" * (op is ops.gated_linear_attention and gate != "key")
+
+
 def kernels(config: Sizes) -> Iterator[Kernel]:
     by_token = ("by_token", "by_token_backward")
     D, fused = config.channels, ("fused",) * (jax.default_backend() == "gpu")
@@ -175,7 +180,7 @@ def kernels(config: Sizes) -> Iterator[Kernel]:
             shape, heads = (T, D // K, K), D // K
             for name, (op, gate, beta, peer) in MATRIX.items():
                 inputs, flops = partial(matrix_inputs, shape, K, gate, beta, None), products(tokens, heads, K, K, beta)
-                yield Kernel(f"{name}/{K}", T, (op.__name__,), K, op, inputs, batch, flops, peer)
+                yield Kernel(f"{name}/{K}", T, (table(op, gate),), K, op, inputs, batch, flops, peer)
             if config.most_attended >= T:
                 inputs, flops = partial(matrix_inputs, shape, K, None, False, None), tokens * T * 2.0 * D
                 forms, peer = ("chunked", "pallas", *fused), ("", attention_of_torch)
@@ -183,9 +188,8 @@ def kernels(config: Sizes) -> Iterator[Kernel]:
         V, N = config.widths[0], 8 * config.states
         inputs, flops = partial(matrix_inputs, (T, D // V, V), N, "head", False, 1), products(tokens, D // V, N, V)
         peer = "simple_gla:chunk_simple_gla", ssd_of_fla
-        yield Kernel(
-            "ssd", T, ("gated_linear_attention",), max(N, V), ops.gated_linear_attention, inputs, batch, flops, peer
-        )
+        op = ops.gated_linear_attention
+        yield Kernel("ssd", T, (table(op, "head"),), max(N, V), op, inputs, batch, flops, peer)
         inputs = partial(selective_inputs, T, D, config.states)
         yield Kernel("selective_scan", T, by_token, config.states, ops.selective_scan, inputs, batch)
         inputs = partial(recurrence_inputs, T, D)

@@ -61,13 +61,14 @@ class Roles(NamedTuple):
         along = lambda columns: {name: x for name, x in tokens.items() if (name in self.columns) == columns}
         return along(False), along(True)
 
-    def of_logs(self, within, total, d_total, prepared, rows, of_outputs=0):
-        """The gradient of log decays, `_backward`'s ḡ, from those of what is prepared and of rows: pairs (x, x̄)."""
+    def of_logs(self, within, total, d_total, prepared, rows, outputs=()):
+        """The gradient of log decays, `_backward`'s ḡ, from pairs (x, x̄) of what is prepared, of rows, of outputs."""
         of_all = total.shape[-2] == 1  # channels decay alike
         meet = lambda x, d_x: jnp.sum(x * d_x, -1, keepdims=True) if of_all else x * d_x
         along = lambda pairs, names: sum(meet(pairs[0][name], pairs[1][name]) for name in names)
         early = along(rows, self.early_reads)
-        moved = along(rows, self.reads) + early - along(rows, self.writes) + of_outputs
+        moved = along(rows, self.reads) + early - along(rows, self.writes)
+        moved += meet(*outputs) if self.outputs else 0
         written = jnp.sum(along(prepared, self.writes), -2, keepdims=True)
         # What is read early is read before its own decay.
         return (total * d_total).swapaxes(-1, -2) + written + within.later(moved) - early
@@ -211,8 +212,7 @@ def _whole_backward(chunk: Chunk, roles: Roles, within, d_after, here, matrices)
     (o, _), pull = jax.vjp(partial(chunk.through, chunk.dtype, within), columns, prepared, decays.total, S)
     d_columns, d_prepared, d_total, d_S = pull((d_o, d_after))
     (d_rows,) = pull_rows(d_prepared)
-    of_outputs = o * d_o if roles.outputs else 0
-    d_logs = roles.of_logs(within, decays.total, d_total, (prepared, d_prepared), (rows, d_rows), of_outputs)
+    d_logs = roles.of_logs(within, decays.total, d_total, (prepared, d_prepared), (rows, d_rows), (o, d_o))
     return d_S, d_columns | d_rows | {"g": d_logs}
 
 

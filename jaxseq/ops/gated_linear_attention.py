@@ -42,6 +42,9 @@ def parallel(q, k, v, g, S, read=BY_KEY):
 
 def chunked(q, k, v, g, S, read=BY_KEY, *, place):
     """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk."""
+    if read == BY_KEY and g.shape[-1] == 1:  # values decay, too, and their decays are no work with keys
+        o, S = chunked(q, v, k, g, S.swapaxes(2, 3), BY_VALUE, place=place)
+        return o, S.swapaxes(2, 3)
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     if read == BY_KEY:
         chunk, roles = Chunk(dtype, _prepare, _through), Roles(reads=("q",), writes=("k",))
@@ -78,7 +81,7 @@ def _by_value(dtype, within, columns, prepared, total, S):
     """o_i = e^{G_i} ⊙ S q_i + Σ_{j≤i} (q_i · k_j) e^{G_i − G_j} ⊙ v_j, with the state transposed."""
     q, k, v, decays = columns["q"], columns["k"], prepared["raw"], prepared["decays"]
     weights = within.product("...ik,...jk->...ij", q, k, dtype)
-    o = decays.from_start * within.product("...ik,...vk->...iv", q, S, dtype) + within.diagonal(q, k) * v
+    o = decays.from_start * within.product("...ik,...vk->...iv", q, S, dtype)
     o += within.decayed_values(weights, v, decays, dtype)
     return o, total * S + within.product("...iv,...ik->...vk", prepared["v"], k, dtype)
 
@@ -151,7 +154,7 @@ def gated_linear_attention(
         raise ValueError("bonus and decay_axis='value' are both given; choose one.")
     v, read = own(value), BY_VALUE if by_value else BY_KEY
     k, v, S = (v, k, S.swapaxes(2, 3)) if by_value else (k, v, S)
-    table = "gated_linear_attention_by_value" if by_value else "gated_linear_attention"
+    table = "gated_linear_attention" + ("_by_value" if by_value else "_by_head" if g.shape[-1] == 1 else "")
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),
