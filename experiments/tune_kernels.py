@@ -57,7 +57,7 @@ BLOCKS: dict[str, tuple[int, ...]] = {"block": (64, 128, 256)}
 
 #: What is tried, beside what the table says. Mosaic wants whole tiles; more than these never fit on a chip.
 SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
-    "gated_linear_attention": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE},
+    "gated_linear_attention_by_key": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE},
     "gated_linear_attention_by_value": {"tpu": BLOCKS, "gpu": IN_TIME},
     "gated_linear_attention_by_head": {"tpu": BLOCKS, "gpu": IN_TIME | {"sums": (1, 2)}},
     "delta_rule": {"tpu": BLOCKS, "gpu": IN_TIME | BEFORE},
@@ -68,24 +68,13 @@ SEARCHED: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     },
     "by_token": {
         "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
-        "gpu": {
-            "width": (16, 32, 64, 128),
-            "warps": (1, 2, 4),
-            "ahead": (0, 1),
-            "steps": (0, 4, 8),
-            "programs": (128, 512),
-        },
+        "gpu": {"width": (16, 32, 64, 128), "warps": (1, 2, 4), "ahead": (0, 1), "programs": (512, 1024)},
     },
     "by_token_backward": {
         "tpu": {"width": (128, 256, 512), "strides": (4, 8, 16)},
-        "gpu": {
-            "width": (8, 16, 32, 64, 128),
-            "warps": (1, 2, 4),
-            "ahead": (0, 1),
-            "steps": (0, 4, 8),
-            "programs": (128, 512),
-        },
+        "gpu": {"width": (8, 16, 32, 64, 128), "warps": (1, 2, 4), "ahead": (0, 1), "programs": (512, 1024)},
     },
+    "in_pipeline": {"gpu": {"steps": (0, 2, 4, 6), "programs": (64, 128, 256)}},
     "one_token": {
         "tpu": {"heads": (1, 2, 4, 8, 16)},
         "gpu": {"columns": (16, 32, 64, 128), "warps": (1, 2, 4, 8)},
@@ -153,6 +142,8 @@ def search(run: Run[Config]) -> None:
     if config.rewrite and not judged:
         raise ValueError("rewrite=True takes an accelerator; a CPU's times say nothing of its kernels.")
     platform = "gpu" if jax.default_backend() == "gpu" else "tpu"  # whose kernel a CPU interprets
+    if absent := [name for name in config.names() if config.kernels and platform not in SEARCHED[name]]:
+        raise ValueError(f"kernels={config.kernels!r}: {absent[0]} is no kernel of a {platform}.")
     tables = tiles.parsed(tiles.PATH.read_text(encoding="utf-8"), str(tiles.PATH))
     found: dict[str, float] = {}
     ops = list(kernels(config))

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .channel_programs import Programs, stride
-from .platforms import check_unchecked, with_known_sums
+from .platforms import check_unchecked
 from .splits import Affine, Splits
 
 Arrays = dict[str, jax.Array]
@@ -58,8 +58,7 @@ def _on_platforms(f, *args):
 
 
 def _forward(token: Token, outputs, reverse: bool, keep: bool, on: Programs, inputs: Inputs):
-    (batch, states, channels), length, dtype = _sizes(inputs)
-    size = stride(states)
+    size, dtype = _stride_and_dtype(inputs)
 
     def body(refs, written, h, over_strides):
         fixed = _values(refs["fixed"])
@@ -76,18 +75,18 @@ def _forward(token: Token, outputs, reverse: bool, keep: bool, on: Programs, inp
 
         return over_strides(lambda n: _rows(dtype, refs["rows"], _tokens(n, size, reverse)), step, h)
 
-    splits = Splits(on.splits("by_token", batch, length, states, channels), reverse)
-    own = splits.apart(inputs.rows), splits.apart(inputs.shared | inputs.flags)
+    moving, fixed = _moving(inputs), {"fixed": inputs.fixed}
+    splits = Splits(on.splits("by_token", inputs.state, moving | fixed), reverse)
+    reads = splits.apart(moving) | fixed
     advance = lambda h, fixed, row, _: token(h, fixed, row)[0]
-    walk = partial(_walk, "by_token", on, reverse, advance, *own, inputs.fixed, {})
+    walk = partial(_walk, "by_token", on, reverse, advance, reads | {"d_outputs": {}})
     h = splits.starts(walk, _apply, _compose, inputs.state)
-    x = next(iter(own[0].values()))
+    x = next(iter(reads["rows"].values()))
     kept = lambda h: jax.ShapeDtypeStruct((h.shape[0], x.shape[1] // size, *h.shape[1:]), h.dtype)
     writes = {
         "rows": {name: jax.ShapeDtypeStruct(x.shape, dtype) for name in outputs},
         "kept": jax.tree.map(kept, h) if keep else {},
     }
-    reads = {"rows": own[0], "shared": own[1], "fixed": inputs.fixed}
     h, written = on("by_token", body, reverse, h, reads, writes)
     return splits.end(h), splits.together(written["rows"]), splits.together(written["kept"])
 
@@ -95,8 +94,7 @@ def _forward(token: Token, outputs, reverse: bool, keep: bool, on: Programs, inp
 def _backward(
     token: Token, reverse: bool, on: Programs, inputs: Inputs, kept: Arrays, d_state: Arrays, d_outputs: Arrays
 ):
-    (batch, states, channels), length, dtype = _sizes(inputs)
-    size = stride(states)
+    size, dtype = _stride_and_dtype(inputs)
 
     def body(refs, written, carry, over_strides):
         fixed = _values(refs["fixed"])
@@ -108,7 +106,7 @@ def _backward(
                 flags = {name: beside.pop(name) for name in inputs.flags}
                 advance = lambda h, fixed, row, flags=flags: token(h, fixed, row | flags)
                 (h, _), pull = jax.vjp(advance, h, fixed, row | beside)
-                pulls.append(with_known_sums(pull))
+                pulls.append(on.known(pull))
             d_h, d_fixed = carry["state"], carry["fixed"]
             for pull, d_out in zip(reversed(pulls), reversed(d_outputs), strict=True):
                 d_h, d, d_row = pull((d_h, d_out))
@@ -121,20 +119,19 @@ def _backward(
 
     def pull(d_h, fixed, row, d_out):
         anywhere = jax.tree.map(jnp.zeros_like, d_h)  # an affine map has one derivative
-        return with_known_sums(jax.vjp(lambda h: token(h, fixed, row), anywhere)[1])((d_h, d_out))[0]
+        return on.known(jax.vjp(lambda h: token(h, fixed, row), anywhere)[1])((d_h, d_out))[0]
 
-    splits = Splits(on.splits("by_token_backward", batch, length, states, channels), not reverse)
-    rows, shared, d_outputs = map(splits.apart, (inputs.rows, inputs.shared | inputs.flags, d_outputs))
-    walk = partial(_walk, "by_token_backward", on, not reverse, pull, rows, shared, inputs.fixed, d_outputs)
-    d_h = splits.starts(walk, _apply, _compose, d_state)
-    d_fixed = {name: jnp.zeros((batch * splits.number, *x.shape), x.dtype) for name, x in inputs.fixed.items()}
+    moving, fixed = _moving(inputs), {"fixed": inputs.fixed}
+    splits = Splits(on.splits("by_token_backward", inputs.state, moving | fixed), not reverse)
+    reads = splits.apart(moving | {"d_outputs": d_outputs}) | fixed
+    d_h = splits.starts(partial(_walk, "by_token_backward", on, not reverse, pull, reads), _apply, _compose, d_state)
+    sequences = next(iter(d_h.values())).shape[0]
+    d_fixed = {name: jnp.zeros((sequences, *x.shape), x.dtype) for name, x in inputs.fixed.items()}
     like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
-    reads = {
-        "rows": rows, "shared": shared, "fixed": inputs.fixed, "kept": splits.apart(kept), "d_outputs": d_outputs
-    }  # fmt: skip
+    reads |= {"kept": splits.apart(kept)}
     writes = {
-        "rows": {name: like(x, x.dtype) for name, x in rows.items()},
-        "partial": {name: like(shared[name], dtype) for name in inputs.shared},
+        "rows": {name: like(x, x.dtype) for name, x in reads["rows"].items()},
+        "partial": {name: like(reads["shared"][name], dtype) for name in inputs.shared},
     }
     carry, written = on("by_token_backward", body, not reverse, {"state": d_h, "fixed": d_fixed}, reads, writes)
     # What all channels, or all sequences, share has a part from each program.
@@ -148,9 +145,7 @@ def _backward(
 # ---- splits ---------------------------------------------------------------------------------------------------------
 
 
-def _walk(
-    name: str, on: Programs, reverse: bool, advance: Callable, rows, shared, fixed, d_outputs, start: Arrays
-) -> Affine:
+def _walk(name: str, on: Programs, reverse: bool, advance: Callable, reads, start: Arrays) -> Affine:
     """Where walks end from zero, and from the unit state of each kind; `start` are states of this shape.
 
     `advance(state, fixed, row, row of d_outputs)` is an affine map.
@@ -165,7 +160,7 @@ def _walk(
             tokens = _rows(dtype, refs["shared"], _tokens(n, size, reverse))
             for row, other, token in zip(rows, others, tokens, strict=True):
                 after, push = jax.linearize(lambda h, at=(row | token, other): advance(h, fixed, *at), carry["zero"])
-                carry = {"zero": after, "units": {kind: with_known_sums(push)(h) for kind, h in carry["units"].items()}}
+                carry = {"zero": after, "units": {kind: on.known(push)(h) for kind, h in carry["units"].items()}}
             return carry
 
         return over_strides(_reader(dtype, refs, size, reverse), step, carry)
@@ -173,7 +168,6 @@ def _walk(
     constant = lambda value: lambda h: jnp.full_like(h, value)
     zero = jax.tree.map(constant(0), start)
     units = {kind: zero | {kind: constant(1)(h)} for kind, h in start.items()}
-    reads = {"rows": rows, "shared": shared, "fixed": fixed, "d_outputs": d_outputs}
     ends, _ = on(name, body, reverse, {"zero": zero, "units": units}, reads, {"rows": {}})
     return Affine(**ends)
 
@@ -192,10 +186,14 @@ def _compose(second: dict[str, Arrays], first: dict[str, Arrays]) -> dict[str, A
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _sizes(inputs: Inputs):
-    """Batch, states of a channel and channels; the length; the dtype that all is computed in."""
-    h, x = next(iter(inputs.state.values())), next(iter(inputs.rows.values()))
-    return h.shape, x.shape[1], h.dtype
+def _stride_and_dtype(inputs: Inputs):
+    """All is computed in the dtype of the states."""
+    h = next(iter(inputs.state.values()))
+    return stride(h.shape[1]), h.dtype
+
+
+def _moving(inputs: Inputs) -> dict[str, Arrays]:
+    return {"rows": inputs.rows, "shared": inputs.shared | inputs.flags}
 
 
 def _tokens(n, size: int, reverse: bool) -> list:

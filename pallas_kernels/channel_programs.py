@@ -1,14 +1,16 @@
-"""Programs that walk through time with W channels of a sequence each, and what they carry on the chip."""
+"""Which tiles and which compiler a kernel by token gets, and arrays that are filled up to them."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .channel_walks import Blocks, in_grid, in_pipeline, over
-from .platforms import has_mosaic_gpu, tpu_parameters, triton_parameters
+from . import mosaic_gpu
+from .channel_blocks import OF_ALL_CHANNELS, Blocks, by_kind, in_grid
+from .platforms import tpu_parameters, triton_parameters
 from .splits import how_many
 from .tiles import tile
 
@@ -26,56 +28,70 @@ def stride(states: int) -> int:
 
 
 class Programs(NamedTuple):
-    """Those of a platform, compiled or interpreted."""
+    """Those of a platform; `interpret` is False, True, or how Mosaic's kernels for GPUs are interpreted."""
 
     platform: str
     interpret: Any = False
 
-    def splits(self, name: str, batch: int, length: int, states: int, channels: int) -> int:
+    def splits(self, name: str, carry, reads) -> int:
         """In how many parts a sequence is walked at once by the kernel of this name."""
-        chosen = tile(name, self.platform, states)
+        batch, length, states, channels = _sizes(carry, reads)
+        chosen = self._chosen(name, carry, reads)
         programs = batch * -(-channels // chosen["width"])
         return how_many(chosen.get("programs", 1), programs, length // stride(states), walks=2)
 
     def __call__(self, name: str, body: Callable, reverse: bool, carry, reads, writes):
-        """The last carry and what was written, of a body of `channel_walks`, with the tiles of the kernel of this name.
+        """The last carry and what a body of `channel_blocks` wrote, with the tiles of the kernel of this name.
 
-        `reads`, `writes` are arrays by kind and name. A TPU walks in blocks of time, which come while the one before is
-        worked on; so does a GPU where Mosaic can; a program of Triton has all of its sequence's time.
+        `reads` and `writes` are arrays by kind and name.
         """
-        *_, states, channels = jax.tree.leaves(carry)[0].shape
-        batch, length = next(iter(reads["rows"].values())).shape[:2]
-        chosen, size, on_tpu = tile(name, self.platform, states), stride(states), self.platform == "tpu"
-        lone = not any(reads[kind] for kind in ("shared", "fixed")) and jax.tree.leaves(carry)[0].dtype == jnp.float32
-        steps = chosen["steps"] if not on_tpu and lone and has_mosaic_gpu() else 0
-
-        # Whole lanes of a TPU or threads of a warp group; Triton knows powers of two.
-        filled_up = lambda n: -(-n // 128) * 128 if on_tpu or steps else 1 << (n - 1).bit_length()
-        W = min(map(filled_up, (chosen["width"], channels)))
-        parts, strides = -(-channels // W), length // size
-        most = chosen["strides"] if on_tpu else 1 if steps else strides
-        block = strides if strides <= most else math.gcd(strides, most)
-        blocks = Blocks(parts, W, strides // block, block, size, reverse)
+        batch, length, states, channels = _sizes(carry, reads)
+        size, dtype = stride(states), jax.tree.leaves(carry)[0].dtype
+        strides, chosen, ahead = length // size, self._chosen(name, carry, reads), False
+        lanes, powers = lambda n: -(-n // 128) * 128, lambda n: 1 << (n - 1).bit_length()
+        if self.platform == "tpu":  # one block of time comes while the one before is worked on
+            most, W = chosen["strides"], min(chosen["width"], lanes(channels))
+            walk = partial(in_grid, parameters=tpu_parameters("parallel", "parallel", "arbitrary"))
+        elif "steps" in chosen:
+            most, W, walk = 1, chosen["width"], partial(mosaic_gpu.in_pipeline, steps=chosen["steps"])
+        else:  # a program of Triton has all of its sequence's time
+            most, W, ahead = strides, min(chosen["width"], powers(channels)), bool(chosen["ahead"])
+            walk = partial(in_grid, parameters=triton_parameters(chosen))
+        parts, block = -(-channels // W), strides if strides <= most else math.gcd(strides, most)
+        blocks = Blocks(parts, W, strides // block, block, size, reverse, ahead)
 
         # A TPU keeps rows of narrow numbers in pairs, and does not take one of them.
-        stored = lambda x: jax.tree.leaves(carry)[0].dtype if on_tpu else x.dtype
-        of_channels = lambda kind: kind not in ("shared", "partial")
+        stored = lambda x: dtype if self.platform == "tpu" else x.dtype
 
         def filled(kind, x):
             fill = [(0, 0)] * (x.ndim - 1) + [(0, parts * W - channels)]
-            return jnp.pad(x.astype(stored(x)), fill if of_channels(kind) else 0)
+            return jnp.pad(x.astype(stored(x)), 0 if kind in OF_ALL_CHANNELS else fill)
 
         def result(kind, x):
-            shape = (*x.shape[:-1], parts * W) if of_channels(kind) else (batch, parts, *x.shape[1:])
+            shape = (batch, parts, *x.shape[1:]) if kind in OF_ALL_CHANNELS else (*x.shape[:-1], parts * W)
             return jax.ShapeDtypeStruct(shape, stored(x))
 
-        each = lambda f, carry, arrays: (jax.tree.map(lambda x: f("carry", x), carry), over(arrays, f))
-        call = body, blocks, each(filled, carry, reads), each(result, carry, writes)
-        if steps:
-            final, written = in_pipeline(*call, steps, self.interpret)
-        elif on_tpu:
-            final, written = in_grid(*call, 0, tpu_parameters("parallel", "parallel", "arbitrary"), self.interpret)
-        else:
-            final, written = in_grid(*call, chosen["ahead"], triton_parameters(chosen), self.interpret)
-        final, written = each(lambda kind, x: x[..., :channels] if of_channels(kind) else x, final, written)
-        return final, jax.tree.map(lambda x, like: x.astype(like.dtype), written, writes)
+        reads, results = by_kind(filled, {"carry": carry} | reads), by_kind(result, {"carry": carry} | writes)
+        written = walk(body, blocks, batch, reads, results, interpret=self.interpret)
+        written = by_kind(lambda kind, x: x if kind in OF_ALL_CHANNELS else x[..., :channels], written)
+        return written.pop("carry"), jax.tree.map(lambda x, like: x.astype(like.dtype), written, writes)
+
+    def known(self, f: Callable) -> Callable:
+        """f of primitives that the platform's compilers know."""
+        return mosaic_gpu.with_known_sums(f) if self.platform == "gpu" else f
+
+    def _chosen(self, name: str, carry, reads) -> dict[str, int]:
+        """The tiles of this kernel; or of Mosaic's pipeline on a GPU, with its `steps`, where that takes the kernel."""
+        alone = not any(reads[kind] for kind in ("shared", "fixed"))
+        single = all(x.shape[1] == 1 and x.dtype == jnp.float32 for x in jax.tree.leaves(carry))
+        if self.platform == "gpu" and alone and single and mosaic_gpu.compiles_here():
+            chosen = tile("in_pipeline", "gpu", 1)
+            if chosen["steps"]:
+                return chosen | {"width": mosaic_gpu.THREADS}
+        return tile(name, self.platform, _sizes(carry, reads)[2])
+
+
+def _sizes(carry, reads) -> tuple[int, int, int, int]:
+    """Batch, length, states of a channel, channels."""
+    *_, states, channels = jax.tree.leaves(carry)[0].shape
+    return *next(iter(reads["rows"].values())).shape[:2], states, channels

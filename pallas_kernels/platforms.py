@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
-from jax.extend.core.primitives import add_jaxvals_p, add_p
 
 from .within_chunk import WithinChunk
 
@@ -34,25 +32,6 @@ def arithmetic_of_gpu(arrays, interpret: Any, differentiates: bool = False) -> W
     wide = interpret or any(x.dtype == jnp.float64 for x in jax.tree.leaves(arrays))
     exact = lax.Precision.HIGHEST if wide else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return WithinChunk(exact, differentiates)
-
-
-def has_mosaic_gpu() -> bool:
-    """Whether the GPU there is takes Mosaic's kernels: a Hopper or what came later, as one that is not there does."""
-    major, _, _ = getattr(jax.devices()[0], "compute_capability", "9.0").partition(".")
-    return not major.isdigit() or int(major) >= 9
-
-
-def with_known_sums(f: Callable) -> Callable:
-    """f, whose cotangents and tangents are summed by `add`: Mosaic GPU does not know the primitive that JAX has."""
-
-    def run(*args):
-        traced, like = jax.make_jaxpr(f, return_shape=True)(*args)
-        known = lambda eqn: eqn.replace(primitive=add_p) if eqn.primitive is add_jaxvals_p else eqn
-        jaxpr = traced.jaxpr.replace(eqns=[known(eqn) for eqn in traced.jaxpr.eqns])
-        values = jaxpr_as_fun(traced.replace(jaxpr=jaxpr))(*jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(like), values)
-
-    return run
 
 
 def tpu_parameters(*semantics: Literal["parallel", "arbitrary"]):

@@ -24,16 +24,16 @@ Table = dict[str, list[Row]]
 IN_TIME = {"block": 16, "columns": 16, "warps": 1, "stages": 1, "programs": 1}
 BY_TOKEN = {
     "tpu": {"width": 128, "strides": 1},
-    "gpu": {"width": 8, "warps": 1, "ahead": 0, "steps": 0, "programs": 1},
+    "gpu": {"width": 8, "warps": 1, "ahead": 0, "programs": 1},
 }
 
 #: What is to be chosen for each kernel on each platform, and the least of it. A program works on a `block` of tokens at
 #: once, or of so many `strides`; on `columns` of a matrix state, at most so many `sums` over them, states of so many
-#: `heads`, or a `width` of channels, with so many `steps` of Mosaic's pipeline, 0 for Triton, and rows of Triton's next
-#: stride `ahead` or not; it is one of about so many `programs`, with Triton's `warps` and `stages`, and `warps_before`
-#: for what is prepared.
+#: `heads`, or a `width` of channels, with rows of a stride `ahead` on their way or not, or so many `steps` of a
+#: pipeline (0: by Triton instead); it is one of about so many `programs`, with Triton's `warps` and `stages`, and
+#: `warps_before` for what is prepared.
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
-    "gated_linear_attention": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
+    "gated_linear_attention_by_key": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
     "gated_linear_attention_by_value": {"tpu": {"block": 16}, "gpu": IN_TIME},
     "gated_linear_attention_by_head": {"tpu": {"block": 16}, "gpu": IN_TIME | {"sums": 1}},
     "delta_rule": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
@@ -41,6 +41,7 @@ CHOICES: dict[str, dict[str, dict[str, int]]] = {
     "over_pairs": {"tpu": {"block": 16}, "gpu": {"block": 16, "warps": 1, "stages": 1}},
     "by_token": BY_TOKEN,
     "by_token_backward": BY_TOKEN,
+    "in_pipeline": {"gpu": {"steps": 0, "programs": 1}},
     "one_token": {"tpu": {"heads": 1}, "gpu": {"columns": 16, "warps": 1}},
 }
 

@@ -72,7 +72,8 @@ class WithinChunk(NamedTuple):
         return [decays.pairwise * self.product("ik,jk->ij", q, k, dtype) for q in readers for k in writers]
 
     def decayed_values(self, A, v, decays: Decays, dtype):
-        """Σ_{j≤i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v."""
+        """Σ_{j≤i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v; j = i is no part of
+        `scores`."""
         i, j = _rows_and_columns(A.shape[0])
         if decays.pairwise is not None:
             return self.product("ij,jv->iv", jnp.where(i == j, A, decays.pairwise * A), v, dtype)

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from kernel_cases import ATTENTION, CHANNELS, DISTINCT, MATRIX, attention_inputs, channel_inputs, matrix_inputs
 
 from jaxseq import ops
+from pallas_kernels.tiles import tried
 
 PLATFORM, DUMP, *NAMES = sys.argv[1:]
 H100 = """
@@ -43,8 +44,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-#: What names end in: of a decoding step, of few sequences, whose time is split, of attention without segments.
-STEP, LONG, UNPACKED = ", one token", ", long", ", unpacked"
+#: What names end in: of a decoding step, of few sequences, whose time is split, of attention without segments, and of
+#: what Triton compiles for GPUs that Mosaic has no pipeline for.
+STEP, LONG, UNPACKED, EARLIER = ", one token", ", long", ", unpacked", ", before Hopper"
 IN_SPLITS = ("gla per head", "delta_rule per channel", "linear_recurrence complex", "selective_scan")
 
 
@@ -90,16 +92,13 @@ def on_tpu(text: str) -> dict:
 
 
 def on_gpu() -> dict:
-    """Registers and spills of the worst kernel, by the assembler's own account: Mosaic keeps it, Triton's PTX asks."""
+    """Registers and spills of the worst kernel, by ptxas: Mosaic leaves its report, and Triton's PTX is given to it."""
     accounts = [file.read_text() for file in Path(DUMP).glob("*.ptxas")]
     (ptxas,) = {p.resolve() for root in sys.path for p in Path(root).glob("nvidia/cuda_nvcc/bin/ptxas")}
     for file in Path(DUMP).glob("*.ptx"):
         if not file.with_suffix(".ptxas").exists() and re.search(r"\.entry kernel", file.read_text()):
             command = [ptxas, "-v", "-arch=sm_90a", file, "-o", os.devnull]
             accounts.append(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
-    for file in Path(DUMP).glob("*.*"):
-        if file.is_file():
-            file.unlink()
     worst = lambda pattern: max((int(n) for account in accounts for n in re.findall(pattern, account)), default=0)
     return {
         "registers": worst(r"Used (\d+) registers"),
@@ -108,21 +107,30 @@ def on_gpu() -> dict:
     }
 
 
+def empty(folder: str) -> None:
+    for file in Path(folder).glob("*.*"):
+        if file.is_file():
+            file.unlink()
+
+
 def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
-    variants = [(DISTINCT, STEP), (ATTENTION, UNPACKED), *[(IN_SPLITS, LONG)] * (PLATFORM == "cuda")]
+    on_cuda = [(IN_SPLITS, LONG), (("linear_recurrence", "linear_recurrence complex"), EARLIER)]
+    variants = [(DISTINCT, STEP), (ATTENTION, UNPACKED), *on_cuda * (PLATFORM == "cuda")]
     names = (*DISTINCT, *CHANNELS, *ATTENTION, *(name + kind for names, kind in variants for name in names))
     for name in NAMES or names:
         for width in (64, 128):
             op, inputs = call(name, width)
-            if name.removesuffix(LONG) in CHANNELS and width > 64:
+            if name.partition(", ")[0] in CHANNELS and width > 64:
                 continue
             for direction, function in functions(op).items():
                 if direction == "backward" and name.endswith(STEP):
                     continue  # which is XLA's
+                empty(DUMP)
                 start = time.perf_counter()
-                with abstract_gpu() if PLATFORM == "cuda" else nullcontext():
+                by_triton = tried("in_pipeline", "gpu", steps=0) if name.endswith(EARLIER) else nullcontext()
+                with by_triton, abstract_gpu() if PLATFORM == "cuda" else nullcontext():
                     lowered = jax.jit(function, in_shardings=whole, out_shardings=whole).trace(inputs)
                 platform = "cuda" if PLATFORM == "cuda" else "tpu"
                 compiled = lowered.lower(lowering_platforms=(platform,)).compile()

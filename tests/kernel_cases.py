@@ -19,6 +19,10 @@ MATRIX = {
     "delta_rule per channel": (ops.delta_rule, "B T H K"),
     "dplr_recurrence": (ops.dplr_recurrence, "B T H K"),
 }
+#: Whose tiles they have.
+TABLES = {name: op.__name__ for name, (op, _) in MATRIX.items() if not name.startswith("gla")}
+TABLES |= {"gla per channel": "gated_linear_attention_by_key", "gla per value": "gated_linear_attention_by_value"}
+TABLES |= dict.fromkeys(("gla per head", "gla no decay"), "gated_linear_attention_by_head")
 #: To a kernel no decay is one of each head.
 DISTINCT = [name for name in MATRIX if name not in ("gla no decay", "delta_rule")]
 CHANNELS = {

@@ -5,8 +5,9 @@ in use, the GPU's way through time, races, and the compilers' front ends.
 """
 
 import itertools
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from kernel_cases import (
     CHANNELS,
     DISTINCT,
     MATRIX,
+    TABLES,
     attention_inputs,
     channel_inputs,
     check,
@@ -34,6 +36,7 @@ import pallas_kernels.by_token as by_token
 import pallas_kernels.one_token as one_token
 import pallas_kernels.over_pairs as over_pairs
 from jaxseq import ops
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.channel_programs import Programs
 from pallas_kernels.over_time_on_gpu import walker_of_gpu
 from pallas_kernels.over_time_on_tpu import on_tpu
@@ -44,12 +47,6 @@ from pallas_kernels.within_chunk import _sums
 KERNELS = [name for name, member in OPS.items() if "pallas" in member.forms and member.sweep]
 
 
-#: Tables of tiles of what goes through time, by name or by its first word, and token by token.
-TABLES = {f"gla per {what}": f"gated_linear_attention_by_{what}" for what in ("value", "head")}
-TABLES |= {"gla": "gated_linear_attention", "delta_rule": "delta_rule", "dplr_recurrence": "dplr_recurrence"}
-BY_TOKEN = ["by_token", "by_token_backward"]
-
-
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """The GPU's kernels, interpreted, with several parts of the columns."""
@@ -58,10 +55,9 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("gpu", True), *arrays))
     monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", partial(over_pairs.on_gpu, interpret=True))
     with tried("over_pairs", "gpu", block=32), ExitStack() as stack:
-        for table in TABLES.values():
+        for table in {*TABLES.values()}:
             stack.enter_context(tried(table, "gpu", columns=16, programs=1))
-        for table in BY_TOKEN:
-            stack.enter_context(tried(table, "gpu", steps=0))
+        stack.enter_context(tried("in_pipeline", "gpu", steps=0))
         yield
 
 
@@ -115,8 +111,7 @@ def test_matrix_states_in_splits_on_a_gpu(name, blocks, splits, on_a_gpu):
     """Long sequences in parts that are walked at once, forward and backward, and restart in some of them."""
     op, decay = MATRIX[name]
     inputs, ids = matrix_inputs(op, 32 * blocks, decay, B=1, H=1, K=16, V=16)
-    table = TABLES.get(name) or TABLES[name.split()[0]]
-    with tried(table, "gpu", programs=4):
+    with tried(TABLES[name], "gpu", programs=4):
         check(op, inputs, ids)
         of_splits = str(everything(op, ids, "pallas").trace(inputs).jaxpr).count(f"f32[{splits},1,16,16]")
     assert splits == 1 or of_splits > 0
@@ -141,13 +136,17 @@ def test_keys_that_heads_share():
     check(op, shared(inputs), ids)
 
 
-@pytest.mark.parametrize("impl, platform", [("chunked", "cpu"), ("pallas", "tpu")])
+@pytest.mark.parametrize("impl, platform", [("chunked", "cpu"), ("pallas", "tpu"), ("pallas", "cuda")])
 def test_keys_that_heads_share_are_not_repeated(impl, platform):
-    """In memory, over all of the time. A GPU prepares those of each head."""
-    inputs, _ = matrix_inputs(ops.gated_linear_attention, 64, "B T H", H=6, K=24, V=16)
+    """In memory, over all of the time, with a decay a head: there are no rows of keys with their decays."""
+    inputs, _ = matrix_inputs(ops.gated_linear_attention, 64, "B T H", H=6, K=32, V=16)
     run = lambda inputs: ops.gated_linear_attention(**inputs, impl=impl)
-    program = lambda inputs: jax.jit(run).trace(inputs).lower(lowering_platforms=(platform,)).as_text()
-    repeated = "tensor<2x64x6x24x"
+
+    def program(inputs):
+        with abstract_gpu() if platform == "cuda" else nullcontext():
+            return jax.jit(run).trace(inputs).lower(lowering_platforms=(platform,)).as_text()
+
+    repeated = "tensor<2x64x6x32x"
     assert repeated in program(inputs)
     assert repeated not in program(shared(inputs))
 
@@ -216,15 +215,15 @@ def test_rows_of_bfloat16_on_a_gpu(on_a_gpu):
 
 @pytest.fixture
 def on_mosaic_gpu(monkeypatch):
-    """The same, where kernels are Mosaic's; its interpreter waits for what is on its way to shared memory."""
+    """Mosaic's pipeline, interpreted: what is read before its copy has landed is NaN."""
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(Programs("gpu", as_mosaic_gpu()), *arrays))
 
 
 def as_mosaic_gpu(**options):
-    from jax.experimental.pallas import mosaic_gpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     try:
-        return mosaic_gpu.InterpretGPUParams(**options)
+        return plgpu.InterpretGPUParams(**options)
     except AttributeError:  # jax 0.10 has it, by another name
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
@@ -238,26 +237,41 @@ IN_PIPELINE = [(name, length) for name in CHANNELS if name.startswith("linear") 
 def test_channels_in_a_pipeline_on_mosaic_gpu(name, length, on_mosaic_gpu):
     """More blocks than are on their way at once, more channels than a program has, both directions."""
     op, complex_ = CHANNELS[name]
-    inputs, ids = channel_inputs(op, length, B=1, D=70 if complex_ else 140, complex_=complex_)
+    inputs, ids = channel_inputs(op, length, B=1, D=140, complex_=complex_)
     check(op, inputs, ids)
     check(partial(op, reverse=True), inputs, ids)
     assert "copy_gmem_to_smem" in str(everything(op, ids, "pallas").trace(inputs).jaxpr)
 
 
 def test_splits_on_mosaic_gpu(on_mosaic_gpu):
+    """Two pipelines in either direction: the first finds where the parts start."""
     inputs, ids = channel_inputs(ops.linear_recurrence, 512, B=1, D=8, complex_=True)
-    with tried("by_token", "gpu", programs=4), tried("by_token_backward", "gpu", programs=4):
+    with tried("in_pipeline", "gpu", programs=4):
         check(ops.linear_recurrence, inputs, ids)
+        walks = str(everything(ops.linear_recurrence, ids, "pallas").trace(inputs).jaxpr).count(
+            "unsafe_no_auto_barriers=True"
+        )
+    assert walks == 4
+
+
+@pytest.mark.parametrize("name", ["linear_recurrence", "linear_recurrence complex"])
+def test_pipelines_of_any_length_find_room(name):
+    """Lowering is where Mosaic sees that a program asks for more shared memory than there is."""
+    op, complex_ = CHANNELS[name]
+    inputs, _ = channel_inputs(op, 512, D=128, complex_=complex_)
+    with tried("in_pipeline", "gpu", steps=64), abstract_gpu():
+        traced = everything(op, None, "pallas").trace(inputs)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_blocks_come_after_all_threads_have_read_on_mosaic_gpu(waits, monkeypatch, capfd):
-    from jax.experimental.pallas import mosaic_gpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+    if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("before jax 0.11 Mosaic's interpreter for GPUs finds no races")
     if not waits:
-        monkeypatch.setattr(mosaic_gpu, "commit_smem", lambda: None)
+        monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     racing = Programs("gpu", as_mosaic_gpu(detect_races=True))
     monkeypatch.setattr(by_token, "_on_platforms", lambda f, *arrays: f(racing, *arrays))
     inputs, ids = channel_inputs(ops.linear_recurrence, 100, B=1, D=8)
@@ -274,7 +288,7 @@ BLOCKS = [(name, length) for name in ("gla per channel", "delta_rule per channel
 )
 def test_lengths_of_chunks_in_use(name, length):
     op, decay = MATRIX[name]
-    with tried(op.__name__, "tpu", block=64):
+    with tried(TABLES[name], "tpu", block=64):
         check(op, *matrix_inputs(op, length, decay, H=1, K=16, V=24))
 
 
@@ -397,12 +411,18 @@ def test_lowers_for_tpu_and_gpu(name, shape):
         assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_gpus_before_hopper_have_triton(monkeypatch):
-    monkeypatch.setattr("pallas_kernels.channel_programs.has_mosaic_gpu", lambda: False)
+@pytest.mark.parametrize("capability, mosaic", [("8.6", False), ("9.0", True), ("12.0", True)])
+def test_gpus_before_hopper_have_triton(capability, mosaic, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert mosaic_gpu.compiles_here() == mosaic
+    monkeypatch.undo()
+    monkeypatch.setattr(mosaic_gpu, "compiles_here", lambda: mosaic)
     inputs, ids = channel_inputs(ops.linear_recurrence, 37, complex_=True)
     with abstract_gpu():
         lowered = everything(ops.linear_recurrence, ids, "pallas").trace(inputs).lower(lowering_platforms=("cuda",))
-    assert "triton" in lowered.as_text() and "mosaic_gpu" not in lowered.as_text()
+    assert {call for call in ("triton", "mosaic_gpu") if call in lowered.as_text()} == {
+        "mosaic_gpu" if mosaic else "triton"
+    }
 
 
 @pytest.mark.parametrize(

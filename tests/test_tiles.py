@@ -100,7 +100,7 @@ BAD = {
     "no JSON": ("{", "tiles is not valid JSON"),
     "a kernel too few": (
         json.dumps({"delta_rule": []}),
-        "must hold a table for each of gated_linear_attention, ",
+        "must hold a table for each of gated_linear_attention_by_key, ",
     ),
     "no default": (tables() | {"delta_rule": []}, "delta_rule has no row on 'tpu' that serves every width"),
     "a default of some widths": ({"up_to": 64}, "delta_rule has no row on 'tpu' that serves every width"),

@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jax.nn import log_sigmoid, sigmoid, softplus
 
+from pallas_kernels import mosaic_gpu
+
 from .. import ops
 from ..fields import check_counts
 from ..layers.normalised import unit
@@ -166,13 +168,14 @@ def decoding(op, *inputs, impl):
 
 
 def table(op, gate) -> str:
-    """Of tiles: channels that decay alike have one of their own."""
-    return op.__name__ + "_by_head" * (op is ops.gated_linear_attention and gate != "key")
+    """The tiles that its kernel reads; to a kernel no decay is one of each head."""
+    return f"{op.__name__}_by_{gate or 'head'}" if op is ops.gated_linear_attention else op.__name__
 
 
 def kernels(config: Sizes) -> Iterator[Kernel]:
-    by_token = ("by_token", "by_token_backward")
-    D, fused = config.channels, ("fused",) * (jax.default_backend() == "gpu")
+    by_token, on_gpu = ("by_token", "by_token_backward"), jax.default_backend() == "gpu"
+    elementwise = ("in_pipeline",) if on_gpu and mosaic_gpu.compiles_here() else by_token
+    D, fused = config.channels, ("fused",) * on_gpu
     for T in config.lengths:
         batch = max(1, config.tokens // T)
         tokens = batch * T
@@ -193,7 +196,7 @@ def kernels(config: Sizes) -> Iterator[Kernel]:
         inputs = partial(selective_inputs, T, D, config.states)
         yield Kernel("selective_scan", T, by_token, config.states, ops.selective_scan, inputs, batch)
         inputs = partial(recurrence_inputs, T, D)
-        yield Kernel("linear_recurrence", T, by_token, 1, ops.linear_recurrence, inputs, batch)
+        yield Kernel("linear_recurrence", T, elementwise, 1, ops.linear_recurrence, inputs, batch)
     for K in config.widths:
         for name in ("gla", "gated_delta_rule"):
             op, gate, beta, _ = MATRIX[name]

@@ -61,14 +61,15 @@ class Roles(NamedTuple):
         along = lambda columns: {name: x for name, x in tokens.items() if (name in self.columns) == columns}
         return along(False), along(True)
 
-    def of_logs(self, within, total, d_total, prepared, rows, outputs=()):
+    def of_logs(self, within, total, d_total, prepared, rows, out=None):
         """The gradient of log decays, `_backward`'s ḡ, from pairs (x, x̄) of what is prepared, of rows, of outputs."""
         of_all = total.shape[-2] == 1  # channels decay alike
         meet = lambda x, d_x: jnp.sum(x * d_x, -1, keepdims=True) if of_all else x * d_x
         along = lambda pairs, names: sum(meet(pairs[0][name], pairs[1][name]) for name in names)
         early = along(rows, self.early_reads)
         moved = along(rows, self.reads) + early - along(rows, self.writes)
-        moved += meet(*outputs) if self.outputs else 0
+        if self.outputs:
+            moved += meet(*out)
         written = jnp.sum(along(prepared, self.writes), -2, keepdims=True)
         # What is read early is read before its own decay.
         return (total * d_total).swapaxes(-1, -2) + written + within.later(moved) - early

@@ -19,7 +19,7 @@ from .within_chunk import product
 
 # The forms take queries and keys `B T H K` (the last two forms of fewer heads too), values `B T H V`, log decays
 # `B T H K` or `B T H 1`, and a float32 state `B H K V`. With decays of values `B T H V` keys and values change places,
-# the state is Sᵀ, and a query reads along its other axis.
+# the state is Sᵀ, and a query reads along its other axis. `chunked` transposes it where one decay serves a head, too.
 
 BY_KEY, BY_VALUE = "...kv,...k->...v", "...kv,...v->...k"
 
@@ -42,18 +42,17 @@ def parallel(q, k, v, g, S, read=BY_KEY):
 
 def chunked(q, k, v, g, S, read=BY_KEY, *, place):
     """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk."""
-    if read == BY_KEY and g.shape[-1] == 1:  # values decay, too, and their decays are no work with keys
-        o, S = chunked(q, v, k, g, S.swapaxes(2, 3), BY_VALUE, place=place)
-        return o, S.swapaxes(2, 3)
     dtype = promoted(q.dtype, k.dtype, v.dtype)
-    if read == BY_KEY:
+    if read == BY_KEY and g.shape[-1] > 1:
         chunk, roles = Chunk(dtype, _prepare, _through), Roles(reads=("q",), writes=("k",))
-        tokens = {"q": q, "k": k, "v": v}
-    else:
-        chunk = Chunk(dtype, _prepare_by_value, _by_value, exact=("raw", "decays"), beforehand=False)
-        roles = Roles(writes=("v",), outputs=True, columns=("q", "k"))
-        tokens = {"q": q, "k": v, "v": k}
-    return chunkwise(chunk, roles, place, tokens, g, S)
+        return chunkwise(chunk, roles, place, {"q": q, "k": k, "v": v}, g, S)
+    # A decay that all channels share decays values as well as keys, and then there is nothing to prepare.
+    chunk = Chunk(dtype, _prepare_by_value, _by_value, exact=("raw", "decays"), beforehand=False)
+    roles = Roles(writes=("v",), outputs=True, columns=("q", "k"))
+    if read == BY_VALUE:
+        return chunkwise(chunk, roles, place, {"q": q, "k": v, "v": k}, g, S)
+    o, S = chunkwise(chunk, roles, place, {"q": q, "k": k, "v": v}, g, S.swapaxes(2, 3))
+    return o, S.swapaxes(2, 3)
 
 
 def _prepare(dtype, within, rows, decays):
@@ -154,7 +153,7 @@ def gated_linear_attention(
         raise ValueError("bonus and decay_axis='value' are both given; choose one.")
     v, read = own(value), BY_VALUE if by_value else BY_KEY
     k, v, S = (v, k, S.swapaxes(2, 3)) if by_value else (k, v, S)
-    table = "gated_linear_attention" + ("_by_value" if by_value else "_by_head" if g.shape[-1] == 1 else "")
+    table = f"gated_linear_attention_by_{'value' if by_value else 'key' if g.shape[-1] > 1 else 'head'}"
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),

@@ -94,20 +94,21 @@ def scores(readers: tuple, writers: tuple, decays: Decays, dtype) -> list:
 
 
 def decayed_values(A, v, decays: Decays, dtype):
-    """Σ_{j≤i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v."""
+    """Σ_{j≤i} A_ij (Π_{j<t≤i} decay_t) ⊙ v_j, where the decays are those of the channels of v; j = i is no part of
+    `scores`."""
+    own = jnp.diagonal(A, axis1=-2, axis2=-1)[..., None]
     if decays.pairwise is not None:
-        one = jnp.ones_like(decays.from_start)
-        return product("...ij,...jv->...iv", (decays.pairwise + diagonal_matrix(one)) * A, v, dtype)
-    o = jnp.diagonal(A, axis1=-2, axis2=-1)[..., None] * v
+        return product("...ij,...jv->...iv", decays.pairwise * A + diagonal_matrix(own), v, dtype)
+    own *= v
     size, whole = v.shape[-2], 1 << len(decays.levels)
     A, v = _filled(_filled(A, whole).swapaxes(-1, -2), whole).swapaxes(-1, -2), _filled(v, whole)
-    late_o = jnp.zeros(v.shape, accumulator(dtype))
+    o = jnp.zeros(v.shape, accumulator(dtype))
     for i, (read, end) in enumerate(decays.levels):
         block = 1 << i
         cross = _on_diagonal(A, 2 * block)[..., block:, :block]
         late = read * product("...ij,...jv->...iv", cross, end * _halves(v, block)[0], dtype)
-        late_o += _join(jnp.zeros_like(late), late)
-    return o + late_o[..., :size, :]
+        o += _join(jnp.zeros_like(late), late)
+    return own + o[..., :size, :]
 
 
 def later(x):
