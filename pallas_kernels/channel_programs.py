@@ -84,7 +84,8 @@ class Programs(NamedTuple):
         """The tiles of this kernel; or of Mosaic's pipeline on a GPU, with its `steps`, where that takes the kernel."""
         alone = not any(reads[kind] for kind in ("shared", "fixed"))
         single = all(x.shape[1] == 1 and x.dtype == jnp.float32 for x in jax.tree.leaves(carry))
-        if self.platform == "gpu" and alone and single and mosaic_gpu.compiles_here():
+        fitting = alone and single and mosaic_gpu.fills(_sizes(carry, reads)[3])
+        if self.platform == "gpu" and fitting and mosaic_gpu.compiles():
             chosen = tile("in_pipeline", "gpu", 1)
             if chosen["steps"]:
                 return chosen | {"width": mosaic_gpu.THREADS}

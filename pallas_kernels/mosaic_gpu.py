@@ -1,13 +1,14 @@
 """Mosaic for NVIDIA GPUs: a pipeline of blocks of time, and what has to be known to write for it.
 
-It multiplies no plain arrays, and a sum over threads stops all of them. What is left is arithmetic of every channel for
-itself, on rows `1 W`.
+It multiplies what lies in shared memory in layouts of its own, and no plain arrays, and a sum over threads stops all of
+them. What is left is arithmetic of every channel for itself, on rows `1 W`.
 """
 
 from collections.abc import Callable
 from math import prod
 
 import jax
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.extend.core import jaxpr_as_fun
@@ -21,10 +22,21 @@ THREADS = 128
 SHARED_MEMORY = 112 * 2**10
 
 
-def compiles_here() -> bool:
-    """Whether Mosaic compiles for the GPU there is: Hopper and later, and so for one that is elsewhere."""
-    major, _, _ = getattr(jax.devices()[0], "compute_capability", "9.0").partition(".")
-    return not major.isdigit() or int(major) >= 9  # AMD's are names, and for kernels of another platform
+#: What the kinds of devices are called that Mosaic compiles for, Hopper and Blackwell of data centres.
+KINDS = ("H100", "H200", "B200", "B300")
+
+
+def compiles() -> bool:
+    """Whether Mosaic compiles for the GPU there is, or for the one that the program is lowered for by name."""
+    here, named = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+    if named is not None and named.device_kind != here.device_kind:
+        return any(kind in named.device_kind for kind in KINDS)
+    return getattr(here, "compute_capability", "").partition(".")[0] in ("9", "10")
+
+
+def fills(channels: int) -> bool:
+    """Whether no more than a fifth of the threads would have nothing to do."""
+    return -(-channels // THREADS) * THREADS <= 1.25 * channels
 
 
 def with_known_sums(f: Callable) -> Callable:
@@ -54,7 +66,8 @@ def in_pipeline(body: Callable, blocks: Blocks, batch: int, reads, writes, *, st
     room = SHARED_MEMORY // sum(jax.tree.leaves(by_kind(size, reads)))
 
     def kernel(refs, written):
-        b, j = lax.axis_index("sequence"), lax.axis_index("part")
+        program = lax.axis_index("program")  # one axis: others may not be as long as there are sequences
+        b, j = lax.div(program, np.int32(blocks.parts)), lax.rem(program, np.int32(blocks.parts))
         start, final = refs.pop("carry"), written.pop("carry")
 
         def incoming(kind, ref):
@@ -86,8 +99,8 @@ def in_pipeline(body: Callable, blocks: Blocks, batch: int, reads, writes, *, st
     return plgpu.kernel(
         kernel,
         out_type=writes,
-        grid=(batch, blocks.parts),
-        grid_names=("sequence", "part"),
+        grid=(batch * blocks.parts,),
+        grid_names=("program",),
         # Else Mosaic has threads wait for each other before and after each row that they write.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,

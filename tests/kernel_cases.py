@@ -66,7 +66,8 @@ def channel_inputs(op, length, dtype=np.float32, B=2, D=40, N=4, complex_=False)
     ids = jnp.asarray(segments(rng, B, length))
     if op is ops.linear_recurrence:
         decay = 0.6 * draw(B, length, D)
-        return cast(dict(decay=decay / (1 + abs(decay)), inputs=draw(B, length, D)), dtype), ids
+        inputs = dict(decay=decay / (1 + abs(decay)), inputs=draw(B, length, D), initial_state=draw(B, D))
+        return cast(inputs, dtype), ids
     moving = {name: draw(B, length, N) for name in "BC"}
     inputs = dict(x=draw(B, length, D), dt=-log_decays(rng, (B, length, D), "strong"), A=-rng.uniform(0, 2, (D, N)))
     return cast(inputs | moving | {"initial_state": draw(B, D, N)}, dtype), ids

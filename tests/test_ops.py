@@ -300,6 +300,18 @@ def test_chunks_of_the_size_in_use(op, keys, level, options):
         assert_close(gradients, expected, bound)
 
 
+@pytest.mark.parametrize("log_decay", ["per_head", "per_channel"])
+@pytest.mark.parametrize("K, V", [(128, 64), (128, 256)])
+def test_keys_of_all_heads_in_bfloat16(K, V, log_decay):
+    """Fused on a CPU with what repeats them, these products were wrong (jax 0.10, 0.11)."""
+    rng = np.random.default_rng(0)
+    shapes = {"query": (1, 128, 1, K), "key": (1, 128, 1, K), "value": (1, 128, 4, V)}
+    inputs = {name: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for name, shape in shapes.items()}
+    g = -rng.uniform(0, 0.3, (1, 128, 4) if log_decay == "per_head" else (1, 128, 4, K)).astype(np.float32)
+    run = lambda impl: jax.jit(lambda inputs: ops.gated_linear_attention(**inputs, log_decay=g, impl=impl))
+    assert_close(run("chunked")(inputs), run("sequential")(cast(inputs, jnp.float32)), 2e-2)
+
+
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_vmap_and_numpy(name):
     """A leading axis is a batch; NumPy arrays are arrays."""

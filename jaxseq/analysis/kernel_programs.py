@@ -168,13 +168,14 @@ def decoding(op, *inputs, impl):
 
 
 def table(op, gate) -> str:
-    """The tiles that its kernel reads; to a kernel no decay is one of each head."""
+    """The tiles that its kernel reads, of heads no wider than their keys; to a kernel no decay is one of each head."""
     return f"{op.__name__}_by_{gate or 'head'}" if op is ops.gated_linear_attention else op.__name__
 
 
 def kernels(config: Sizes) -> Iterator[Kernel]:
     by_token, on_gpu = ("by_token", "by_token_backward"), jax.default_backend() == "gpu"
-    elementwise = ("in_pipeline",) if on_gpu and mosaic_gpu.compiles_here() else by_token
+    by_mosaic = on_gpu and mosaic_gpu.compiles() and mosaic_gpu.fills(config.channels)
+    elementwise = ("in_pipeline",) if by_mosaic else by_token
     D, fused = config.channels, ("fused",) * on_gpu
     for T in config.lengths:
         batch = max(1, config.tokens // T)

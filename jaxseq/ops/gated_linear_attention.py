@@ -19,7 +19,7 @@ from .within_chunk import product
 
 # The forms take queries and keys `B T H K` (the last two forms of fewer heads too), values `B T H V`, log decays
 # `B T H K` or `B T H 1`, and a float32 state `B H K V`. With decays of values `B T H V` keys and values change places,
-# the state is Sᵀ, and a query reads along its other axis. `chunked` transposes it where one decay serves a head, too.
+# the state is Sᵀ, and a query reads along its other axis.
 
 BY_KEY, BY_VALUE = "...kv,...k->...v", "...kv,...v->...k"
 
@@ -40,16 +40,19 @@ def parallel(q, k, v, g, S, read=BY_KEY):
     return einsum(read, states, q), final
 
 
-def chunked(q, k, v, g, S, read=BY_KEY, *, place):
-    """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk."""
+def chunked(q, k, v, g, S, decays="key", *, place):
+    """Matrix products inside chunks, one state between them; the backward pass recomputes each chunk.
+
+    What decays: keys, values (in the place of keys), or with one decay of a whole "head" values as well as keys. Then
+    nothing has to be prepared, and rows of values are decayed and not those of keys: that pays where they are no wider.
+    """
     dtype = promoted(q.dtype, k.dtype, v.dtype)
-    if read == BY_KEY and g.shape[-1] > 1:
+    if decays == "key":
         chunk, roles = Chunk(dtype, _prepare, _through), Roles(reads=("q",), writes=("k",))
         return chunkwise(chunk, roles, place, {"q": q, "k": k, "v": v}, g, S)
-    # A decay that all channels share decays values as well as keys, and then there is nothing to prepare.
     chunk = Chunk(dtype, _prepare_by_value, _by_value, exact=("raw", "decays"), beforehand=False)
     roles = Roles(writes=("v",), outputs=True, columns=("q", "k"))
-    if read == BY_VALUE:
+    if decays == "value":
         return chunkwise(chunk, roles, place, {"q": q, "k": v, "v": k}, g, S)
     o, S = chunkwise(chunk, roles, place, {"q": q, "k": k, "v": v}, g, S.swapaxes(2, 3))
     return o, S.swapaxes(2, 3)
@@ -153,11 +156,13 @@ def gated_linear_attention(
         raise ValueError("bonus and decay_axis='value' are both given; choose one.")
     v, read = own(value), BY_VALUE if by_value else BY_KEY
     k, v, S = (v, k, S.swapaxes(2, 3)) if by_value else (k, v, S)
-    table = f"gated_linear_attention_by_{'value' if by_value else 'key' if g.shape[-1] > 1 else 'head'}"
+    by_head = g.shape[-1] == 1 and value.shape[3] <= key.shape[3]
+    decays = "value" if by_value else "head" if by_head else "key"
+    table = f"gated_linear_attention_by_{decays}"
     forms = {
         "sequential": in_accumulator(partial(sequential, read=read), S),
         "parallel": in_accumulator(partial(parallel, read=read), S),
-        **chunks(table, partial(chunked, read=read), partial(single, read=read), length, chunk_size),
+        **chunks(table, partial(chunked, decays=decays), partial(single, read=read), length, chunk_size),
     }
     form = dispatch("gated_linear_attention", impl, forms, *best(length))
     if bonus is not None:
