@@ -21,7 +21,7 @@ from families import abstract_gpu
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernel_cases import ATTENTION, CHANNELS, DISTINCT, MATRIX, attention_inputs, channel_inputs, matrix_inputs
+from kernel_cases import ATTENTION, CHANNELS, DISTINCT, MATRIX, attention_inputs, channel_inputs, matrix_inputs, shared
 
 from jaxseq import ops
 from pallas_kernels.tiles import tried
@@ -44,9 +44,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-#: What names end in: of a decoding step, of few sequences, whose time is split, of attention without segments, and of
-#: what Triton compiles for GPUs that Mosaic has no pipeline for.
-STEP, LONG, UNPACKED, EARLIER = ", one token", ", long", ", unpacked", ", before Hopper"
+#: What names end in: of a decoding step, of few sequences, whose time is split, of attention without segments, of SSD's
+#: keys, twice as wide as values and one for all heads, and of what Triton compiles where Mosaic has no pipeline.
+STEP, LONG, UNPACKED, SSD, EARLIER = ", one token", ", long", ", unpacked", ", SSD", ", before Hopper"
+WIDTHS = (64, 128, 256)
 IN_SPLITS = ("gla per head", "delta_rule per channel", "linear_recurrence complex", "selective_scan")
 
 
@@ -72,7 +73,8 @@ def call(name: str, width: int):
         inputs = {k: x.astype(jnp.bfloat16) if k in ("x", "B", "C") else x for k, x in inputs.items()}
     else:
         op, decay = MATRIX[name]
-        inputs, _ = matrix_inputs(op, length, decay, K=width, V=width, B=batch)
+        inputs, _ = matrix_inputs(op, length, decay, K=2 * width if kind == SSD else width, V=width, B=batch)
+        inputs = shared(inputs) if kind == SSD else inputs
         narrow = inputs.keys() - {"log_decay", "initial_state"}
         inputs = {k: x.astype(jnp.bfloat16) if k in narrow else x for k, x in inputs.items()}
     return op, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
@@ -117,10 +119,10 @@ def main():
     mesh = Mesh(np.array(device().devices)[:1], ("x",))
     whole = NamedSharding(mesh, P())
     on_cuda = [(IN_SPLITS, LONG), (("linear_recurrence", "linear_recurrence complex"), EARLIER)]
-    variants = [(DISTINCT, STEP), (ATTENTION, UNPACKED), *on_cuda * (PLATFORM == "cuda")]
+    variants = [(DISTINCT, STEP), (ATTENTION, UNPACKED), (("gla per head",), SSD), *on_cuda * (PLATFORM == "cuda")]
     names = (*DISTINCT, *CHANNELS, *ATTENTION, *(name + kind for names, kind in variants for name in names))
     for name in NAMES or names:
-        for width in (64, 128):
+        for width in WIDTHS:
             op, inputs = call(name, width)
             if name.partition(", ")[0] in CHANNELS and width > 64:
                 continue

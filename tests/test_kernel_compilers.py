@@ -15,9 +15,9 @@ import pytest
 #: What one kernel may keep on a TPU, of 16 MiB on the smallest one.
 SCOPED_BYTES = 6 * 2**20
 #: What a thread may spill on an H100, by the width of a head. Where it does, registers are what to tune for next.
-SPILLED_BYTES = {64: 700, 128: 3_000}
-#: Of the kernel with four kinds of rows, twice as many.
-OF_DPLR = 2
+SPILLED_BYTES = {64: 700, 128: 3_000, 256: 3_400}
+#: Of the kernel with four kinds of rows, so many times that: with heads of 256 it runs, and is not for use.
+OF_DPLR = {64: 2, 128: 2, 256: 18}
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,12 @@ def test_compiles(extra, package, platforms, tmp_path, capfd):
             print()
             for row in rows:
                 print("  ".join(f"{name} {value}" for name, value in row.items()))
-        assert len(rows) == (82 if platform == "cuda" else 66)  # a TPU splits no time and has one compiler
+        assert len(rows) == (122 if platform == "cuda" else 102)  # a TPU splits no time and has one compiler
         for row in rows:
             assert row["kernels"] >= (2 if row["direction"] == "backward" else 1), row
             if platform == "cuda":
-                most = SPILLED_BYTES[row["width"]] * (OF_DPLR if row["kernel"].startswith("dplr") else 1)
+                most = SPILLED_BYTES[row["width"]]
+                most *= OF_DPLR[row["width"]] if row["kernel"].startswith("dplr") else 1
                 assert row["spilled_bytes"] <= most, row
             else:
                 assert row["scoped_bytes"] <= SCOPED_BYTES, row
