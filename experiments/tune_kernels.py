@@ -52,7 +52,7 @@ class Config(Sizes):
 IN_TIME: dict[str, tuple[int, ...]] = {
     "block": (32, 64), "columns": (32, 64, 128), "warps": (4, 8), "stages": (1, 2), "programs": (128, 256),
 }  # fmt: skip
-BEFORE: dict[str, tuple[int, ...]] = {"warps_before": (2, 4, 8)}
+BEFORE: dict[str, tuple[int, ...]] = {"warps_before": (4, 8), "channels": (32, 64, 128)}
 BLOCKS: dict[str, tuple[int, ...]] = {"block": (64, 128, 256)}
 
 #: What is tried, beside what the table says. Mosaic wants whole tiles; more than these never fit on a chip.

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from .platforms import arithmetic_of_gpu, head_for, triton_parameters
 from .splits import Affine, Splits, how_many
-from .walk import Arrays, Result, Step, Walk, Walker, filled_up, filled_width
+from .walk import Arrays, Result, Step, Sweep, Walk, Walker, filled_up, filled_width
 from .within_chunk import matrix_width
 
 
@@ -48,24 +48,46 @@ def _groups(walk: Walk, most: int) -> list[Walk]:
 
 
 def _each(
-    chosen, interpret: bool, step: Callable, size: int, channels: int, tokens: Arrays, differentiated: bool = False
+    chosen, interpret: bool, sweeps: list[Sweep], size: int, channels: int, tokens: Arrays, whole: tuple[str, ...] = ()
 ) -> Arrays:
-    """Widths of outputs are filled up as those of tokens are."""
+    """Widths of outputs are filled up as those of tokens are.
+
+    Where all tokens have all channels, a program sweeps over parts of them, as registers hold no more.
+    """
     batch, length, _, _ = max((x.shape for x in tokens.values()), key=lambda shape: shape[1])
     heads, blocks = max(x.shape[2] for x in tokens.values()), length // size
-    more = lambda x: filled_width(x.shape[3], channels, matrix_width) - x.shape[3]
-    tokens = {name: jnp.pad(x, ((0, 0),) * 3 + ((0, more(x)),)) for name, x in tokens.items()}
-    step = partial(step, arithmetic_of_gpu(tokens, interpret, differentiated))
+    K, within = matrix_width(channels), arithmetic_of_gpu(tokens, interpret)
+    more = lambda name, x: 0 if name in whole else filled_width(x.shape[3], channels, matrix_width) - x.shape[3]
+    tokens = {name: jnp.pad(x, ((0, 0),) * 3 + ((0, more(name, x)),)) for name, x in tokens.items()}
+    moving = [name for name in tokens if name not in whole]
+    part = min(chosen["channels"], K) if all(tokens[name].shape[3] == K for name in moving) else K
     rows = lambda x: x.shape[1] // blocks
-    found = jax.eval_shape(step, {k: jax.ShapeDtypeStruct((rows(x), x.shape[3]), x.dtype) for k, x in tokens.items()})
+    block = lambda name, most: jax.ShapeDtypeStruct((rows(x := tokens[name]), min(x.shape[3], most)), x.dtype)
+    here, known = ({name: block(name, most) for name in names} for names, most in ((moving, part), (whole, size)))
+    sums, found = _shapes(within, sweeps, here, known, lambda width: K if width == part else width)
 
     def spec(rows: int, width: int, own: int = heads):
         serving = head_for(own, heads)
         return pl.BlockSpec((None, rows, None, width), lambda b, h, i: (b, i, serving(h), 0))
 
     def kernel(refs, outputs):
-        for name, value in step({name: ref[...] for name, ref in refs.items()}).items():
-            outputs[name][...] = value
+        known = {name: refs[name][...] for name in whole}
+
+        def over_part(sweep, known, j, totals):
+            columns = pl.ds(j * part, part) if part < K else slice(None)
+            values = sweep.step(within, {name: refs[name][:, columns] for name in moving} | known)
+            totals = {name: total + values.pop(name) for name, total in totals.items()}
+            for name, value in values.items():
+                outputs[name][:, columns] = value
+            return totals
+
+        for sweep, like in zip(sweeps, sums, strict=True):
+            totals, step = {n: jnp.zeros(x.shape, x.dtype) for n, x in like.items()}, partial(over_part, sweep, known)
+            totals = lax.fori_loop(0, K // part, step, totals) if part < K else step(0, totals)
+            finished = sweep.finish(within, totals, known)
+            known = known | finished
+            for name in () if sweep.between else finished:
+                outputs[name][...] = finished[name]
 
     return pl.pallas_call(
         kernel,
@@ -79,6 +101,19 @@ def _each(
         compiler_params=triton_parameters({"warps": chosen["warps_before"]}),
         interpret=interpret,
     )(tokens)
+
+
+def _shapes(within, sweeps: list[Sweep], here, known, width_of: Callable[[int], int]):
+    """Of the sums of each sweep, and of all outputs."""
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    sums = []
+    for sweep in sweeps:
+        values = jax.eval_shape(partial(sweep.step, within), here | known)
+        sums.append({name: values.pop(name) for name in sweep.sums})
+        found |= {name: jax.ShapeDtypeStruct((len(x), width_of(x.shape[1])), x.dtype) for name, x in values.items()}
+        finished = jax.eval_shape(partial(sweep.finish, within), sums[-1], known)
+        known, found = known | finished, found if sweep.between else found | finished
+    return sums, found
 
 
 def _in_splits(step, walk: Walk, chosen, carry, tokens: Arrays, matrices: Arrays, interpret):

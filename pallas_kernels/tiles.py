@@ -22,6 +22,7 @@ Row = dict[str, Any]
 Table = dict[str, list[Row]]
 
 IN_TIME = {"block": 16, "columns": 16, "warps": 1, "stages": 1, "programs": 1}
+BEFORE = {"warps_before": 1, "channels": 16}
 BY_TOKEN = {
     "tpu": {"width": 128, "strides": 1},
     "gpu": {"width": 8, "warps": 1, "ahead": 0, "programs": 1},
@@ -31,13 +32,13 @@ BY_TOKEN = {
 #: once, or of so many `strides`; on `columns` of a matrix state, at most so many `sums` over them, states of so many
 #: `heads`, or a `width` of channels, with rows of a stride `ahead` on their way or not, or so many `steps` of a
 #: pipeline (0: by Triton instead); it is one of about so many `programs`, with Triton's `warps` and `stages`, and
-#: `warps_before` for what is prepared.
+#: `warps_before` for what is prepared, of so many `channels` at once.
 CHOICES: dict[str, dict[str, dict[str, int]]] = {
-    "gated_linear_attention_by_key": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
+    "gated_linear_attention_by_key": {"tpu": {"block": 16}, "gpu": IN_TIME | BEFORE},
     "gated_linear_attention_by_value": {"tpu": {"block": 16}, "gpu": IN_TIME},
     "gated_linear_attention_by_head": {"tpu": {"block": 16}, "gpu": IN_TIME | {"sums": 1}},
-    "delta_rule": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1}},
-    "dplr_recurrence": {"tpu": {"block": 16}, "gpu": IN_TIME | {"warps_before": 1, "sums": 1}},
+    "delta_rule": {"tpu": {"block": 16}, "gpu": IN_TIME | BEFORE},
+    "dplr_recurrence": {"tpu": {"block": 16}, "gpu": IN_TIME | BEFORE | {"sums": 1}},
     "over_pairs": {"tpu": {"block": 16}, "gpu": {"block": 16, "warps": 1, "stages": 1}},
     "by_token": BY_TOKEN,
     "by_token_backward": BY_TOKEN,

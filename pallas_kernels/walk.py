@@ -36,12 +36,25 @@ class Walk(NamedTuple):
         return blocks - 1 - i if self.reverse else i
 
 
+class Sweep(NamedTuple):
+    """Over parts of a block's channels: `step(within, tokens) -> outputs`, of which `sums` are summed over all parts.
+
+    What `finish(within, sums, known)` makes of these is known to the sweeps that follow, beside their tokens, and is an
+    output, too, if it is not for what is `between` sweeps alone.
+    """
+
+    step: Callable[..., Arrays]
+    sums: tuple[str, ...] = ()
+    finish: Callable[..., Arrays] = lambda within, sums, known: sums
+    between: bool = False
+
+
 class Walker(NamedTuple):
     """`walk(step, path, carry, tokens, matrices)` is a platform's way through time, `step` given its arithmetic first.
 
-    Where it pays to make beforehand what no carry is needed for, `each(step, size, channels, tokens, differentiated)`
-    are the outputs of a step without one, `step(within, tokens)` of so many channels, of all blocks at once. An output
-    of one row is one of its block: an array `B N H W`, which goes with the tokens then.
+    Where it pays to make beforehand what no carry is needed for, `each(sweeps, size, channels, tokens, whole)` are the
+    outputs of sweeps over so many channels, of all blocks at once; tokens that are `whole` have other columns. Outputs
+    of one row are one of each block: an array `B N H W`, which goes with the tokens then.
     """
 
     walk: Callable[..., Result]

@@ -56,7 +56,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr("jaxseq.ops.flash_attention.over_pairs", partial(over_pairs.on_gpu, interpret=True))
     with tried("over_pairs", "gpu", block=32), ExitStack() as stack:
         for table in {*TABLES.values()}:
-            stack.enter_context(tried(table, "gpu", columns=16, programs=1))
+            stack.enter_context(tried(table, "gpu", columns=16, programs=1, channels=16))
         yield
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.over_time import on_platforms
-from pallas_kernels.walk import Walk, Walker
+from pallas_kernels.walk import Sweep, Walk, Walker
 
 from ..shapes import accumulator, zeros_from
 from . import within_chunk
@@ -27,16 +27,26 @@ CHUNK = 32
 class Chunk(NamedTuple):
     """The arithmetic of a chunk in two parts, with products in `dtype`.
 
-    `prepare(dtype, within, rows, decays)` is all that no state is needed for, by name: pairs of tokens, rows with their
-    decays. `through(dtype, within, columns, prepared, total, S) -> (out, state)` is the rest. Many processors prepare
-    all chunks `beforehand`, where it is arrays `C W`; what is `exact` keeps the precision of S then.
+    `prepare(dtype, within, rows, decays)` is all that no state is needed for, by name: rows with their decays, each
+    channel for itself, and `pairs` of tokens, which are sums over channels; `finish(within, pairs)` makes of these sums
+    what goes by their names. `through(dtype, within, columns, prepared, total, S) -> (out, state)` is the rest. Many
+    processors prepare all chunks `beforehand`, where it is arrays `C W`; what is `exact` keeps the precision of S then.
     """
 
     dtype: jnp.dtype
     prepare: Callable
     through: Callable
+    pairs: tuple[str, ...] = ()
+    finish: Callable | None = None
     exact: tuple[str, ...] = ()
     beforehand: bool = True
+
+    def prepared(self, within, rows, decays):
+        found = self.prepare(self.dtype, within, rows, decays)
+        return found | self.finished(within, {name: found[name] for name in self.pairs})
+
+    def finished(self, within, pairs):
+        return self.finish(within, pairs) if self.finish else pairs
 
     def stored(self, dtype):
         """In which dtype what is of this one lies in memory between two kernels: float16 would overflow."""
@@ -145,7 +155,7 @@ def _forward(chunk: Chunk, roles: Roles, keep: bool, walker: Walker, size: int, 
     )
     rows, columns = roles.apart(_filled(size, tokens | {"g": g}))
     if walker.each and chunk.beforehand:
-        prepared = walker.each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows)
+        prepared = walker.each([_sweep(chunk, S.dtype)], size, S.shape[2], rows)
         after, outputs, states = walker.walk(partial(_through, chunk, roles), path, S, columns | prepared, {})
     else:
         after, outputs, states = walker.walk(partial(_whole, chunk, roles), path, S, columns | rows, {})
@@ -160,11 +170,28 @@ def _whole(chunk: Chunk, roles: Roles, within, S, here, matrices):
 
 def _prepare(chunk: Chunk, dtype, within, here):
     """What a chunk has prepared; "total" is the decay of all its tokens, one row."""
+    found = _parts(chunk, dtype, within, here)
+    return found | _finish(chunk, dtype, within, {name: found[name] for name in chunk.pairs})
+
+
+def _parts(chunk: Chunk, dtype, within, here):
+    """Of some of the channels."""
     rows = _cast(here, dtype)
     decays = within.decays_of(rows.pop("g"), chunk.dtype)
-    prepared = chunk.prepare(chunk.dtype, within, rows, decays)
-    narrow = {name: x if name in chunk.exact else x.astype(chunk.stored(dtype)) for name, x in prepared.items()}
-    return narrow | {"total": decays.total.swapaxes(-1, -2)}
+    found = chunk.prepare(chunk.dtype, within, rows, decays)
+    return found | _narrow(chunk, dtype, found, but=chunk.pairs) | {"total": decays.total.swapaxes(-1, -2)}
+
+
+def _finish(chunk: Chunk, dtype, within, pairs, known=None):
+    return _narrow(chunk, dtype, chunk.finished(within, pairs))
+
+
+def _narrow(chunk: Chunk, dtype, arrays, but=()):
+    return {name: x if name in (*chunk.exact, *but) else x.astype(chunk.stored(dtype)) for name, x in arrays.items()}
+
+
+def _sweep(chunk: Chunk, dtype) -> Sweep:
+    return Sweep(partial(_parts, chunk, dtype), chunk.pairs, partial(_finish, chunk, dtype))
 
 
 def _through(chunk: Chunk, roles: Roles, within, S, here, _):
@@ -189,7 +216,7 @@ def _backward(chunk: Chunk, roles: Roles, walker: Walker, size: int, tokens, g, 
     rows, columns = roles.apart(_filled(size, moving))
     d_o = _filled(size, {"d_o": d_o})
     each = walker.each if chunk.beforehand else None
-    prepared = each(partial(_prepare, chunk, S.dtype), size, S.shape[2], rows) if each else rows
+    prepared = each([_sweep(chunk, S.dtype)], size, S.shape[2], rows) if each else rows
     if states is None:
         step = partial(_through if each else _whole, chunk, roles)
         alone = Walk(size, {}, roles.columns, keep=True, carries_dtype=chunk.stored(S.dtype))
@@ -201,7 +228,8 @@ def _backward(chunk: Chunk, roles: Roles, walker: Walker, size: int, tokens, g, 
     d_S, d_tokens, _ = walker.walk(step, path, d_S, columns | prepared | d_o, {"S": states})
     if each:
         d_prepared = {f"d_{name}": d_tokens.pop(name) for name in prepared}
-        d_tokens |= each(partial(_prepare_backward, chunk, roles, S.dtype), size, S.shape[2], rows | d_prepared, True)
+        pairs = tuple(f"d_{name}" for name in chunk.pairs)
+        d_tokens |= each(_backward_sweeps(chunk, roles, S.dtype), size, S.shape[2], rows | d_prepared, pairs)
     cut = lambda d, x: _together(d[:, : x.shape[1], :, : x.shape[3]], x)
     d_tokens = {name: cut(d_tokens[name], x) for name, x in moving.items()}
     return d_tokens, d_tokens.pop("g"), d_S
@@ -213,7 +241,7 @@ def _whole_backward(chunk: Chunk, roles: Roles, within, d_after, here, matrices)
     d_o = here.pop("d_o")
     rows, columns = roles.apart(here)
     decays = within.decays_of(rows.pop("g"), chunk.dtype)
-    prepared, pull_rows = jax.vjp(lambda rows: chunk.prepare(chunk.dtype, within, rows, decays), rows)
+    prepared, pull_rows = jax.vjp(lambda rows: chunk.prepared(within, rows, decays), rows)
     (o, _), pull = jax.vjp(partial(chunk.through, chunk.dtype, within), columns, prepared, decays.total, S)
     d_columns, d_prepared, d_total, d_S = pull((d_o, d_after))
     (d_rows,) = pull_rows(d_prepared)
@@ -231,7 +259,24 @@ def _through_backward(chunk: Chunk, roles: Roles, within, d_after, here, matrice
     return d_S, d_columns | d_prepared | {"total": d_total.swapaxes(-1, -2)}
 
 
+def _backward_sweeps(chunk: Chunk, roles: Roles, dtype) -> list[Sweep]:
+    """What is made of pairs takes sums over all channels: a sweep for these, and one for the gradients."""
+
+    def pairs(within, here):
+        found = _parts(chunk, dtype, within, {name: x for name, x in here.items() if not name.startswith("d_")})
+        return {name: found[name] for name in chunk.pairs}
+
+    def pull(within, pairs, known):
+        finished, pull = jax.vjp(partial(chunk.finished, within._replace(differentiated=True)), pairs)
+        (d_pairs,) = pull({name: known[f"d_{name}"].astype(x.dtype) for name, x in finished.items()})
+        return {f"d_{name}": x for name, x in d_pairs.items()}
+
+    last = Sweep(partial(_prepare_backward, chunk, roles, dtype))
+    return [Sweep(pairs, chunk.pairs, pull, between=True), last] if chunk.finish else [last]
+
+
 def _prepare_backward(chunk: Chunk, roles: Roles, dtype, within, here):
+    within = within._replace(differentiated=True)
     d_prepared = {name[2:]: x.astype(dtype) for name, x in here.items() if name.startswith("d_")}
     d_total = d_prepared.pop("total").swapaxes(-1, -2)
     narrow = {name: x for name, x in here.items() if not name.startswith("d_")}

@@ -44,16 +44,22 @@ def chunked(q, k, v, beta, g, S, *, place):
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     strength = lambda x: (beta.astype(S.dtype) * x.astype(S.dtype)).astype(dtype)
     tokens = {"q": q, "k": k, "v": strength(v), "a": strength(per_head(k, v.shape[2]))}
-    return chunkwise(Chunk(dtype, _prepare, _through, exact=("inverse",)), ROLES, place, tokens, g, S)
+    chunk = Chunk(dtype, _prepare, _through, ("inverse", "A"), _finish, exact=("inverse",))
+    return chunkwise(chunk, ROLES, place, tokens, g, S)
 
 
 def _prepare(dtype, within, rows, decays):
-    """What corrections have to do with one another, (I + A_ak)⁻¹, and with what is read."""
+    """What corrections have to do with one another, A_ak, and with what is read."""
     q, k, a = (rows[name] for name in "qka")
     A_ak, A = within.scores((a, q), (k,), decays, dtype)
     A += within.diagonal_matrix(within.diagonal(q, k))
     decayed = {"q": decays.from_start * q, "k": decays.to_end * k, "a": decays.from_start * a}
-    return {"inverse": within.inverse(A_ak), "A": A} | decayed
+    return {"inverse": A_ak, "A": A} | decayed
+
+
+def _finish(within, pairs):
+    """(I + A_ak)⁻¹"""
+    return pairs | {"inverse": within.inverse(pairs["inverse"])}
 
 
 def _through(dtype, within, columns, prepared, total, S):

@@ -42,7 +42,8 @@ ROLES = Roles(reads=("q",), early_reads=("a",), writes=("k", "b"))
 def chunked(q, k, v, a, b, g, S, *, place):
     tokens = {"q": q, "k": k, "v": v, "a": a, "b": b}
     dtype = promoted(*(x.dtype for x in tokens.values()))
-    return chunkwise(Chunk(dtype, _prepare, _through, exact=("inverse",)), ROLES, place, tokens, g, S)
+    chunk = Chunk(dtype, _prepare, _through, ("inverse", "ak", "qk", "qb"), _finish, exact=("inverse",))
+    return chunkwise(chunk, ROLES, place, tokens, g, S)
 
 
 def _prepare(dtype, within, rows, decays):
@@ -56,7 +57,13 @@ def _prepare(dtype, within, rows, decays):
     ak, ab, qk, qb = (before + now for before, now in zip(A, own, strict=True))
     decayed = {"q": decays.from_start * q, "a": within.delayed(decays.from_start * ahead, within.first(a))}
     decayed |= {"k": decays.to_end * k, "b": decays.to_end * b}
-    return {"inverse": within.inverse(-within.delayed(ab)), "ak": within.delayed(ak), "qk": qk, "qb": qb} | decayed
+    return {"inverse": ab, "ak": ak, "qk": qk, "qb": qb} | decayed
+
+
+def _finish(within, pairs):
+    """(I − A_ab)⁻¹"""
+    moved = {"inverse": within.inverse(-within.delayed(pairs["inverse"])), "ak": within.delayed(pairs["ak"])}
+    return pairs | moved
 
 
 def _through(dtype, within, columns, prepared, total, S):
