@@ -93,11 +93,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def candidates(config: Config, name: str, platform: str, own: dict[str, int]) -> Iterator[dict[str, int]]:
-    """The table's own choice first."""
+def candidates(config: Config, name: str, platform: str, width: int, own: dict[str, int]) -> Iterator[dict[str, int]]:
+    """The table's own choice first; of more channels than a head has there are no others."""
     searched = SEARCHED[name][platform]
     others = [dict(zip(searched, sizes, strict=True)) for sizes in product(*searched.values())]
-    others = [choice for choice in others if choice != own]
+    others = [choice for choice in others if choice != own and choice.get("channels", 0) <= max(width, 32)]
     yield own
     yield from random.Random(config.seed).sample(others, min(config.most - 1, len(others)))
 
@@ -105,7 +105,7 @@ def candidates(config: Config, name: str, platform: str, own: dict[str, int]) ->
 def measured(config: Config, name: str, platform: str, width: int, ops: list[Kernel]) -> dict:
     """The row of the fastest candidate that runs every op, and how much faster than the table's own it is."""
     own = tiles.tile(name, platform, width)
-    choices = dict(enumerate(candidates(config, name, platform, own)))
+    choices = dict(enumerate(candidates(config, name, platform, width, own)))
     speeds: dict[int, list[float]] = {i: [] for i in choices}
     for kernel in ops:
         draw, programs = drawn(config.seed, kernel), {}

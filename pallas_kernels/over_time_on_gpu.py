@@ -5,7 +5,6 @@ columns of them, and where these are few time is split. Last come the outputs of
 nobody reads costs nothing: the compiler leaves it out.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -50,49 +49,33 @@ def _groups(walk: Walk, most: int) -> list[Walk]:
 def _each(
     chosen, interpret: bool, sweeps: list[Sweep], size: int, channels: int, tokens: Arrays, whole: tuple[str, ...] = ()
 ) -> Arrays:
-    """Widths of outputs are filled up as those of tokens are.
-
-    Where all tokens have all channels, a program sweeps over parts of them, as registers hold no more.
-    """
+    """Widths of outputs are filled up as those of tokens are."""
     batch, length, _, _ = max((x.shape for x in tokens.values()), key=lambda shape: shape[1])
     heads, blocks = max(x.shape[2] for x in tokens.values()), length // size
-    K, within = matrix_width(channels), arithmetic_of_gpu(tokens, interpret)
-    more = lambda name, x: 0 if name in whole else filled_width(x.shape[3], channels, matrix_width) - x.shape[3]
-    tokens = {name: jnp.pad(x, ((0, 0),) * 3 + ((0, more(name, x)),)) for name, x in tokens.items()}
-    moving = [name for name in tokens if name not in whole]
-    part = min(chosen["channels"], K) if all(tokens[name].shape[3] == K for name in moving) else K
+    within, known = arithmetic_of_gpu(tokens, interpret), {name: tokens[name] for name in whole}
+    more = lambda x: filled_width(x.shape[3], channels, matrix_width) - x.shape[3]
+    fill = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, more(x)),))
+    moving = {name: fill(x) for name, x in tokens.items() if name not in whole}
     rows = lambda x: x.shape[1] // blocks
-    block = lambda name, most: jax.ShapeDtypeStruct((rows(x := tokens[name]), min(x.shape[3], most)), x.dtype)
-    here, known = ({name: block(name, most) for name in names} for names, most in ((moving, part), (whole, size)))
-    sums, found = _shapes(within, sweeps, here, known, lambda width: K if width == part else width)
+    block = lambda x: jax.ShapeDtypeStruct((rows(x), x.shape[3]), x.dtype)
+    found = jax.eval_shape(partial(_at_once, within, sweeps), *jax.tree.map(block, (moving, known)))
 
     def spec(rows: int, width: int, own: int = heads):
         serving = head_for(own, heads)
         return pl.BlockSpec((None, rows, None, width), lambda b, h, i: (b, i, serving(h), 0))
 
-    def kernel(refs, outputs):
-        known = {name: refs[name][...] for name in whole}
-
-        def over_part(sweep, known, j, totals):
-            columns = pl.ds(j * part, part) if part < K else slice(None)
-            values = sweep.step(within, {name: refs[name][:, columns] for name in moving} | known)
-            totals = {name: total + values.pop(name) for name, total in totals.items()}
-            for name, value in values.items():
-                outputs[name][:, columns] = value
-            return totals
-
-        for sweep, like in zip(sweeps, sums, strict=True):
-            totals, step = {n: jnp.zeros(x.shape, x.dtype) for n, x in like.items()}, partial(over_part, sweep, known)
-            totals = lax.fori_loop(0, K // part, step, totals) if part < K else step(0, totals)
-            finished = sweep.finish(within, totals, known)
+    def kernel(refs, known_refs, outputs):
+        known = {name: ref[...] for name, ref in known_refs.items()}
+        for sweep in sweeps:
+            finished = _swept(within, sweep, chosen["channels"], refs, known, outputs)
             known = known | finished
-            for name in () if sweep.between else finished:
-                outputs[name][...] = finished[name]
+        for name, x in finished.items():
+            outputs[name][...] = x
 
     return pl.pallas_call(
         kernel,
         grid=(batch, heads, blocks),
-        in_specs=[{name: spec(rows(x), x.shape[3], x.shape[2]) for name, x in tokens.items()}],
+        in_specs=jax.tree.map(lambda x: spec(rows(x), x.shape[3], x.shape[2]), [moving, known]),
         out_specs={name: spec(*x.shape) for name, x in found.items()},
         out_shape={
             name: jax.ShapeDtypeStruct((batch, blocks * x.shape[0], heads, x.shape[1]), x.dtype)
@@ -100,20 +83,38 @@ def _each(
         },
         compiler_params=triton_parameters({"warps": chosen["warps_before"]}),
         interpret=interpret,
-    )(tokens)
+    )(moving, known)
 
 
-def _shapes(within, sweeps: list[Sweep], here, known, width_of: Callable[[int], int]):
-    """Of the sums of each sweep, and of all outputs."""
-    found: dict[str, jax.ShapeDtypeStruct] = {}
-    sums = []
+def _at_once(within, sweeps: list[Sweep], moving: Arrays, known: Arrays) -> Arrays:
+    """The outputs, of all channels in one part."""
     for sweep in sweeps:
-        values = jax.eval_shape(partial(sweep.step, within), here | known)
-        sums.append({name: values.pop(name) for name in sweep.sums})
-        found |= {name: jax.ShapeDtypeStruct((len(x), width_of(x.shape[1])), x.dtype) for name, x in values.items()}
-        finished = jax.eval_shape(partial(sweep.finish, within), sums[-1], known)
-        known, found = known | finished, found if sweep.between else found | finished
-    return sums, found
+        found = sweep.step(within, moving | known)
+        finished = sweep.finish(within, {name: found.pop(name) for name in sweep.sums}, known)
+        known = known | finished
+    return found | finished
+
+
+def _swept(within, sweep: Sweep, most: int, refs, known: Arrays, outputs) -> Arrays:
+    """What is finished of the sums over parts of at most so many channels: registers hold no more.
+
+    Other outputs of a part are written at once. A token of one channel is not parted, nor are those beside it.
+    """
+    narrowest, K = (fit(ref.shape[1] for ref in refs.values()) for fit in (min, max))
+    part = min(most, K) if narrowest == K else K
+
+    def add(j, totals):
+        columns = pl.ds(j * part, part) if part < K else slice(None)
+        found = sweep.step(within, {name: ref[:, columns] for name, ref in refs.items()} | known)
+        totals = {name: total + found.pop(name) for name, total in totals.items()}
+        for name, x in found.items():
+            outputs[name][:, columns] = x
+        return totals
+
+    block = lambda ref: jax.ShapeDtypeStruct((ref.shape[0], min(ref.shape[1], part)), ref.dtype)
+    like = jax.eval_shape(partial(sweep.step, within), {name: block(ref) for name, ref in refs.items()} | known)
+    zeros = {name: jnp.zeros(like[name].shape, like[name].dtype) for name in sweep.sums}
+    return sweep.finish(within, lax.fori_loop(0, K // part, add, zeros) if part < K else add(0, zeros), known)
 
 
 def _in_splits(step, walk: Walk, chosen, carry, tokens: Arrays, matrices: Arrays, interpret):

@@ -37,24 +37,24 @@ class Walk(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Over parts of a block's channels: `step(within, tokens) -> outputs`, of which `sums` are summed over all parts.
+    """`step(within, tokens) -> outputs` of a part of a block's channels, of which `sums` are summed over all parts.
 
-    What `finish(within, sums, known)` makes of these is known to the sweeps that follow, beside their tokens, and is an
-    output, too, if it is not for what is `between` sweeps alone.
+    `finish(within, sums, known)` takes these. What it returns is known to the sweeps that follow, beside their tokens;
+    of the last sweep it is an output.
     """
 
     step: Callable[..., Arrays]
     sums: tuple[str, ...] = ()
     finish: Callable[..., Arrays] = lambda within, sums, known: sums
-    between: bool = False
 
 
 class Walker(NamedTuple):
     """`walk(step, path, carry, tokens, matrices)` is a platform's way through time, `step` given its arithmetic first.
 
     Where it pays to make beforehand what no carry is needed for, `each(sweeps, size, channels, tokens, whole)` are the
-    outputs of sweeps over so many channels, of all blocks at once; tokens that are `whole` have other columns. Outputs
-    of one row are one of each block: an array `B N H W`, which goes with the tokens then.
+    outputs of sweeps over so many channels, of all blocks at once; tokens that are `whole` do not lie along channels,
+    and every part sees all of them. Outputs of one row are one of each block: an array `B N H W`, which goes with the
+    tokens then.
     """
 
     walk: Callable[..., Result]

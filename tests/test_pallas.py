@@ -118,9 +118,10 @@ def test_matrix_states_in_splits_on_a_gpu(name, blocks, splits, on_a_gpu):
 
 FILLED_UP = [(name, 12, 20) for name in ("gla per channel", "gla per value", "gla per head", "delta_rule per head")]
 FILLED_UP += [("gla per head", 20, 12), ("delta_rule per head", 8, 1), ("gla per value", 1, 8)]
+PARTED = [("gla per channel", 20, 12), ("delta_rule per channel", 20, 12), ("dplr_recurrence", 40, 8)]
 
 
-@pytest.mark.parametrize("name, K, V", by_default([*FILLED_UP[:2], *FILLED_UP[3:5]], FILLED_UP))
+@pytest.mark.parametrize("name, K, V", by_default([*FILLED_UP[1:2], *FILLED_UP[3:5], *PARTED[::2]], FILLED_UP + PARTED))
 def test_widths_that_are_no_power_of_two_on_a_gpu(name, K, V, on_a_gpu):
     op, decay = MATRIX[name]
     check(op, *matrix_inputs(op, 33, decay, B=1, K=K, V=V))

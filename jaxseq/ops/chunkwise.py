@@ -28,9 +28,10 @@ class Chunk(NamedTuple):
     """The arithmetic of a chunk in two parts, with products in `dtype`.
 
     `prepare(dtype, within, rows, decays)` is all that no state is needed for, by name: rows with their decays, each
-    channel for itself, and `pairs` of tokens, which are sums over channels; `finish(within, pairs)` makes of these sums
-    what goes by their names. `through(dtype, within, columns, prepared, total, S) -> (out, state)` is the rest. Many
-    processors prepare all chunks `beforehand`, where it is arrays `C W`; what is `exact` keeps the precision of S then.
+    channel for itself, and `pairs` of tokens, sums over channels, so that those of parts of them add up;
+    `finish(within, pairs)` makes of the sums what goes by their names then. The rest is
+    `through(dtype, within, columns, prepared, total, S) -> (out, state)`. Many processors prepare all chunks
+    `beforehand`, where it is arrays `C W`; what is `exact` keeps the precision of S then.
     """
 
     dtype: jnp.dtype
@@ -164,30 +165,25 @@ def _forward(chunk: Chunk, roles: Roles, keep: bool, walker: Walker, size: int, 
 
 def _whole(chunk: Chunk, roles: Roles, within, S, here, matrices):
     """A chunk at once."""
-    rows, columns = roles.apart(here)
-    return _through(chunk, roles, within, S, columns | _prepare(chunk, S.dtype, within, rows), matrices)
-
-
-def _prepare(chunk: Chunk, dtype, within, here):
-    """What a chunk has prepared; "total" is the decay of all its tokens, one row."""
-    found = _parts(chunk, dtype, within, here)
-    return found | _finish(chunk, dtype, within, {name: found[name] for name in chunk.pairs})
+    rows, columns = roles.apart(_cast(here, S.dtype))
+    decays = within.decays_of(rows.pop("g"), chunk.dtype)
+    prepared = chunk.prepared(within, rows, decays)
+    o, after = chunk.through(chunk.dtype, within, columns, prepared, decays.total, S)
+    return after, {"o": o}
 
 
 def _parts(chunk: Chunk, dtype, within, here):
-    """Of some of the channels."""
+    """Of some of the channels; "total" is the decay of all tokens, one row."""
     rows = _cast(here, dtype)
     decays = within.decays_of(rows.pop("g"), chunk.dtype)
     found = chunk.prepare(chunk.dtype, within, rows, decays)
-    return found | _narrow(chunk, dtype, found, but=chunk.pairs) | {"total": decays.total.swapaxes(-1, -2)}
+    narrow = {name: x if name in chunk.pairs else x.astype(chunk.stored(dtype)) for name, x in found.items()}
+    return narrow | {"total": decays.total.swapaxes(-1, -2)}
 
 
-def _finish(chunk: Chunk, dtype, within, pairs, known=None):
-    return _narrow(chunk, dtype, chunk.finished(within, pairs))
-
-
-def _narrow(chunk: Chunk, dtype, arrays, but=()):
-    return {name: x if name in (*chunk.exact, *but) else x.astype(chunk.stored(dtype)) for name, x in arrays.items()}
+def _finish(chunk: Chunk, dtype, within, pairs, known):
+    finished = chunk.finished(within, pairs)
+    return {name: x if name in chunk.exact else x.astype(chunk.stored(dtype)) for name, x in finished.items()}
 
 
 def _sweep(chunk: Chunk, dtype) -> Sweep:
@@ -260,19 +256,19 @@ def _through_backward(chunk: Chunk, roles: Roles, within, d_after, here, matrice
 
 
 def _backward_sweeps(chunk: Chunk, roles: Roles, dtype) -> list[Sweep]:
-    """What is made of pairs takes sums over all channels: a sweep for these, and one for the gradients."""
+    """What is made of pairs is differentiated at their sums over all channels: a sweep for these, one for gradients."""
 
-    def pairs(within, here):
-        found = _parts(chunk, dtype, within, {name: x for name, x in here.items() if not name.startswith("d_")})
+    def sums(within, here):
+        found = _parts(chunk, dtype, within, here)
         return {name: found[name] for name in chunk.pairs}
 
-    def pull(within, pairs, known):
-        finished, pull = jax.vjp(partial(chunk.finished, within._replace(differentiated=True)), pairs)
-        (d_pairs,) = pull({name: known[f"d_{name}"].astype(x.dtype) for name, x in finished.items()})
-        return {f"d_{name}": x for name, x in d_pairs.items()}
+    def pulled_back(within, sums, known):
+        finished, pull = jax.vjp(partial(chunk.finished, within._replace(differentiated=True)), sums)
+        (d_sums,) = pull({name: known[f"d_{name}"].astype(x.dtype) for name, x in finished.items()})
+        return {f"d_{name}": x for name, x in d_sums.items()}
 
     last = Sweep(partial(_prepare_backward, chunk, roles, dtype))
-    return [Sweep(pairs, chunk.pairs, pull, between=True), last] if chunk.finish else [last]
+    return [Sweep(sums, chunk.pairs, pulled_back), last] if chunk.finish else [last]
 
 
 def _prepare_backward(chunk: Chunk, roles: Roles, dtype, within, here):

@@ -44,12 +44,12 @@ def chunked(q, k, v, beta, g, S, *, place):
     dtype = promoted(q.dtype, k.dtype, v.dtype)
     strength = lambda x: (beta.astype(S.dtype) * x.astype(S.dtype)).astype(dtype)
     tokens = {"q": q, "k": k, "v": strength(v), "a": strength(per_head(k, v.shape[2]))}
-    chunk = Chunk(dtype, _prepare, _through, ("inverse", "A"), _finish, exact=("inverse",))
+    chunk = Chunk(dtype, _prepare, _through, pairs=("inverse", "A"), finish=_finish, exact=("inverse",))
     return chunkwise(chunk, ROLES, place, tokens, g, S)
 
 
 def _prepare(dtype, within, rows, decays):
-    """What corrections have to do with one another, A_ak, and with what is read."""
+    """What corrections have to do with one another, A_ak, that `_finish` inverts, and with what is read."""
     q, k, a = (rows[name] for name in "qka")
     A_ak, A = within.scores((a, q), (k,), decays, dtype)
     A += within.diagonal_matrix(within.diagonal(q, k))

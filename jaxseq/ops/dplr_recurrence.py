@@ -42,13 +42,13 @@ ROLES = Roles(reads=("q",), early_reads=("a",), writes=("k", "b"))
 def chunked(q, k, v, a, b, g, S, *, place):
     tokens = {"q": q, "k": k, "v": v, "a": a, "b": b}
     dtype = promoted(*(x.dtype for x in tokens.values()))
-    chunk = Chunk(dtype, _prepare, _through, ("inverse", "ak", "qk", "qb"), _finish, exact=("inverse",))
+    chunk = Chunk(dtype, _prepare, _through, pairs=("inverse", "ak", "qk", "qb"), finish=_finish, exact=("inverse",))
     return chunkwise(chunk, ROLES, place, tokens, g, S)
 
 
 def _prepare(dtype, within, rows, decays):
     """What each read, by a and by q, has of each writing, by k and by b. Reads by a are late by a token: those of the
-    next one are made after each token, and moved."""
+    next one are made after each token, and moved; those of pairs by `_finish`, which makes an inverse of A_ab, too."""
     q, k, a, b = (rows[name] for name in "qkab")
     ahead = within.advanced(a)
     readers, writers = (ahead, q), (k, b)
@@ -61,7 +61,7 @@ def _prepare(dtype, within, rows, decays):
 
 
 def _finish(within, pairs):
-    """(I − A_ab)⁻¹"""
+    """Reads by a moved a token late, and of those of b (I − A_ab)⁻¹."""
     moved = {"inverse": within.inverse(-within.delayed(pairs["inverse"])), "ak": within.delayed(pairs["ak"])}
     return pairs | moved
 

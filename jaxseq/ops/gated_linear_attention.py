@@ -50,7 +50,7 @@ def chunked(q, k, v, g, S, decays="key", *, place):
     if decays == "key":
         chunk, roles = Chunk(dtype, _prepare, _through, pairs=("A",)), Roles(reads=("q",), writes=("k",))
         return chunkwise(chunk, roles, place, {"q": q, "k": k, "v": v}, g, S)
-    chunk = Chunk(dtype, _prepare_by_value, _by_value, exact=("raw", "decays"), beforehand=False)
+    chunk = Chunk(dtype, _prepare_by_value, _by_value, beforehand=False)
     roles = Roles(writes=("v",), outputs=True, columns=("q", "k"))
     if decays == "value":
         return chunkwise(chunk, roles, place, {"q": q, "k": v, "v": k}, g, S)
