@@ -94,10 +94,11 @@ PRESETS = {
 
 
 def candidates(config: Config, name: str, platform: str, width: int, own: dict[str, int]) -> Iterator[dict[str, int]]:
-    """The table's own choice first; of more channels than a head has there are no others."""
+    """The table's own choice first; among the others none of more channels than a head has, but for the least."""
     searched = SEARCHED[name][platform]
     others = [dict(zip(searched, sizes, strict=True)) for sizes in product(*searched.values())]
-    others = [choice for choice in others if choice != own and choice.get("channels", 0) <= max(width, 32)]
+    most = max(width, *searched.get("channels", (0,))[:1])
+    others = [choice for choice in others if choice != own and choice.get("channels", 0) <= most]
     yield own
     yield from random.Random(config.seed).sample(others, min(config.most - 1, len(others)))
 
